@@ -1,0 +1,29 @@
+# make quickstart   set up, then the whole road from text to a Hugging Face checkpoint (about 10 minutes on 2 cores)
+# make test         set up, then lint, types, floors and tests
+# make setup        only the set-up: .venv with the package and its test extra
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= runs/quickstart
+
+.PHONY: quickstart test setup lint
+
+quickstart: setup
+	$(BIN)/maxllm quickstart --out $(OUT)
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy maxllm tools
+	$(BIN)/lint-imports
+
+setup: .venv/.installed
+
+# Rebuilt when the dependencies change; an interrupted install leaves no stamp and is finished the next time.
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "maxllm needs Python 3.11 or newer, this is " + sys.version'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@

@@ -1,0 +1,139 @@
+"""Conversations to token ids and loss masks, built together from the structure (ChatML).
+
+    <s><|im_start|>user\\n{content}<|im_end|>\\n<|im_start|>assistant\\n{content}<|im_end|>\\n
+
+The mask is 1 on an assistant's content and its <|im_end|>: what the model must learn to produce. The same
+layout stands as a Jinja template in `CHAT_TEMPLATE` for the exported Hugging Face tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+from maxllm.data.tokenizer import BOS, EOS, IM_END, IM_START, Tokenizer
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+STOP_TOKENS = (EOS, IM_END)
+"""Generation ends at the end of a document or of a turn."""
+
+ROLES = ("system", "user", "assistant")
+ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
+
+
+class Message(TypedDict):
+    """One turn."""
+
+    role: str
+    content: str
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the text says which field and why."""
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Token ids of a whole conversation and, for each id, 1 if the model is trained to produce it."""
+    ids, mask = [BOS], [0]
+    for message in messages:
+        header = [IM_START, *tokenizer.encode(message["role"] + "\n")]
+        body = [*tokenizer.encode(message["content"]), IM_END]
+        newline = tokenizer.encode("\n")
+        ids += header + body + newline
+        trained = int(message["role"] == "assistant")
+        mask += [0] * len(header) + [trained] * len(body) + [0] * len(newline)
+    return ids, mask
+
+
+def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation up to where the assistant is to speak."""
+    ids, _ = render(tokenizer, messages)
+    return [*ids, IM_START, *tokenizer.encode("assistant\n")]
+
+
+def render_reply(tokenizer: Tokenizer, reply: str) -> list[int]:
+    """Token ids of an assistant's reply after `render_prompt`, its end included."""
+    return [*tokenizer.encode(reply), IM_END]
+
+
+def messages_of(row: dict[str, Any]) -> list[Message]:
+    """The conversation in a row of any of the forms users bring.
+
+    `{"messages": [{"role", "content"}]}`, `{"conversations": [{"from", "value"}]}` (ShareGPT),
+    `{"instruction", "input", "output"}` (Alpaca; `input` may be absent or empty).
+
+    Raises:
+      RowError: naming the field.
+    """
+    if "messages" in row or "conversations" in row:
+        turns = row.get("messages", row.get("conversations"))
+        messages = read_turns(turns, "messages" if "messages" in row else "conversations")
+    elif "instruction" in row or "output" in row:
+        question, answer = text_field(row, "instruction"), text_field(row, "output")
+        extra = row.get("input") or ""
+        if not isinstance(extra, str):
+            raise RowError("field 'input' is not text")
+        question = f"{question}\n{extra}" if extra else question
+        messages = [Message(role="user", content=question), Message(role="assistant", content=answer)]
+    else:
+        raise RowError("none of the fields 'messages', 'conversations', 'instruction' is there")
+    if messages[-1]["role"] != "assistant":
+        raise RowError("the last turn is not the assistant's")
+    return messages
+
+
+def preference_of(row: dict[str, Any]) -> tuple[list[Message], str, str]:
+    """(prompt, chosen reply, rejected reply) of a `{"prompt", "chosen", "rejected"}` row.
+
+    The prompt is text (one user turn) or a list of messages. `question` is accepted for `prompt`.
+
+    Raises:
+      RowError: naming the field, or for two equal replies.
+    """
+    prompt = prompt_of(row)
+    chosen, rejected = text_field(row, "chosen"), text_field(row, "rejected")
+    if chosen == rejected:
+        raise RowError("'chosen' and 'rejected' are equal")
+    return prompt, chosen, rejected
+
+
+def prompt_of(row: dict[str, Any]) -> list[Message]:
+    """The prompt of a row: field `prompt` or `question`, as text or messages.
+
+    Raises:
+      RowError: naming the field.
+    """
+    name = "prompt" if "prompt" in row else "question"
+    if isinstance(row.get(name), list):
+        return read_turns(row[name], name)
+    return [Message(role="user", content=text_field(row, name))]
+
+
+def text_field(row: dict[str, Any], name: str) -> str:
+    """A field that must hold non-empty text."""
+    if name not in row:
+        raise RowError(f"field {name!r} is missing")
+    value = row[name]
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"field {name!r} is not text or is empty")
+    return value
+
+
+def read_turns(turns: Any, name: str) -> list[Message]:
+    """Messages from role/content or from/value turns."""
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise RowError(f"field {name!r} is not a list of turns")
+    messages = []
+    for turn in turns:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role not in ROLE_NAMES:
+            raise RowError(f"field {name!r} has the unknown role {role!r}")
+        if not isinstance(content, str) or not content.strip():
+            raise RowError(f"field {name!r} has a turn without text")
+        messages.append(Message(role=ROLE_NAMES[role], content=content))
+    return messages

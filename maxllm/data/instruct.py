@@ -1,0 +1,175 @@
+"""Instruction, preference and prompt rows to the arrays that SFT, the reward model and PPO train on.
+
+A source is a JSONL file (or .json, .gz) or `tasks:SPLIT:COUNT` (data/tasks.py). Rows that cannot be used are
+counted by reason; a row is never cut to fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from maxllm.config import DataConfig
+from maxllm.data import chat, tasks
+from maxllm.data.pack import Piece, pack
+from maxllm.data.sources import Tally, place, read_rows
+from maxllm.data.tokenizer import PAD, Tokenizer
+from maxllm.errors import UserError
+from maxllm.records import LmBatch, PairBatch, PromptBatch
+
+Kind = Literal["instruction", "preference", "prompt"]
+Parsed = TypeVar("Parsed")
+
+TASK_ROWS = {
+    "instruction": tasks.instruction_rows,
+    "preference": tasks.preference_rows,
+    "prompt": tasks.prompt_rows,
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt whose right answer may be known."""
+
+    messages: list[chat.Message]
+    answer: str | None
+    ids: list[int]
+    """Token ids up to where the assistant is to speak."""
+
+
+def rows_of(source: str, kind: Kind, seed: int, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row) of a source."""
+    if not source.startswith("tasks:"):
+        yield from ((place(source, number), row) for number, row in read_rows(source, tally))
+        return
+    _, _, words = source.partition(":")
+    split, _, count = words.partition(":")
+    if split not in ("train", "heldout") or not count.isdigit():
+        raise UserError(f"source {source!r} is not tasks:train:COUNT or tasks:heldout:COUNT")
+    for number, row in enumerate(TASK_ROWS[kind](split, int(count), seed), start=1):  # type: ignore[arg-type]
+        tally.rows += 1
+        yield f"{source} row {number}", row
+
+
+def read_split(
+    data: DataConfig, kind: Kind, seed: int, parse: Callable[[dict[str, Any]], Parsed]
+) -> tuple[list[Parsed], list[Parsed], list[Tally]]:
+    """(training rows, held-out rows, counts by source), each row through `parse`.
+
+    `parse` raises `chat.RowError` for a row that cannot be used. Without data.heldout_sources, a hash of a
+    row's content decides whether it is held out.
+
+    Raises:
+      UserError: a source is missing or empty, too large a share of it is unusable, or a side stays empty.
+    """
+    if not data.sources:
+        raise UserError("data.sources is empty: name at least one file")
+    train, tallies = parse_sources(data.sources, kind, seed, data.max_bad_share, parse)
+    if data.heldout_sources:
+        heldout, more = parse_sources(data.heldout_sources, kind, seed, data.max_bad_share, parse)
+        return [row for _, row in train], [row for _, row in heldout], tallies + more
+    limit = int(data.heldout_share * 2**64)
+    kept = [row for key, row in train if key >= limit]
+    held = [row for key, row in train if key < limit]
+    if not kept or not held:
+        raise UserError(
+            f"{len(train)} rows are too few to hold out data.heldout_share={data.heldout_share:g} of them; "
+            "give data.heldout_sources"
+        )
+    return kept, held, tallies
+
+
+def parse_sources(
+    sources: Sequence[str],
+    kind: Kind,
+    seed: int,
+    max_bad_share: float,
+    parse: Callable[[dict[str, Any]], Parsed],
+) -> tuple[list[tuple[int, Parsed]], list[Tally]]:
+    """(64-bit content hash, parsed row) of every usable row, and the counts of each source."""
+    parsed, tallies = [], []
+    for source in sources:
+        tally = Tally(source)
+        for where, row in rows_of(source, kind, seed, tally):
+            try:
+                key = hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=8).digest()
+                parsed.append((int.from_bytes(key, "big"), parse(row)))
+            except chat.RowError as error:
+                tally.drop(str(error), f"{where}: {error}")
+        tally.check(max_bad_share)
+        tallies.append(tally)
+    return parsed, tallies
+
+
+def fits(length: int, limit: int, what: str) -> None:
+    """Refuses a row that is too long."""
+    if length > limit:
+        raise chat.RowError(f"{what} is longer than {limit} tokens")
+
+
+def conversation_piece(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> Piece:
+    """A conversation and its loss mask; it must fit into one row."""
+    ids, mask = chat.render(tokenizer, chat.messages_of(row))
+    fits(len(ids) - 1, length, "the conversation")
+    return Piece(ids, mask)
+
+
+def pack_conversations(pieces: Sequence[Piece], length: int) -> LmBatch:
+    """Packed rows [N, length] for SFT; weights are 1 on the assistants' tokens."""
+    return pack(pieces, length, PAD)
+
+
+def pair_ids(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> tuple[list[int], list[int]]:
+    """Token ids of prompt + chosen and of prompt + rejected, each ending with <|im_end|>."""
+    prompt, chosen, rejected = chat.preference_of(row)
+    head = chat.render_prompt(tokenizer, prompt)
+    pair = [head + chat.render_reply(tokenizer, reply) for reply in (chosen, rejected)]
+    fits(max(map(len, pair)), length, "prompt and reply")
+    return pair[0], pair[1]
+
+
+def pad_pairs(pairs: Sequence[tuple[list[int], list[int]]], length: int) -> PairBatch:
+    """Right-padded pairs [N, 2, length]."""
+    tokens = np.full((len(pairs), 2, length), PAD, np.int32)
+    lengths = np.zeros((len(pairs), 2), np.int32)
+    for n, pair in enumerate(pairs):
+        for c, ids in enumerate(pair):
+            tokens[n, c, : len(ids)], lengths[n, c] = ids, len(ids)
+    return PairBatch(tokens, lengths, np.ones(len(pairs), np.float32))
+
+
+def question_of(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> Question:
+    """The question in a prompt row (`prompt`, optional `answer`) or in an instruction row (its last reply).
+
+    The prompt takes at most `length` tokens.
+    """
+    if "prompt" in row or "question" in row:
+        messages, answer = chat.prompt_of(row), row.get("answer")
+        if answer is not None and not isinstance(answer, str):
+            raise chat.RowError("field 'answer' is not text")
+    else:
+        *messages, last = chat.messages_of(row)
+        answer = last["content"]
+    ids = chat.render_prompt(tokenizer, messages)
+    fits(len(ids), length, "the prompt")
+    return Question(messages, answer, ids)
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], length: int) -> PromptBatch:
+    """Left-padded prompts [N, length].
+
+    Raises:
+      UserError: a prompt is longer than `length`.
+    """
+    tokens = np.full((len(prompts), length), PAD, np.int32)
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    for n, ids in enumerate(prompts):
+        if len(ids) > length:
+            raise UserError(f"a prompt of {len(ids)} tokens does not fit the {length} that are left for prompts")
+        tokens[n, length - len(ids) :] = ids
+    return PromptBatch(tokens, lengths)

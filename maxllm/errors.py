@@ -1,0 +1,13 @@
+"""The ways a command ends badly. `cli.py` turns each into one sentence on stderr and an exit code."""
+
+
+class UserError(Exception):
+    """Bad input: one sentence that names the file, line or field and says what to do. Exit code 2."""
+
+
+class RunFailed(Exception):
+    """A run that could not go on (a loss that stays non-finite, a failed verification). Exit code 1."""
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop and has saved its state; the same command continues it. Exit code 75."""

@@ -1,0 +1,40 @@
+"""From logits to a token: greedy, temperature, top-k, top-p."""
+
+import jax
+import jax.numpy as jnp
+
+from maxllm.config import GenerationConfig
+
+
+def restrict(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Logits with everything outside the top k, and outside the nucleus of mass top_p, at -inf.
+
+    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al.
+    2020); the likeliest token always stays.
+    """
+    if top_k:
+        kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+    if top_p < 1.0:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        mass_before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+        last_kept_B1 = jnp.min(jnp.where(mass_before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < last_kept_B1, -jnp.inf, logits_BV)
+    return logits_BV
+
+
+def sample(logits_BV: jax.Array, key: jax.Array, config: GenerationConfig) -> tuple[jax.Array, jax.Array]:
+    """Draws a token a row; temperature 0 takes the likeliest.
+
+    Returns:
+      token_B int32, and its log-probability under softmax(logits / temperature) over the whole vocabulary,
+      before top-k and top-p (with temperature 0: under softmax(logits)), float32.
+    """
+    if config.temperature == 0:
+        token_B = jnp.argmax(logits_BV, axis=-1)
+    else:
+        logits_BV = logits_BV / config.temperature
+        token_B = jax.random.categorical(key, restrict(logits_BV, config.top_k, config.top_p))
+    logps_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    return token_B.astype(jnp.int32), jnp.take_along_axis(logps_BV, token_B[:, None], axis=-1)[:, 0]

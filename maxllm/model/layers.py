@@ -1,0 +1,66 @@
+"""What every block of the model is made of: declared weights, flat matmuls, RMSNorm, SwiGLU."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from maxllm.config import ModelConfig
+
+
+def dtype_of(config: ModelConfig) -> jnp.dtype:
+    """The compute type of matmuls."""
+    return jnp.dtype(config.dtype)
+
+
+def weight(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float
+) -> jax.Array:
+    """Declares a float32 parameter: its shape, logical axes and normal initializer on one line."""
+    return module.param(
+        name, nn.with_logical_partitioning(nn.initializers.normal(std), axes), shape, jnp.float32
+    )
+
+
+def matmul(x_BTD: jax.Array, w: jax.Array) -> jax.Array:
+    """Contracts x's last axis with w's first, in x's type: [B, T, D] x [D, ...] -> [B, T, ...].
+
+    Rows are flattened to [B * T, D] first: the weight gradient then contracts one dimension, which XLA's CPU
+    backend turns into one large matmul (a third off the backward pass).
+    """
+    B, T, D = x_BTD.shape
+    y = x_BTD.reshape(B * T, D) @ w.reshape(D, -1).astype(x_BTD.dtype)
+    return y.reshape(B, T, *w.shape[1:])
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in float32 (Zhang & Sennrich 2019)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D] in the compute type."""
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale_D = self.param("scale", ones, (self.config.d_model,), jnp.float32)
+        x_BTD = x_BTD.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_BTD), -1, keepdims=True) + self.config.norm_eps)
+        return (x_BTD * inverse * scale_D).astype(dtype_of(self.config))
+
+
+class SwiGLU(nn.Module):
+    """(silu(x w_gate) * x w_up) w_down (Shazeer 2020)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        c = self.config
+        D, F = c.d_model, c.d_ff
+        gate_DF = weight(self, "w_gate", (D, F), ("embed", "mlp"), c.init_std)
+        up_DF = weight(self, "w_up", (D, F), ("embed", "mlp"), c.init_std)
+        # Residual outputs start smaller with depth (GPT-2): wo and w_down, not w_up.
+        down_FD = weight(self, "w_down", (F, D), ("mlp", "embed"), c.init_std / (2 * c.n_layers) ** 0.5)
+        h_BTF = jax.nn.silu(matmul(x_BTD, gate_DF)) * matmul(x_BTD, up_DF)
+        h_BTF = nn.with_logical_constraint(h_BTF, ("batch", "length", "act_mlp"))
+        return matmul(h_BTF, down_FD)

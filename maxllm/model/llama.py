@@ -1,0 +1,152 @@
+"""The LLaMA decoder (Touvron et al. 2023) and its language-model head, as functional Flax Linen.
+
+    model = Llama(config)
+    params = model.init(key, tokens_BT, segment_ids_BT, positions_BT)["params"]
+    logits_BTV = model.apply({"params": params}, tokens_BT, segment_ids_BT, positions_BT)
+
+Layers are scanned: every parameter of `layers` has a leading axis L.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from maxllm.config import ModelConfig
+from maxllm.model import rope
+from maxllm.model.attention import Attention, attention_mask
+from maxllm.model.layers import RMSNorm, SwiGLU, dtype_of, matmul, weight
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask_BTS: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        first_slot: jax.Array,
+        deterministic: bool,
+        cache_length: int | None,
+    ) -> tuple[jax.Array, None]:
+        """[B, T, D] -> [B, T, D], in the (carry, output) form that nn.scan wants."""
+        c = self.config
+        residual = nn.Dropout(c.residual_dropout, deterministic=deterministic)
+        h_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
+        h_BTD = Attention(c, name="attention")(
+            h_BTD, mask_BTS, cos, sin, first_slot, deterministic, cache_length
+        )
+        x_BTD = x_BTD + residual(h_BTD)
+        h_BTD = SwiGLU(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD))
+        x_BTD = x_BTD + residual(h_BTD)
+        return nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed")), None
+
+
+class CachedSegments(nn.Module):
+    """What all layers' caches share: how many slots are filled, and the segment of each."""
+
+    @nn.compact
+    def __call__(self, segment_ids_BT: jax.Array, cache_length: int) -> tuple[jax.Array, jax.Array]:
+        """Notes the new keys' segments; returns the slot they go to and all key segments, [B, S]."""
+        B, T = segment_ids_BT.shape
+        slot = self.variable("cache", "slot", lambda: jnp.int32(0))
+        segments = self.variable("cache", "segment_ids", jnp.zeros, (B, cache_length), jnp.int32)
+        first_slot = slot.value
+        new_BT = segment_ids_BT.astype(jnp.int32)
+        segments.value = jax.lax.dynamic_update_slice_in_dim(segments.value, new_BT, first_slot, axis=1)
+        slot.value = first_slot + T
+        return first_slot, segments.value
+
+
+class Decoder(nn.Module):
+    """Embedding, L layers, final norm: token ids to the hidden states that heads read."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Declares the embedding table, the scanned layers and the final norm."""
+        c = self.config
+        self.embedding_VD = weight(self, "embedding", (c.vocab_size, c.d_model), ("vocab", "embed"), c.init_std)
+        layer = Layer
+        if c.remat == "full":
+            # Inside a scan XLA cannot undo the recomputation, so its guard against that is not needed.
+            layer = nn.remat(Layer, prevent_cse=False, static_argnums=(6, 7))
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=c.n_layers,
+            unroll=c.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.final_norm = RMSNorm(c)
+        self.embedding_dropout = nn.Dropout(c.embedding_dropout)
+        self.cached_segments = CachedSegments()
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        deterministic: bool = True,
+        cache_length: int | None = None,
+    ) -> jax.Array:
+        """Hidden states after the final norm, [B, T, D] in the compute type.
+
+        Args:
+          tokens_BT: int32 ids.
+          segment_ids_BT: int32; tokens see their own segment only, 0 is padding.
+          positions_BT: int32 positions for the rotary embedding.
+          deterministic: False draws dropout masks from the `dropout` rng.
+          cache_length: slots of the key/value cache (S); None runs without one. With a cache, apply with
+            mutable=["cache"] and feed the returned collection to the next call.
+        """
+        c = self.config
+        x_BTD = jnp.take(self.embedding_VD, tokens_BT, axis=0).astype(dtype_of(c))
+        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
+        x_BTD = self.embedding_dropout(x_BTD, deterministic=deterministic)
+        first_slot, key_segments_BS = jnp.int32(0), segment_ids_BT
+        if cache_length is not None:
+            first_slot, key_segments_BS = self.cached_segments(segment_ids_BT, cache_length)
+        mask_BTS = attention_mask(segment_ids_BT, key_segments_BS, first_slot)
+        cos, sin = rope.angles(c, positions_BT)
+        x_BTD, _ = self.layers(x_BTD, mask_BTS, cos, sin, first_slot, deterministic, cache_length)
+        return self.final_norm(x_BTD)
+
+
+class Llama(nn.Module):
+    """The decoder with its language-model head."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Declares the decoder and, unless tied, the output projection."""
+        c = self.config
+        self.decoder = Decoder(c)
+        if not c.tie_embeddings:
+            self.lm_head_DV = weight(self, "lm_head", (c.d_model, c.vocab_size), ("embed", "vocab"), c.init_std)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        deterministic: bool = True,
+        cache_length: int | None = None,
+        last_only: bool = False,
+    ) -> jax.Array:
+        """Logits [B, T, V] in float32; the arguments are `Decoder`'s.
+
+        With last_only, logits of the last position alone, [B, 1, V]: what decoding needs.
+        """
+        x_BTD = self.decoder(tokens_BT, segment_ids_BT, positions_BT, deterministic, cache_length)
+        if last_only:
+            x_BTD = x_BTD[:, -1:]
+        w_DV = self.decoder.embedding_VD.T if self.config.tie_embeddings else self.lm_head_DV
+        logits_BTV = matmul(x_BTD, w_DV).astype(jnp.float32)
+        return nn.with_logical_constraint(logits_BTV, ("batch", "length", "act_vocab"))

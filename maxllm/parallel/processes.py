@@ -1,0 +1,53 @@
+"""Several processes as one JAX program, and global arrays from what each process holds.
+
+A launcher sets three variables (launch/local_multiprocess.sh does); without them there is one process, or, on
+Cloud TPU and Slurm, what `jax.distributed.initialize()` finds by itself when MAXLLM_DISTRIBUTED=auto.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from maxllm.errors import UserError
+
+COORDINATOR, COUNT, INDEX = "MAXLLM_COORDINATOR", "MAXLLM_NUM_PROCESSES", "MAXLLM_PROCESS_ID"
+AUTO = "MAXLLM_DISTRIBUTED"
+
+
+def initialize() -> None:
+    """Joins the other processes, if the environment says that there are any. Idempotent."""
+    if jax.distributed.is_initialized():
+        return
+    if os.environ.get(AUTO) == "auto":
+        jax.distributed.initialize()
+        return
+    given = [name for name in (COORDINATOR, COUNT, INDEX) if name in os.environ]
+    if not given:
+        return
+    if len(given) < 3:
+        raise UserError(f"{', '.join(given)} set alone: a launcher sets {COORDINATOR}, {COUNT} and {INDEX}")
+    try:
+        count, index = int(os.environ[COUNT]), int(os.environ[INDEX])
+    except ValueError:
+        raise UserError(f"{COUNT} and {INDEX} must be whole numbers") from None
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(os.environ[COORDINATOR], num_processes=count, process_id=index)
+
+
+def is_main() -> bool:
+    """Whether this process writes the run's text files and speaks to the console."""
+    return jax.process_index() == 0
+
+
+def to_global(batch: Any, sharding: Sharding) -> Any:
+    """Global arrays from a batch that every process computes alike; each device gets its rows only."""
+
+    def place(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, batch)

@@ -1,0 +1,151 @@
+"""From a YAML recipe and `key=value` words to a `Config`, with errors that name the field.
+
+    config = load_recipe("configs/pretrain/tiny_slice_cpu.yaml", ["optimizer.learning_rate=3e-4"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from maxllm.config import Config
+from maxllm.errors import UserError
+
+INCLUDE = "include"
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe given as a path, or by its path below `configs/` (with or without .yaml), also when installed."""
+    package = Path(__file__).parent
+    for root in (Path(), package.parent / "configs", package / "configs"):
+        for candidate in (root / name, root / f"{name}.yaml"):
+            if candidate.is_file():
+                return candidate
+    raise UserError(f"recipe {name!r} not found: give a YAML file, or the name of one under configs/")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe with at most one `include` level, applies overrides in order, validates.
+
+    Raises:
+      UserError: naming the field, what was given and what is allowed.
+    """
+    path = find_recipe(name)
+    tree = read_yaml(path)
+    if INCLUDE in tree:
+        base_path = path.parent / str(tree.pop(INCLUDE))
+        base = read_yaml(base_path)
+        if INCLUDE in base:
+            raise UserError(f"{base_path} is itself included by {path.name}; one include level is the limit")
+        tree = merge(base, tree)
+    return apply_overrides(tree, overrides)
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """Puts dotted `key=value` words into the tree, then validates it."""
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {word!r} is not of the form section.field=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        tree = merge(tree, nested)
+    return validate(tree)
+
+
+def validate(tree: dict[str, Any]) -> Config:
+    """A `Config` from plain data, or one sentence about the first thing that is wrong."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(explain(error.errors()[0])) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no recipe: sections such as run: and batch: are expected")
+    return tree
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load_recipe` reads it back to an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`: mappings merge, everything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def explain(error: ErrorDetails) -> str:
+    """One sentence for one pydantic error: the field, what was given, what is allowed."""
+    where = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "extra_forbidden":
+            nearest = difflib.get_close_matches(where, field_names(Config), n=1, cutoff=0.0)
+            return f"unknown key {where!r}; the nearest is {nearest[0]!r}"
+        case "missing":
+            return f"{where} is required and was not given"
+        case "value_error":
+            reason = str(error["ctx"]["error"])
+            return f"{where}: {reason}" if where else reason
+    allowed = error["msg"][0].lower() + error["msg"][1:]
+    field = field_at(error["loc"])
+    meaning = f" ({field.description})" if field and field.description else ""
+    return f"{where} was given {error['input']!r}: {allowed}{meaning}"
+
+
+def field_names(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key below a section, sections themselves included."""
+    names = []
+    for name, field in section.model_fields.items():
+        names.append(prefix + name)
+        below = nested_section(field.annotation)
+        if below is not None:
+            names += field_names(below, f"{prefix}{name}.")
+    return names
+
+
+def field_at(location: tuple[int | str, ...]) -> Any:
+    """The pydantic field at an error's location, or None."""
+    section: type[BaseModel] | None = Config
+    field = None
+    for part in location:
+        if section is None or part not in section.model_fields:
+            return field
+        field = section.model_fields[str(part)]
+        section = nested_section(field.annotation)
+    return field
+
+
+def nested_section(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside `Section` or `Section | None`."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    for option in options:
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None

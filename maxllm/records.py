@@ -1,0 +1,97 @@
+"""The PyTrees that flow between the parts of maxllm, and the legend of their dims.
+
+An array's name ends in its dims, one letter each; einsum strings use the same letters in lower case.
+
+    B  batch rows                 D  model width              L  layers
+    T  time: query positions      H  query heads              F  feed-forward width
+    S  time: key positions        G  key/value heads          V  vocabulary
+    P  prompt positions           K  head width               C  completions per prompt
+    R  response positions         Q  query heads per key/value head (H = G * Q)
+
+A segment id of 0 marks padding; documents packed into one row carry 1, 2, …, and attention never crosses
+them. A metric is a `(sum, count)` pair: it is divided once, over the global batch, by whoever prints it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+
+Params = Any
+"""A PyTree of parameters (nested dict of arrays)."""
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+"""Metric name -> (sum, count)."""
+
+
+@struct.dataclass
+class LmBatch:
+    """Next-token prediction: pretraining (weights on all tokens) and SFT (weights on replies)."""
+
+    tokens_BT: jax.Array
+    """int32 input ids."""
+    targets_BT: jax.Array
+    """int32 id to predict after each input."""
+    loss_weights_BT: jax.Array
+    """float32; 0 where the target does not count."""
+    segment_ids_BT: jax.Array
+    """int32; 0 is padding."""
+    positions_BT: jax.Array
+    """int32 position inside its document."""
+
+
+@struct.dataclass
+class PairBatch:
+    """C completions of each prompt, best first (C = 2: chosen, rejected); right-padded."""
+
+    tokens_BCT: jax.Array
+    """int32 prompt followed by completion."""
+    lengths_BC: jax.Array
+    """int32 tokens before the padding; the score is read at lengths - 1."""
+    weights_B: jax.Array
+    """float32 weight of the prompt in the loss; 0 for a filler row."""
+
+
+@struct.dataclass
+class PromptBatch:
+    """Prompts to be completed; left-padded so that every row continues at the same slot."""
+
+    tokens_BP: jax.Array
+    """int32 ids, padding first."""
+    lengths_B: jax.Array
+    """int32 real tokens at the end of each row."""
+
+
+@struct.dataclass
+class Rollout:
+    """Prompts and what was generated after them."""
+
+    tokens_BT: jax.Array
+    """int32, T = P + R: left-padded prompt, then the response, then padding."""
+    segment_ids_BT: jax.Array
+    """int32; 1 on prompt and response, 0 on padding."""
+    positions_BT: jax.Array
+    """int32 position inside the row's real tokens."""
+    logps_BR: jax.Array
+    """float32 log-probability of each response token under the sampling distribution before top-k/top-p."""
+    mask_BR: jax.Array
+    """float32; 1 on response tokens, the stop token included."""
+    finished_B: jax.Array
+    """bool; the response ended with a stop token."""
+
+
+@struct.dataclass
+class Experience:
+    """Rollouts with everything PPO's update needs; each `_BR` array is float32."""
+
+    rollout: Rollout
+    old_logps_BR: jax.Array
+    """Log-probabilities under the policy that made the rollout, recomputed by the training graph."""
+    old_values_BR: jax.Array
+    """The critic's values at rollout time."""
+    advantages_BR: jax.Array
+    """GAE advantages, whitened over all response tokens."""
+    returns_BR: jax.Array
+    """Advantages before whitening, plus old values."""

@@ -1,0 +1,124 @@
+"""Checkpoints through Orbax: the parameters that other stages read, and the rest that only resuming needs.
+
+A checkpoint has two items. `params` is what the next stage starts from; `rest` is the state without it (step,
+optimizer state, the critic of PPO). A restore that does not fit is an error, never a fresh start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from maxllm.errors import UserError
+from maxllm.records import Params
+
+FOLDER = "checkpoints"
+
+
+class State(Protocol):
+    """A training state whose exported parameters can be taken out and put back."""
+
+    def detach(self) -> tuple[Params, Self]:
+        """(the parameters other stages read, the state without them)."""
+
+    def attach(self, params: Params) -> Self:
+        """The state with parameters put back."""
+
+
+AnyState = TypeVar("AnyState", bound=State)
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, run_dir: Path, keep: int, best_mode: str) -> None:
+        """Opens `run_dir/checkpoints`.
+
+        Args:
+          run_dir: the run folder.
+          keep: latest checkpoints to keep; the best one is kept besides.
+          best_mode: "min" or "max" of the number given to `save`.
+        """
+        best = BestN(
+            get_metric_fn=lambda metrics: metrics["best"],
+            reverse=best_mode == "min",
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._manager = ocp.CheckpointManager(
+            (run_dir / FOLDER).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: State, best: float | None) -> None:
+        """Starts saving in the background; `best` is the held-out figure that ranks it, when there is one."""
+        params, rest = state.detach()
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)
+            ),
+            metrics=None if best is None else {"best": best},
+        )
+
+    def restore(self, step: int, abstract_state: AnyState) -> AnyState:
+        """The state saved at `step`, in the shardings of `abstract_state`."""
+        params, rest = abstract_state.detach()
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest)
+            ),
+        )
+        return restored["rest"].attach(restored["params"])
+
+    def close(self) -> None:
+        """Waits for the save under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def load_params(run_dir: Path, abstract_params: Params) -> Params:
+    """The newest parameters of another run, in the shardings of `abstract_params`.
+
+    Raises:
+      UserError: no checkpoint there, or one of another model.
+    """
+    folder = run_dir / FOLDER
+    steps = ocp.utils.checkpoint_steps(folder.absolute()) if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"{run_dir} holds no checkpoint; train that stage first")
+    path = folder.absolute() / str(max(steps)) / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(path)
+        problems = differences(getattr(saved, "item_metadata", saved), abstract_params)
+        if problems:
+            raise UserError(f"{path.parent} is a checkpoint of another model: {'; '.join(problems[:5])}")
+        return checkpointer.restore(path, abstract_params)
+
+
+def differences(saved: Any, wanted: Any) -> list[str]:
+    """Parameters that are missing, extra or of another shape, one phrase each."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+    have, want = shapes(saved), shapes(wanted)
+    found = [f"{name} is missing" for name in sorted(want.keys() - have.keys())]
+    found += [f"{name} is extra" for name in sorted(have.keys() - want.keys())]
+    for name in sorted(want.keys() & have.keys()):
+        if have[name] != want[name]:
+            found.append(f"{name} is {have[name]}, not {want[name]}")
+    return found

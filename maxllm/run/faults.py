@@ -1,0 +1,44 @@
+"""Being asked to stop: SIGTERM and Ctrl-C set a flag that the loop reads between two steps."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import jax
+import numpy as np
+
+
+class StopRequest:
+    """Whether this process was asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """The signal handler; a second Ctrl-C stops at once, without saving."""
+        if self.asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def anywhere(self) -> bool:
+        """Whether any process was asked: all must stop at the same step to save together."""
+        if jax.process_count() == 1:
+            return self.asked
+        from jax.experimental import multihost_utils
+
+        return bool(np.any(multihost_utils.process_allgather(np.array(self.asked))))
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Installs the handlers for SIGTERM and SIGINT, and puts the former ones back."""
+    request = StopRequest()
+    former = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

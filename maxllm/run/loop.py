@@ -1,0 +1,257 @@
+"""The training loop that every stage shares: resume, step, evaluate, record, save, stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxllm.data.loader import Batches
+from maxllm.errors import Interrupted, RunFailed
+from maxllm.parallel import processes, sharding
+from maxllm.plan.flops import PEAK_FLOPS
+from maxllm.records import Metrics
+from maxllm.run.checkpoint import Checkpoints
+from maxllm.run.faults import StopRequest, stop_on_signals
+from maxllm.run.record import SUMMARY, Recorder, hardware, peak_rss_bytes, read_summary, write_json
+from maxllm.run.session import Session, compile_step
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is particular to a stage."""
+
+    abstract_state: Any
+    """Shapes and shardings of the state."""
+    fresh: Callable[[], Any]
+    """Makes the state a new run starts from; not called when a checkpoint is there."""
+    step: Callable[..., Any]
+    """Pure `(state, batch, *frozen) -> (state, metrics)`."""
+    batches: Batches
+    """The data, in order."""
+    evaluate: Callable[[Any], dict[str, float]]
+    """Held-out figures of a state."""
+    best: tuple[str, Literal["min", "max"]]
+    """Which held-out figure ranks checkpoints, and which end of it is good."""
+    tokens_per_step: int
+    """For tokens/s: positions computed per step, padding included."""
+    flops_per_step: float
+    """For MFU: model FLOPs of a step."""
+    frozen: tuple[Any, ...] = ()
+    """Trees that the step reads besides state and batch."""
+    facts: dict[str, Any] | None = None
+    """Numbers that go into summary.json as they are."""
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something done every `every` steps is done after `step`; the last step always counts."""
+    return step % every == 0 or step == total
+
+
+def train(session: Session, job: Job) -> dict[str, Any]:
+    """Runs the stage to its last step, from wherever it was interrupted; returns summary.json's content.
+
+    Resuming, in this order:
+      1. the newest complete checkpoint gives state and step (none: `job.fresh()`, step 0);
+      2. metrics.jsonl is cut back to that step;
+      3. the next batch is the one of that step, for a batch is a function of (seed, step).
+
+    Raises:
+      Interrupted: SIGTERM or Ctrl-C came; the state is saved.
+      RunFailed: too many consecutive updates were not finite.
+    """
+    complete = read_summary(session.run_dir)
+    if complete is not None:
+        return complete
+    run = session.config.run
+    checkpoints = Checkpoints(session.run_dir, run.keep_checkpoints, job.best[1])
+    try:
+        first = checkpoints.latest()
+        title = session.config.stage
+        with (
+            stop_on_signals() as stop,
+            Recorder(session.run_dir, title, run.steps, first, processes.is_main()) as recorder,
+        ):
+            summary = _Loop(session, job, checkpoints, recorder, stop).run(first)
+    finally:
+        checkpoints.close()
+    if processes.is_main():
+        write_json(session.run_dir / SUMMARY, summary)
+    return summary
+
+
+class _Loop:
+    """The state of a running loop; `run` reads top-down."""
+
+    def __init__(
+        self, session: Session, job: Job, checkpoints: Checkpoints, recorder: Recorder, stop: StopRequest
+    ) -> None:
+        self.session, self.job, self.stop = session, job, stop
+        self.checkpoints, self.recorder = checkpoints, recorder
+        self.started = time.perf_counter()
+        self.window = _Window(job)
+        self.skipped_in_a_row = 0
+        self.saved_step: int | None = None
+
+    def run(self, first: int | None) -> dict[str, Any]:
+        """From the checkpoint of step `first` (None: from the start) to the last step."""
+        job, run = self.job, self.session.config.run
+        if first is None:
+            state = job.fresh()
+            heldout = self.evaluate(state, 0)
+        else:
+            state = self.checkpoints.restore(first, job.abstract_state)
+            heldout = next(r["heldout"] for r in reversed(self.recorder.records) if "heldout" in r)
+            self.recorder.say(f"continues from the checkpoint of step {first}")
+        rows = sharding.batch_sharding(self.session.mesh)
+        step_fn, compile_seconds = compile_step(
+            self.session.mesh, job.step, job.abstract_state, job.batches.at(0), *job.frozen
+        )
+        self.recorder.say(f"compiled the step in {compile_seconds:.1f} s")
+
+        pending: tuple[int, Metrics] | None = None
+        self.window.restart()
+        for step in range((first or 0) + 1, run.steps + 1):
+            batch = processes.to_global(job.batches.at(step - 1), rows)
+            state, metrics = step_fn(state, batch, *job.frozen)
+            # Reading numbers waits for the device; reading the former step's keeps it busy meanwhile.
+            if pending is not None:
+                self.note(*pending)
+            pending = (step, metrics)
+            if due(step, run.eval_every, run.steps):
+                pending = self.note(*pending)
+                heldout = self.evaluate(state, step)
+            if due(step, run.checkpoint_every, run.steps):
+                pending = pending and self.note(*pending)
+                self.save(step, state, heldout)
+            if self.stop.anywhere():
+                pending = pending and self.note(*pending)
+                self.save(step, state, heldout)
+                raise Interrupted(f"stopped after step {step} of {run.steps} and saved; the same command continues")
+        return self.summary(state, compile_seconds)
+
+    def seconds(self) -> float:
+        """Seconds this run has taken so far, earlier sittings included."""
+        return round(self.recorder.seconds_before + time.perf_counter() - self.started, 3)
+
+    def note(self, step: int, metrics: Metrics) -> None:
+        """Takes in one step's numbers; writes and prints when due."""
+        run = self.session.config.run
+        sums = {name: (float(total), float(count)) for name, (total, count) in jax.device_get(metrics).items()}
+        skipped = sums["skipped"][0] > 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            self.recorder.say(f"step {step}: loss or gradient is not finite; the update was skipped")
+            if self.skipped_in_a_row > run.max_nonfinite_steps:
+                raise RunFailed(
+                    f"{self.skipped_in_a_row} updates in a row were not finite, the last at step {step}; "
+                    "lower optimizer.learning_rate or look at the data"
+                )
+        self.window.add(sums)
+        if due(step, run.log_every, run.steps):
+            record = {"step": step, "seconds": self.seconds(), **self.window.means(), **self.window.speed()}
+            self.recorder.write(record)
+            self.recorder.say(self.window.line(step, run.steps, record))
+            self.window.restart()
+        self.recorder.advance(step)
+
+    def evaluate(self, state: Any, step: int) -> dict[str, float]:
+        """Held-out figures, recorded."""
+        started = time.perf_counter()
+        heldout = self.job.evaluate(state)
+        self.recorder.write({"step": step, "seconds": self.seconds(), "heldout": heldout})
+        self.recorder.say(f"step {step} held out: " + ", ".join(f"{k} {v:.4g}" for k, v in heldout.items()))
+        self.window.paused(time.perf_counter() - started)
+        return heldout
+
+    def save(self, step: int, state: Any, heldout: dict[str, float]) -> None:
+        """Saves once per step, ranked by the newest held-out figure."""
+        started = time.perf_counter()
+        if self.saved_step != step:
+            self.checkpoints.save(step, state, heldout[self.job.best[0]])
+            self.saved_step = step
+        self.window.paused(time.perf_counter() - started)
+
+    def summary(self, state: Any, compile_seconds: float) -> dict[str, Any]:
+        """What summary.json says."""
+        heldout = [record for record in self.recorder.records if "heldout" in record]
+        logged = [record for record in self.recorder.records if "heldout" not in record]
+        speeds = [record["tokens_per_second"] for record in logged[1:] or logged]
+        return {
+            "stage": self.session.config.stage,
+            "steps": self.session.config.run.steps,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.job.abstract_state.detach()[0])),
+            "tokens": self.session.config.run.steps * self.job.tokens_per_step,
+            "seconds": self.seconds(),
+            "compile_seconds": round(compile_seconds, 2),
+            "tokens_per_second": float(np.median(speeds)),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "heldout_first": heldout[0]["heldout"],
+            "heldout_last": heldout[-1]["heldout"],
+            "last": logged[-1],
+            "hardware": hardware(),
+            **(self.job.facts or {}),
+        }
+
+
+class _Window:
+    """Sums over the steps between two log lines, and how fast they went."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new window now."""
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._steps, self._paused, self._began = 0, 0.0, time.perf_counter()
+
+    def paused(self, seconds: float) -> None:
+        """Leaves seconds that were not training out of the speed."""
+        self._paused += seconds
+
+    def add(self, sums: dict[str, tuple[float, float]]) -> None:
+        """Adds one step's (sum, count) pairs; a skipped step counts only as skipped."""
+        self._steps += 1
+        for name, (total, count) in sums.items():
+            if math.isfinite(total):
+                former = self._sums.get(name, (0.0, 0.0))
+                self._sums[name] = (former[0] + total, former[1] + count)
+
+    def means(self) -> dict[str, float]:
+        """Every metric divided once."""
+        return {name: total / count for name, (total, count) in self._sums.items() if count}
+
+    def speed(self) -> dict[str, float]:
+        """Steps and tokens per second, and MFU where the device's peak is known."""
+        per_second = self._steps / max(time.perf_counter() - self._began - self._paused, 1e-9)
+        speed = {"steps_per_second": per_second, "tokens_per_second": per_second * self._job.tokens_per_step}
+        if self._peak is not None:
+            speed["mfu"] = per_second * self._job.flops_per_step / (self._peak * jax.device_count())
+        return speed
+
+    def line(self, step: int, steps: int, record: dict[str, float]) -> str:
+        """The console line."""
+        shown = ["loss", "accuracy", "score", "kl", "gradient_norm"]
+        parts = [f"{name} {record[name]:.4g}" for name in shown if name in record]
+        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+        if "mfu" in record:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        minutes, seconds = divmod(int((steps - step) / record["steps_per_second"]), 60)
+        return f"step {step}/{steps}: " + ", ".join(parts) + f", {minutes}:{seconds:02d} to go"
+
+
+def mean_over(batches: Any, step: Callable[[Any], Metrics]) -> dict[str, float]:
+    """Runs an evaluation step over batches and divides the sums once."""
+    total: Any = None
+    for batch, _ in batches:
+        sums = step(batch)
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    return {name: float(value) / float(count) for name, (value, count) in jax.device_get(total).items()}

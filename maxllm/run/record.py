@@ -1,0 +1,144 @@
+"""The run folder's text files: metrics.jsonl (one JSON object a line), summary.json; and the console.
+
+Nothing here is read back by training except `summary.json`'s existence (the run is complete) and the seconds
+already spent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import maxllm
+
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_records(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl; a line that a kill cut short ends it."""
+    path = run_dir / METRICS
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """summary.json of a complete run, or None."""
+    path = run_dir / SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def hardware() -> dict[str, Any]:
+    """What the run ran on."""
+    device = jax.devices()[0]
+    return {
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "maxllm": maxllm.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Recorder:
+    """metrics.jsonl of one run, cut back to the step that the run continues from, and its progress bar."""
+
+    def __init__(self, run_dir: Path, title: str, steps: int, first_step: int | None, main: bool) -> None:
+        """Opens the files.
+
+        Args:
+          run_dir: the run folder.
+          title: what the progress bar says.
+          steps: steps of the whole run.
+          first_step: step continued from; None starts anew and drops any former lines.
+          main: False for the processes that must not write.
+        """
+        self._path, self._main = run_dir / METRICS, main
+        kept = [r for r in read_records(run_dir) if first_step is not None and r["step"] <= first_step]
+        self.seconds_before: float = max((record["seconds"] for record in kept), default=0.0)
+        self.records = kept
+        if main:
+            write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._console = Console(stderr=True, quiet=not main, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+            transient=True,
+            disable=not (main and self._console.is_terminal),
+        )
+        self._task = self._progress.add_task(title, total=steps, completed=first_step or 0, note="")
+        self._title = title
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one line; every record has `step` and `seconds` (since the run began, pauses left out)."""
+        self.records.append(record)
+        if self._main:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
+
+    def advance(self, step: int, note: str = "") -> None:
+        """Moves the progress bar."""
+        self._progress.update(self._task, completed=step, note=note)
+
+    def say(self, line: str) -> None:
+        """One console line above the progress bar."""
+        self._console.print(f"{self._title}: {line}", markup=False, soft_wrap=True)

@@ -1,0 +1,173 @@
+"""Opening a run: processes, mesh, model, tokenizer, run folder; and the one place where steps are compiled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import yaml
+from jax.sharding import Mesh
+
+from maxllm import recipe
+from maxllm.config import Config, ModelConfig
+from maxllm.data.tokenizer import Tokenizer, load_tokenizer
+from maxllm.errors import UserError
+from maxllm.parallel import processes, sharding
+from maxllm.parallel.mesh import check_divisible, make_mesh
+from maxllm.run.record import write_text
+
+CONFIG, TOKENIZER = "config.yaml", "tokenizer.model"
+
+MAY_CHANGE = {"mesh", "run.dir", "run.log_every", "run.eval_every", "run.checkpoint_every"} | {
+    "run.keep_checkpoints",
+    "run.max_nonfinite_steps",
+}
+"""Settings that a resumed run may change: they alter neither its data nor its arithmetic."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of one stage, opened."""
+
+    config: Config
+    """The resolved recipe: model and tokenizer filled in."""
+    model: ModelConfig
+    mesh: Mesh
+    tokenizer: Tokenizer
+    run_dir: Path
+
+
+def open_session(config: Config) -> Session:
+    """Checks everything that can be checked before work begins, then opens the run folder.
+
+    Raises:
+      UserError: a missing run folder or file, a vocabulary that does not match, a mesh that does not divide
+        the model or batch, a run folder that holds another recipe.
+    """
+    processes.initialize()
+    tokenizer_path, model = inherited(config)
+    tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer.vocab_size != model.vocab_size:
+        raise UserError(
+            f"the vocabulary does not match: tokenizer {tokenizer_path} has {tokenizer.vocab_size} pieces, "
+            f"model.vocab_size is {model.vocab_size}"
+        )
+    if config.batch.sequence_length > model.max_seq_len:
+        raise UserError(
+            f"batch.sequence_length={config.batch.sequence_length} is longer than "
+            f"model.max_seq_len={model.max_seq_len}"
+        )
+    mesh = make_mesh(config.mesh)
+    check_divisible(mesh, model, config.batch)
+    run_dir = Path(config.run.dir)
+    resolved = config.model_copy(update={"model": model})
+    open_run_dir(run_dir, resolved, tokenizer)
+    return Session(resolved, model, mesh, tokenizer, run_dir)
+
+
+def inherited(config: Config) -> tuple[Path, ModelConfig]:
+    """Tokenizer file and model of this run: the recipe's, or those of the run it starts from."""
+    if config.start.policy is None:
+        assert config.model is not None and config.tokenizer is not None, "Config checks this"
+        return Path(config.tokenizer.path), config.model
+    parent = Path(config.start.policy)
+    model = run_config(parent).model
+    assert model is not None, "a run folder's config is resolved"
+    # How it computes may differ from stage to stage; what the checkpoint's shapes and function depend on may not.
+    if config.model is not None:
+        free = {"dtype", "remat", "scan_unroll", "embedding_dropout", "attention_dropout", "residual_dropout"}
+        for name in sorted(set(ModelConfig.model_fields) - free):
+            ours, theirs = getattr(config.model, name), getattr(model, name)
+            if ours != theirs:
+                raise UserError(f"model.{name}={ours}, but the checkpoint in {parent} is of a model with {theirs}")
+        model = config.model
+    if config.tokenizer is not None:
+        given, used = load_tokenizer(config.tokenizer.path), load_tokenizer(parent / TOKENIZER)
+        if given != used:
+            raise UserError(f"tokenizer.path={config.tokenizer.path} is not the tokenizer that {parent} was trained with")
+    return parent / TOKENIZER, model
+
+
+def run_config(run_dir: Path) -> Config:
+    """The resolved configuration in a run folder.
+
+    Raises:
+      UserError: it is no run folder.
+    """
+    if not (run_dir / CONFIG).is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no {CONFIG}")
+    return recipe.validate(recipe.read_yaml(run_dir / CONFIG))
+
+
+def open_run_dir(run_dir: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Creates the folder, or makes sure that it holds a run of the same recipe."""
+    former_path = run_dir / CONFIG
+    if former_path.is_file():
+        former = flat(recipe.read_yaml(former_path))
+        now = flat(yaml.safe_load(recipe.dump(config)))
+        for key in sorted(former.keys() | now.keys()):
+            fixed = not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+            if fixed and former.get(key) != now.get(key):
+                raise UserError(
+                    f"{run_dir} holds a run with {key}={former.get(key)}, not {now.get(key)}; "
+                    "give another run.dir, or remove that folder"
+                )
+    if processes.is_main():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / TOKENIZER).write_bytes(tokenizer.model_bytes)
+        write_text(former_path, recipe.dump(config))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested mappings."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def compile_step(
+    mesh: Mesh, step: Callable[..., Any], state: Any, batch: Any, *frozen: Any
+) -> tuple[Callable[..., Any], float]:
+    """Jits, shards and donates a pure step `(state, batch, *frozen) -> (state, metrics)`.
+
+    Args:
+      mesh: the device mesh.
+      step: the pure function.
+      state: abstract state; its shardings are those of the result too.
+      batch: one batch of numpy arrays.
+      frozen: abstract trees that the step reads and that are not donated.
+
+    Returns:
+      The compiled function of (state, batch, *frozen), and the seconds that compiling took.
+    """
+    rows = sharding.batch_sharding(mesh)
+    abstract_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
+    jitted = jax.jit(
+        step, donate_argnums=0, out_shardings=(sharding.shardings_of(state), sharding.replicated(mesh))
+    )
+    started = time.perf_counter()
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        compiled = jitted.lower(state, abstract_batch, *frozen).compile()
+    return compiled, time.perf_counter() - started
+
+
+def compile_reader(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Jits a pure function `(params, batch, …) -> result` that changes nothing; results go to every device.
+
+    The returned function takes numpy batches as its second argument.
+    """
+    jitted = jax.jit(function, out_shardings=sharding.replicated(mesh))
+    to_devices = partial(processes.to_global, sharding=sharding.batch_sharding(mesh))
+
+    def call(params: Any, batch: Any, *rest: Any) -> Any:
+        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+            return jitted(params, to_devices(batch), *rest)
+
+    return call

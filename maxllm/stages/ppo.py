@@ -1,0 +1,194 @@
+"""PPO: the SFT policy learns from the reward model, held near where it began by a KL penalty.
+
+    maxllm ppo configs/ppo/tiny_tasks_cpu.yaml
+
+Four models: actor (trained, from SFT), critic (trained, from the reward model), reference (frozen SFT), reward
+(frozen). `iteration` below is the whole algorithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxllm.config import Config, GenerationConfig
+from maxllm.data import loader
+from maxllm.data.chat import STOP_TOKENS
+from maxllm.data.instruct import Question, question_of, read_split
+from maxllm.data.tokenizer import PAD, load_tokenizer
+from maxllm.errors import UserError
+from maxllm.generate.decode import generate
+from maxllm.losses.policy import kl_k1
+from maxllm.losses.token import token_logps
+from maxllm.model.heads import ScalarModel
+from maxllm.model.llama import Llama
+from maxllm.optim import make_optimizer
+from maxllm.plan.flops import train_flops_per_token
+from maxllm.records import Metrics, Params, PromptBatch
+from maxllm.run.checkpoint import load_params
+from maxllm.run.loop import Job, train
+from maxllm.run.session import TOKENIZER, Session, compile_reader, open_session
+from maxllm.stages.shared import (
+    abstract_params,
+    exact_match,
+    policy_params,
+    prompts_of,
+    reply_text,
+    require_answers,
+    start_from,
+)
+from maxllm.steps import ppo as algorithm
+from maxllm.steps.ppo import Frozen, Ppo, PpoState
+from maxllm.steps.state import abstract, initializer
+
+
+def iteration(
+    state: PpoState,
+    prompts: PromptBatch,
+    frozen: Frozen,
+    *,
+    ppo: Ppo,
+    generation: GenerationConfig,
+    seed: int,
+) -> tuple[PpoState, Metrics]:
+    """One step of PPO: respond, judge, improve. Pure; jitted and sharded by the loop like every step."""
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    rollout_key, update_key = jax.random.split(key)
+    rollout = generate(
+        ppo.policy_model, state.actor.params, prompts, rollout_key, generation, STOP_TOKENS, PAD
+    )
+    experience, rollout_metrics = algorithm.experience(ppo, state, frozen, rollout)
+    state, update_metrics = algorithm.update_epochs(ppo, state, experience, update_key)
+    return state.replace(step=state.step + 1), rollout_metrics | update_metrics
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains from start.policy and start.reward, or continues; returns summary.json's content."""
+    session = open_session(config)
+    check_reward_tokenizer(session)
+    # 1. Data: prompts. Answers are for the held-out check alone; training never sees them.
+    length = config.batch.sequence_length - config.generation.max_new_tokens
+    train_questions, heldout, tallies = read_split(
+        config.data, "prompt", config.run.seed, lambda row: question_of(session.tokenizer, row, length)
+    )
+    require_answers(heldout, "held-out")
+    # 2. The algorithm and its four models.
+    updates = config.run.steps * config.ppo.epochs * config.ppo.minibatches
+    ppo = Ppo(
+        config=config.ppo,
+        policy_model=Llama(session.model),
+        scalar_model=ScalarModel(session.model),
+        actor_optimizer=make_optimizer(config.optimizer, updates),
+        critic_optimizer=make_optimizer(
+            config.optimizer.model_copy(update={"learning_rate": config.ppo.critic_learning_rate}), updates
+        ),
+        temperature=config.generation.temperature,
+        microbatches=config.batch.microbatches,
+    )
+    abstract_state = abstract(partial(init_state, ppo), session.mesh)
+    frozen = Frozen(
+        reference=policy_params(session, config.start.policy or ""),
+        reward=load_params(Path(config.start.reward or ""), abstract_params(session, ppo.scalar_model)),
+    )
+    # 3. Train; the best checkpoint is the one with the highest held-out score.
+    per_pass = config.batch.rows * config.batch.sequence_length
+    job = Job(
+        abstract_state=abstract_state,
+        fresh=lambda: fresh_state(ppo, frozen, abstract_state),
+        step=partial(iteration, ppo=ppo, generation=config.generation, seed=config.run.seed),
+        batches=loader.Batches(prompts_of(train_questions, length), config.batch.rows, config.run.seed),
+        evaluate=heldout_evaluator(session, ppo, frozen, heldout, length),
+        best=("score", "max"),
+        tokens_per_step=per_pass,
+        flops_per_step=iteration_flops(session, per_pass),
+        frozen=(frozen,),
+        facts={"heldout_items": len(heldout), "sources": [tally.report() for tally in tallies]},
+    )
+    return train(session, job)
+
+
+def init_state(ppo: Ppo, key: jax.Array) -> PpoState:
+    """A fresh state (boxed parameters); it describes the shapes."""
+    return PpoState(
+        step=jnp.int32(0),
+        actor=initializer(ppo.policy_model, ppo.actor_optimizer)(key),
+        critic=initializer(ppo.scalar_model, ppo.critic_optimizer)(key),
+    )
+
+
+def fresh_state(ppo: Ppo, frozen: Frozen, abstract_state: PpoState) -> PpoState:
+    """Step 0: the actor is a copy of the reference, the critic of the reward model."""
+    return PpoState(
+        step=jnp.int32(0),
+        actor=start_from(frozen.reference, ppo.actor_optimizer, abstract_state.actor),
+        critic=start_from(frozen.reward, ppo.critic_optimizer, abstract_state.critic),
+    )
+
+
+def iteration_flops(session: Session, tokens: int) -> float:
+    """Model FLOPs of an iteration: a backward pass costs two forwards; decoding counts as one forward.
+
+    Forwards: rollout, actor, reference, critic, reward = 5. Each epoch: actor and critic, 3 each.
+    """
+    forward = train_flops_per_token(session.model, session.config.batch.sequence_length) / 3
+    return tokens * forward * (5 + 6 * session.config.ppo.epochs)
+
+
+def check_reward_tokenizer(session: Session) -> None:
+    """The reward model must read the same token ids as the policy.
+
+    Raises:
+      UserError: it was trained with another tokenizer.
+    """
+    reward_dir = Path(session.config.start.reward or "")
+    if load_tokenizer(reward_dir / TOKENIZER) != session.tokenizer:
+        raise UserError(f"{reward_dir} was trained with another tokenizer than {session.config.start.policy}")
+
+
+def heldout_evaluator(
+    session: Session, ppo: Ppo, frozen: Frozen, questions: list[Question], length: int
+) -> Callable[[PpoState], dict[str, float]]:
+    """Held-out prompts answered by sampling as in training, and greedily.
+
+    Figures: `score` of the reward model, `kl` to the reference in nats per response (k1), `exact_match` with
+    the true answers (which no model was shown), the same for greedy replies, `finished` share.
+    """
+    config = session.config
+    greedy = config.generation.model_copy(update={"temperature": 0.0})
+
+    def judge(params: Params, prompts: PromptBatch, frozen: Frozen, key: jax.Array) -> tuple[Any, ...]:
+        sampled = generate(ppo.policy_model, params, prompts, key, config.generation, STOP_TOKENS, PAD)
+        best = generate(ppo.policy_model, params, prompts, key, greedy, STOP_TOKENS, PAD)
+        targets_BR = algorithm.response_tokens(sampled)
+        logps_BR, ref_logps_BR = (
+            token_logps(algorithm.response_logits(ppo.policy_model, p, sampled, ppo.temperature), targets_BR)
+            for p in (params, frozen.reference)
+        )
+        kl_B = jnp.sum(kl_k1(logps_BR, ref_logps_BR) * sampled.mask_BR, axis=1)
+        return sampled, best, algorithm.scores(ppo, frozen.reward, sampled), kl_B
+
+    reader = compile_reader(session.mesh, judge)
+
+    def evaluate(state: PpoState) -> dict[str, float]:
+        texts: list[str] = []
+        greedy_texts: list[str] = []
+        sums = {"score": 0.0, "kl": 0.0, "finished": 0.0}
+        for number, (batch, real) in enumerate(loader.in_order(prompts_of(questions, length), config.batch.rows)):
+            key = jax.random.fold_in(jax.random.key(config.run.seed), number)
+            sampled, best, scores_B, kl_B = jax.device_get(reader(state.actor.params, batch, frozen, key))
+            texts += [reply_text(session.tokenizer, sampled, row) for row in range(real)]
+            greedy_texts += [reply_text(session.tokenizer, best, row) for row in range(real)]
+            for name, values in (("score", scores_B), ("kl", kl_B), ("finished", sampled.finished_B)):
+                sums[name] += float(values[:real].sum())
+        means = {name: total / len(questions) for name, total in sums.items()}
+        return means | {
+            "exact_match": exact_match(texts, questions),
+            "exact_match_greedy": exact_match(greedy_texts, questions),
+        }
+
+    return evaluate

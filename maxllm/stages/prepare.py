@@ -1,0 +1,178 @@
+"""Prepare: raw text to a tokenizer and packed rows.
+
+    maxllm prepare configs/pretrain/tiny_slice_cpu.yaml
+
+1. read and clean documents, drop duplicates (data/sources, clean, dedup)
+2. split off the held-out documents by a hash of their content
+3. train the tokenizer on the training documents, unless tokenizer.path is there already
+4. tokenize, chunk, pack; write data.prepared_dir, whole or not at all
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxllm.config import Config, DataConfig
+from maxllm.data import ngram
+from maxllm.data.clean import clean_text, reason_to_drop
+from maxllm.data.dedup import drop_duplicates, text_key
+from maxllm.data.pack import chunks, pack
+from maxllm.data.sources import Tally, read_documents
+from maxllm.data.tokenizer import BOS, EOS, PAD, Tokenizer, load_tokenizer, train_tokenizer
+from maxllm.errors import UserError
+from maxllm.records import LmBatch
+from maxllm.run.record import write_json
+
+MANIFEST = "manifest.json"
+SPLITS = ("train", "heldout")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Prepares what a pretrain recipe needs; returns the manifest. Does nothing when it is done already."""
+    assert config.tokenizer is not None and config.data.prepared_dir is not None, "Config checks this"
+    out = Path(config.data.prepared_dir)
+    wanted = {
+        "data": config.data.model_dump(mode="json"),
+        "tokenizer": config.tokenizer.model_dump(mode="json"),
+        "sequence_length": config.batch.sequence_length,
+    }
+    if (out / MANIFEST).is_file():
+        manifest = read_manifest(out)
+        if manifest["settings"] != wanted:
+            raise UserError(f"{out} was prepared with other settings; remove it or give another data.prepared_dir")
+        return manifest
+
+    train, heldout, tallies = split_documents(config.data)
+    tokenizer_path = Path(config.tokenizer.path)
+    if tokenizer_path.is_file():
+        tokenizer = load_tokenizer(tokenizer_path)
+    else:
+        tokenizer = train_tokenizer(train, config.tokenizer)
+        write_tokenizer(tokenizer_path, tokenizer)
+
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    train_counts, heldout_counts = ngram.ByteCounts(train), ngram.ByteCounts(heldout)
+    unigram, bigram = ngram.bits_per_byte(train_counts, heldout_counts)
+    manifest = {
+        "settings": wanted,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "sources": [tally.report() for tally in tallies],
+        "bits_per_byte_unigram": unigram,
+        "bits_per_byte_bigram": bigram,
+    }
+    for name, texts, counts in (("train", train, train_counts), ("heldout", heldout, heldout_counts)):
+        rows = pack_documents(tokenizer, texts, config.batch.sequence_length)
+        write_rows(temporary / name, rows)
+        tokens = int(rows.loss_weights_BT.sum())
+        manifest[name] = {
+            "documents": len(texts),
+            "bytes": counts.bytes,
+            "tokens": tokens,
+            "rows": len(rows.tokens_BT),
+            "fill": tokens / rows.tokens_BT.size,
+        }
+    write_json(temporary / MANIFEST, manifest)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # without a manifest it is what a kill left behind
+    os.replace(temporary, out)
+    return manifest
+
+
+def split_documents(data: DataConfig) -> tuple[list[str], list[str], list[Tally]]:
+    """(training documents, held-out documents, counts by source), cleaned and free of exact duplicates."""
+    if not data.sources:
+        raise UserError("data.sources is empty: name at least one file, folder or slice:NAME")
+    seen: set[bytes] = set()
+    # Held-out sources go first: a document that stands in both is then not trained on.
+    heldout, tallies = read_clean(data.heldout_sources, data, seen)
+    documents, train_tallies = read_clean(data.sources, data, seen)
+    if data.heldout_sources:
+        return documents, heldout, tallies + train_tallies
+    train = []
+    for text in documents:
+        held = int.from_bytes(text_key(text)[:8], "big") / 2**64 < data.heldout_share
+        (heldout if held else train).append(text)
+    if not train or not heldout:
+        raise UserError(
+            f"{len(documents)} documents are too few to hold out data.heldout_share={data.heldout_share:g} of "
+            "them; give data.heldout_sources"
+        )
+    return train, heldout, train_tallies
+
+
+def read_clean(sources: Sequence[str], data: DataConfig, seen: set[bytes]) -> tuple[list[str], list[Tally]]:
+    """Cleaned, deduplicated documents of the sources in order."""
+    documents: list[str] = []
+    tallies = []
+    for source in sources:
+        tally = Tally(source)
+        documents += drop_duplicates(fit_documents(source, data, tally), tally, seen)
+        tally.check(data.max_bad_share)
+        tallies.append(tally)
+    return documents, tallies
+
+
+def fit_documents(source: str, data: DataConfig, tally: Tally) -> Iterator[str]:
+    """Cleaned documents of one source that no rule drops."""
+    rules = data.clean
+    for raw in read_documents(source, data.text_field, tally):
+        text = clean_text(raw)
+        reason = reason_to_drop(text, rules.min_chars, rules.max_symbol_share, rules.max_repeated_line_share)
+        if reason is None:
+            yield text
+        else:
+            tally.drop(reason)
+
+
+def pack_documents(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> LmBatch:
+    """<s> document </s>, chunked and packed; every token after <s> is a target once."""
+
+    def pieces() -> Iterator[Any]:
+        for text in texts:
+            ids = [BOS, *tokenizer.encode(text), EOS]
+            yield from chunks(ids, [1] * len(ids), length)
+
+    return pack(pieces(), length, PAD)
+
+
+def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    """Writes the model file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(tokenizer.model_bytes)
+    os.replace(temporary, path)
+
+
+def write_rows(folder: Path, rows: LmBatch) -> None:
+    """One .npy file per array."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for field in dataclasses.fields(rows):
+        np.save(folder / f"{field.name}.npy", getattr(rows, field.name))
+
+
+def read_rows(prepared: Path, split: str) -> LmBatch:
+    """Packed rows [N, T], memory-mapped."""
+    names = [field.name for field in dataclasses.fields(LmBatch)]
+    return LmBatch(*(np.load(prepared / split / f"{name}.npy", mmap_mode="r") for name in names))
+
+
+def read_manifest(prepared: Path) -> dict[str, Any]:
+    """What `run` wrote.
+
+    Raises:
+      UserError: the corpus was not prepared.
+    """
+    path = prepared / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{prepared} is not prepared; run `maxllm prepare RECIPE` first")
+    return json.loads(path.read_text(encoding="utf-8"))

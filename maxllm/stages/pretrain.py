@@ -1,0 +1,86 @@
+"""Pretrain: next-token prediction on the packed corpus, from scratch.
+
+    maxllm prepare  configs/pretrain/tiny_slice_cpu.yaml
+    maxllm pretrain configs/pretrain/tiny_slice_cpu.yaml
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from maxllm.config import Config
+from maxllm.errors import UserError
+from maxllm.model.llama import Llama
+from maxllm.optim import make_optimizer
+from maxllm.run.loop import train
+from maxllm.run.session import Session, open_session
+from maxllm.stages import prepare
+from maxllm.stages.shared import heldout_language, language_job
+from maxllm.steps.state import TrainState, abstract, create, initializer
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains to the last step, or continues; returns summary.json's content."""
+    session = open_session(config)
+    # 1. Data: packed rows, made with this tokenizer and this row length.
+    prepared = Path(config.data.prepared_dir or "")
+    manifest = prepare.read_manifest(prepared)
+    check_prepared(session, prepared, manifest)
+    # 2. State: initialized straight into its shardings.
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    init = initializer(Llama(session.model), optimizer)
+    abstract_state = abstract(init, session.mesh)
+    # 3. Train; the best checkpoint is the one with the fewest held-out bits per byte.
+    job = language_job(
+        session,
+        abstract_state=abstract_state,
+        fresh=lambda: create(init, abstract_state, jax.random.key(config.run.seed)),
+        optimizer=optimizer,
+        rows=prepare.read_rows(prepared, "train"),
+        evaluate=bits_per_byte(session, prepared, manifest),
+        best=("bits_per_byte", "min"),
+        facts={
+            "bits_per_byte_unigram": manifest["bits_per_byte_unigram"],
+            "bits_per_byte_bigram": manifest["bits_per_byte_bigram"],
+            "heldout_bytes": manifest["heldout"]["bytes"],
+            "heldout_documents": manifest["heldout"]["documents"],
+        },
+    )
+    return train(session, job)
+
+
+def bits_per_byte(session: Session, prepared: Path, manifest: dict[str, Any]) -> Callable[[TrainState], dict[str, float]]:
+    """Held-out loss, accuracy and bits per byte of text.
+
+    Bits are counted over every token of every held-out document, its end-of-text token included, and divided
+    by the documents' UTF-8 bytes: a figure that does not depend on the tokenizer.
+    """
+    measure = heldout_language(session, prepare.read_rows(prepared, "heldout"))
+    tokens, size = manifest["heldout"]["tokens"], manifest["heldout"]["bytes"]
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        figures = measure(state.params)
+        return figures | {"bits_per_byte": figures["loss"] * tokens / math.log(2) / size}
+
+    return evaluate
+
+
+def check_prepared(session: Session, prepared: Path, manifest: dict[str, Any]) -> None:
+    """The rows must fit the session.
+
+    Raises:
+      UserError: they were made with another tokenizer or row length.
+    """
+    if manifest["tokenizer_sha256"] != session.tokenizer.fingerprint:
+        raise UserError(f"{prepared} was prepared with another tokenizer than {session.config.tokenizer}")
+    length = manifest["settings"]["sequence_length"]
+    if length != session.config.batch.sequence_length:
+        raise UserError(
+            f"{prepared} was prepared with rows of {length} tokens, "
+            f"batch.sequence_length is {session.config.batch.sequence_length}"
+        )

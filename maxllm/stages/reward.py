@@ -1,0 +1,77 @@
+"""Reward model: the SFT model with a scalar head learns which of two replies is better.
+
+    maxllm reward configs/reward/tiny_tasks_cpu.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from maxllm.config import Config
+from maxllm.data import loader
+from maxllm.data.instruct import pad_pairs, pair_ids, read_split
+from maxllm.model.heads import ScalarModel
+from maxllm.optim import make_optimizer
+from maxllm.plan.flops import train_flops_per_token
+from maxllm.records import PairBatch, Params
+from maxllm.run.loop import Job, mean_over, train
+from maxllm.run.session import Session, compile_reader, open_session
+from maxllm.stages.shared import policy_params, start_from
+from maxllm.steps import reward
+from maxllm.steps.state import TrainState, abstract, create, init_params, initializer
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains from start.policy, or continues; returns summary.json's content."""
+    session = open_session(config)
+    # 1. Data: prompt + chosen and prompt + rejected, right-padded.
+    length = config.batch.sequence_length
+    train_pairs, heldout_pairs, tallies = read_split(
+        config.data, "preference", config.run.seed, lambda row: pair_ids(session.tokenizer, row, length)
+    )
+    # 2. State: the policy's decoder under a new head.
+    model = ScalarModel(session.model)
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    abstract_state = abstract(initializer(model, optimizer), session.mesh)
+    tokens = 2 * config.batch.rows * length
+    # 3. Train; the best checkpoint is the one that orders most held-out pairs right.
+    job = Job(
+        abstract_state=abstract_state,
+        fresh=lambda: start_from(with_new_head(session, model), optimizer, abstract_state),
+        step=partial(
+            reward.train_step,
+            model=model,
+            config=config.reward,
+            optimizer=optimizer,
+            seed=config.run.seed,
+            microbatches=config.batch.microbatches,
+        ),
+        batches=loader.Batches(pad_pairs(train_pairs, length), config.batch.rows, config.run.seed),
+        evaluate=heldout_pairs_evaluator(session, model, pad_pairs(heldout_pairs, length)),
+        best=("accuracy", "max"),
+        tokens_per_step=tokens,
+        flops_per_step=tokens * train_flops_per_token(session.model, length),
+        facts={"heldout_items": len(heldout_pairs), "sources": [tally.report() for tally in tallies]},
+    )
+    return train(session, job)
+
+
+def with_new_head(session: Session, model: ScalarModel) -> Params:
+    """Scalar-model parameters whose decoder is the policy's."""
+    init = partial(init_params, model)
+    params = create(init, abstract(init, session.mesh), jax.random.key(session.config.run.seed))
+    policy = policy_params(session, session.config.start.policy or "")
+    return params | {"decoder": policy["decoder"]}
+
+
+def heldout_pairs_evaluator(
+    session: Session, model: ScalarModel, pairs: PairBatch
+) -> Callable[[TrainState], dict[str, float]]:
+    """Loss, pair accuracy and mean scores over held-out pairs."""
+    reader = compile_reader(session.mesh, partial(reward.eval_step, model=model, config=session.config.reward))
+    batches = partial(loader.in_order, pairs, session.config.batch.rows)
+    return lambda state: mean_over(batches(), lambda batch: reader(state.params, batch))

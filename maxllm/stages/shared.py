@@ -1,0 +1,143 @@
+"""What the stages have in common around the loop: states that start from parameters, and replies to prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from maxllm.config import GenerationConfig
+from maxllm.data import loader
+from maxllm.data.chat import STOP_TOKENS
+from maxllm.data.instruct import Question, pad_prompts
+from maxllm.data.tokenizer import EOS, IM_END, PAD, Tokenizer
+from maxllm.errors import UserError
+from maxllm.generate.decode import generate
+from maxllm.model.llama import Llama
+from maxllm.parallel import sharding
+from maxllm.plan.flops import train_flops_per_token
+from maxllm.records import LmBatch, Params, PromptBatch, Rollout
+from maxllm.run.checkpoint import load_params
+from maxllm.run.loop import Job, mean_over
+from maxllm.run.session import Session, compile_reader
+from maxllm.steps import language
+from maxllm.steps.state import TrainState, abstract, init_params
+
+
+def start_from(params: Params, optimizer: optax.GradientTransformation, abstract_state: TrainState) -> TrainState:
+    """A state at step 0 with given parameters and a fresh optimizer state, in the shardings of the abstract one."""
+
+    def begin(params: Params) -> TrainState:
+        return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+
+    return jax.jit(begin, out_shardings=sharding.shardings_of(abstract_state))(params)
+
+
+def abstract_params(session: Session, model: Any) -> Params:
+    """Shapes and shardings of a model's parameters."""
+    return abstract(partial(init_params, model), session.mesh)
+
+
+def policy_params(session: Session, run_dir: str) -> Params:
+    """The language-model parameters in a run folder, on this session's mesh."""
+    return load_params(Path(run_dir), abstract_params(session, Llama(session.model)))
+
+
+def language_job(
+    session: Session,
+    *,
+    abstract_state: TrainState,
+    fresh: Callable[[], TrainState],
+    optimizer: optax.GradientTransformation,
+    rows: LmBatch,
+    evaluate: Callable[[TrainState], dict[str, float]],
+    best: tuple[str, Any],
+    facts: dict[str, Any],
+) -> Job:
+    """The loop's job for next-token prediction, in pretraining and SFT."""
+    config, model = session.config, Llama(session.model)
+    tokens = config.batch.rows * config.batch.sequence_length
+    return Job(
+        abstract_state=abstract_state,
+        fresh=fresh,
+        step=partial(
+            language.train_step,
+            model=model,
+            optimizer=optimizer,
+            seed=config.run.seed,
+            microbatches=config.batch.microbatches,
+        ),
+        batches=loader.Batches(rows, config.batch.rows, config.run.seed),
+        evaluate=evaluate,
+        best=best,
+        tokens_per_step=tokens,
+        flops_per_step=tokens * train_flops_per_token(session.model, config.batch.sequence_length),
+        facts=facts,
+    )
+
+
+def heldout_language(session: Session, rows: LmBatch) -> Callable[[Params], dict[str, float]]:
+    """Loss (nats per weighted target) and next-token accuracy over held-out rows."""
+    reader = compile_reader(session.mesh, partial(language.eval_step, model=Llama(session.model)))
+    batches = partial(loader.in_order, rows, session.config.batch.rows)
+    return lambda params: mean_over(batches(), lambda batch: reader(params, batch))
+
+
+def responder(session: Session, config: GenerationConfig) -> Callable[..., Rollout]:
+    """Compiled `(params, PromptBatch, key) -> Rollout` for this session's policy."""
+    model = Llama(session.model)
+
+    def respond(params: Params, prompts: Any, key: jax.Array) -> Rollout:
+        return generate(model, params, prompts, key, config, STOP_TOKENS, PAD)
+
+    return compile_reader(session.mesh, respond)
+
+
+def prompts_of(questions: Sequence[Question], length: int) -> PromptBatch:
+    """All questions as left-padded prompts [N, length]."""
+    return pad_prompts([question.ids for question in questions], length)
+
+
+def require_answers(questions: Sequence[Question], what: str) -> None:
+    """Exact match needs to know the answers.
+
+    Raises:
+      UserError: a question has none.
+    """
+    for number, question in enumerate(questions, start=1):
+        if question.answer is None:
+            raise UserError(f"{what} prompt {number} has no 'answer', which exact match needs")
+
+
+def replies(
+    respond: Callable[..., Rollout], tokenizer: Tokenizer, params: Params, prompts: Any, rows: int, seed: int = 0
+) -> list[str]:
+    """Replies as text to all prompts (a PromptBatch [N, P]), `rows` at a time."""
+    texts: list[str] = []
+    for number, (batch, real) in enumerate(loader.in_order(prompts, rows)):
+        rollout = jax.device_get(respond(params, batch, jax.random.fold_in(jax.random.key(seed), number)))
+        texts += [reply_text(tokenizer, rollout, row) for row in range(real)]
+    return texts
+
+
+def reply_text(tokenizer: Tokenizer, rollout: Rollout, row: int) -> str:
+    """The response of one row as text, without its stop token."""
+    return tokenizer.decode([i for i in response_ids(rollout, row) if i not in (EOS, IM_END)])
+
+
+def response_ids(rollout: Rollout, row: int) -> list[int]:
+    """The response of one row as token ids, its stop token included."""
+    mask_R = np.asarray(rollout.mask_BR[row])
+    return [int(i) for i in np.asarray(rollout.tokens_BT[row, -len(mask_R) :])[mask_R > 0]]
+
+
+def exact_match(texts: Sequence[str], questions: Sequence[Question]) -> float:
+    """Share of replies equal to the known answer, white space around both ignored."""
+    right = [text.strip() == (question.answer or "").strip() for text, question in zip(texts, questions, strict=True)]
+    return sum(right) / len(right)

@@ -1,0 +1,82 @@
+"""The reward model: Bradley-Terry on completions of one prompt."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from maxllm.config import RewardConfig
+from maxllm.losses import preference
+from maxllm.records import Metrics, PairBatch, Params
+from maxllm.steps.state import TrainState
+from maxllm.steps.update import Loss, update
+
+
+def score(
+    model: nn.Module, params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, key: jax.Array | None = None
+) -> jax.Array:
+    """Score of right-padded sequences, read at their last real token, [B] float32."""
+    slots_T = jnp.arange(tokens_BT.shape[1])
+    segment_ids_BT = (slots_T < lengths_B[:, None]).astype(jnp.int32)
+    scores_BT = model.apply(
+        {"params": params},
+        tokens_BT,
+        segment_ids_BT,
+        jnp.broadcast_to(slots_T, tokens_BT.shape),
+        deterministic=key is None,
+        rngs=None if key is None else {"dropout": key},
+    )
+    return jnp.take_along_axis(scores_BT, jnp.maximum(lengths_B - 1, 0)[:, None], axis=1)[:, 0]
+
+
+def reward_loss(
+    model: nn.Module, config: RewardConfig, params: Params, batch: PairBatch, key: jax.Array | None
+) -> Loss:
+    """Pairwise loss, averaged over prompts. All completions of a prompt go through one forward pass."""
+    B, C, T = batch.tokens_BCT.shape
+    flat_B = score(model, params, batch.tokens_BCT.reshape(B * C, T), batch.lengths_BC.reshape(B * C), key)
+    scores_BC = flat_B.reshape(B, C)
+    losses_B = preference.pairwise(scores_BC, config.margin, config.centering)
+    first_is_best_B = jnp.all(scores_BC[:, :1] > scores_BC[:, 1:], axis=1).astype(jnp.float32)
+    weight = jnp.sum(batch.weights_B)
+
+    def weighted(x_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(x_B * batch.weights_B), weight
+
+    return Loss(
+        *weighted(losses_B),
+        {
+            "accuracy": weighted(first_is_best_B),
+            "score_chosen": weighted(scores_BC[:, 0]),
+            "score_rejected": weighted(jnp.mean(scores_BC[:, 1:], axis=1)),
+        },
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: PairBatch,
+    *,
+    model: nn.Module,
+    config: RewardConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    microbatches: int,
+) -> tuple[TrainState, Metrics]:
+    """One update of a reward model."""
+    return update(
+        state,
+        batch,
+        jax.random.fold_in(jax.random.key(seed), state.step),
+        loss_fn=lambda params, part, key: reward_loss(model, config, params, part, key),
+        optimizer=optimizer,
+        microbatches=microbatches,
+    )
+
+
+def eval_step(params: Params, batch: PairBatch, *, model: nn.Module, config: RewardConfig) -> Metrics:
+    """Loss, pair accuracy and mean scores, as (sum, count)."""
+    loss = reward_loss(model, config, params, batch, None)
+    return loss.metrics | {"loss": (loss.total, loss.weight)}

@@ -1,0 +1,98 @@
+"""From a loss to an update: token-exact gradient accumulation and the guard against non-finite numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from maxllm.records import Metrics, Params
+from maxllm.steps.state import TrainState
+
+
+@struct.dataclass
+class Loss:
+    """What a loss function returns for a (micro)batch: sums, never means."""
+
+    total: jax.Array
+    """Sum of the weighted losses; its gradient is accumulated."""
+    weight: jax.Array
+    """Sum of the weights it will be divided by, once, over the global batch."""
+    metrics: Metrics
+
+
+LossFn = Callable[[Params, Any, jax.Array], Loss]
+"""(params, batch, dropout key) -> Loss."""
+
+
+def split(batch: Any, microbatches: int) -> Any:
+    """[B, …] -> [microbatches, B / microbatches, …] for every array of the batch.
+
+    Rows are dealt out in turn, so that a batch sharded over devices stays where it is.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+
+def accumulate(
+    loss_fn: LossFn, params: Params, batch: Any, key: jax.Array, microbatches: int
+) -> tuple[Params, Loss]:
+    """Gradient of sum(losses) / sum(weights) over all microbatches, and the summed Loss."""
+
+    def total_and_loss(params: Params, part: Any, key: jax.Array) -> tuple[jax.Array, Loss]:
+        loss = loss_fn(params, part, key)
+        return loss.total, loss
+
+    gradient_fn = jax.grad(total_and_loss, has_aux=True)
+    if microbatches == 1:
+        sums, loss = gradient_fn(params, batch, key)
+    else:
+        parts = split(batch, microbatches)
+        keys = jax.random.split(key, microbatches)
+        first = jax.eval_shape(gradient_fn, params, jax.tree.map(lambda x: x[0], parts), keys[0])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+
+        def add(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient_fn(params, *part)), None
+
+        (sums, loss), _ = jax.lax.scan(add, zeros, (parts, keys))
+    gradients = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1e-9), sums)
+    return gradients, loss
+
+
+def update(
+    state: TrainState,
+    batch: Any,
+    key: jax.Array,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step. A non-finite loss or gradient leaves parameters and optimizer as they were.
+
+    Metrics: those of the loss, `loss`, `gradient_norm` before clipping, and `skipped` (1 if not finite).
+    """
+    gradients, loss = accumulate(loss_fn, state.params, batch, key, microbatches)
+    chex.assert_trees_all_equal_shapes(gradients, state.params)
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    one = jnp.float32(1)
+    metrics: Metrics = loss.metrics | {
+        "loss": (loss.total, loss.weight),
+        "gradient_norm": (norm, one),
+        "skipped": (1 - finite.astype(jnp.float32), one),
+    }
+    return TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state)), metrics
