@@ -23,7 +23,9 @@ class RopeScaling(Section):
     factor: float = Field(8.0, ge=1, description="How many times the original context is stretched.")
     low_freq_factor: float = Field(1.0, gt=0, description="Wavelengths above original/low are fully scaled.")
     high_freq_factor: float = Field(4.0, gt=0, description="Wavelengths below original/high stay unscaled.")
-    original_max_seq_len: int = Field(8192, gt=0, description="Context the model was first trained with, tokens.")
+    original_max_seq_len: int = Field(
+        8192, gt=0, description="Context the model was first trained with, tokens."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -40,20 +42,35 @@ class ModelConfig(Section):
     n_layers: int = Field(gt=0, description="Decoder layers (L).")
     n_heads: int = Field(gt=0, description="Query heads (H).")
     n_kv_heads: int = Field(gt=0, description="Key/value heads (G): equal to n_heads for MHA, 1 for MQA.")
-    head_dim: int | None = Field(None, gt=0, description="Width of a head (K); d_model / n_heads when absent.")
+    head_dim: int | None = Field(
+        None, gt=0, description="Width of a head (K); d_model / n_heads when absent."
+    )
     d_ff: int = Field(gt=0, description="Hidden width of the SwiGLU feed-forward (F).")
     max_seq_len: int = Field(gt=0, description="Longest sequence the model is meant for, tokens.")
     norm_eps: float = Field(1e-5, gt=0, description="Epsilon inside RMSNorm's square root.")
     rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies.")
     rope_scaling: RopeScaling | None = Field(None, description="Llama-3 context extension; absent for none.")
     tie_embeddings: bool = Field(False, description="Use the embedding table as the output projection.")
-    init_std: float = Field(0.02, gt=0, description="Standard deviation of the normal initializer; wo and w_down use init_std / sqrt(2 n_layers).")
+    init_std: float = Field(
+        0.02,
+        gt=0,
+        description="Standard deviation of initial weights; of wo and w_down: init_std / sqrt(2 n_layers).",
+    )
     embedding_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the token embeddings.")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the attention probabilities.")
-    residual_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on each branch before it joins the residual.")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute type of matmuls; parameters stay float32, norms, softmax and logits run in float32.")
-    remat: Literal["none", "full"] = Field("none", description="Recompute each layer in the backward pass (full) or keep its activations (none).")
-    scan_unroll: int = Field(1, ge=1, description="Layers unrolled per iteration of the layer scan; n_layers is fastest on CPU.")
+    residual_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout on each branch before it joins the residual."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16",
+        description="Compute type of matmuls; parameters, norms, softmax and logits are float32.",
+    )
+    remat: Literal["none", "full"] = Field(
+        "none", description="Backward pass recomputes each layer (full) or keeps its activations (none)."
+    )
+    scan_unroll: int = Field(
+        1, ge=1, description="Layers unrolled per iteration of the layer scan; n_layers is fastest on CPU."
+    )
 
     @model_validator(mode="after")
     def _shapes(self) -> Self:
@@ -77,19 +94,28 @@ class RunConfig(Section):
     """One run of one stage: its folder, length and cadence."""
 
     dir: str = Field(description="Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seeds initialization, data order, dropout and sampling.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seeds initialization, data order, dropout and sampling."
+    )
     steps: int = Field(gt=0, description="Optimizer steps (PPO: rollout-and-update iterations).")
     log_every: int = Field(10, gt=0, description="Steps between two lines of metrics.jsonl.")
     eval_every: int = Field(100, gt=0, description="Steps between two evaluations on held-out data.")
     checkpoint_every: int = Field(100, gt=0, description="Steps between two checkpoints.")
-    keep_checkpoints: int = Field(2, gt=0, description="Latest checkpoints kept; the best by held-out loss is kept besides.")
-    max_nonfinite_steps: int = Field(5, ge=0, description="Consecutive skipped (non-finite) updates after which the run fails.")
+    keep_checkpoints: int = Field(
+        2, gt=0, description="Latest checkpoints kept; the best by held-out loss is kept besides."
+    )
+    max_nonfinite_steps: int = Field(
+        5, ge=0, description="Consecutive skipped (non-finite) updates after which the run fails."
+    )
 
 
 class StartConfig(Section):
     """Run folders this stage starts from."""
 
-    policy: str | None = Field(None, description="Run folder of the language model to start from (SFT: pretrain's; RM and PPO: SFT's).")
+    policy: str | None = Field(
+        None,
+        description="Run folder of the language model to start from (SFT: pretrain's; RM and PPO: SFT's).",
+    )
     reward: str | None = Field(None, description="Run folder of the reward model (PPO).")
 
 
@@ -99,27 +125,50 @@ class TokenizerConfig(Section):
     path: str = Field(description="Tokenizer file (tokenizer.model); `prepare` trains it there when absent.")
     vocab_size: int = Field(4096, ge=512, description="Pieces to train, special tokens included.")
     algorithm: Literal["bpe", "unigram"] = Field("bpe", description="SentencePiece model type.")
-    character_coverage: float = Field(0.9995, gt=0.5, le=1, description="Share of characters that get a piece of their own; the rest fall back to bytes.")
+    character_coverage: float = Field(
+        0.9995,
+        gt=0.5,
+        le=1,
+        description="Share of characters that get a piece of their own; the rest fall back to bytes.",
+    )
 
 
 class CleanConfig(Section):
     """What makes a document unfit; the thresholds are explained in data/clean.py."""
 
     min_chars: int = Field(20, ge=0, description="Documents with fewer non-blank characters are dropped.")
-    max_symbol_share: float = Field(0.5, gt=0, le=1, description="Largest share of non-blank characters that are not letters of any script.")
-    max_repeated_line_share: float = Field(0.3, gt=0, le=1, description="Largest share of lines that repeat an earlier line (Gopher).")
+    max_symbol_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Largest share of non-blank characters that are not letters of any script.",
+    )
+    max_repeated_line_share: float = Field(
+        0.3, gt=0, le=1, description="Largest share of lines that repeat an earlier line (Gopher)."
+    )
 
 
 class DataConfig(Section):
     """Where the stage's data comes from."""
 
-    sources: tuple[str, ...] = Field((), description="Files, folders, slice:NAME, tfds:NAME@SPLIT (pretrain), JSONL files or tasks:COUNT (sft, reward, ppo).")
-    heldout_sources: tuple[str, ...] = Field((), description="Held-out data of the same form; empty: a share of `sources` is held out.")
-    heldout_share: float = Field(0.05, gt=0, lt=0.5, description="Share of documents or rows held out when heldout_sources is empty.")
+    sources: tuple[str, ...] = Field(
+        (),
+        description="Files, folders, slice:NAME, tfds:NAME@SPLIT; after pretraining: JSONL, tasks:SPLIT:COUNT.",
+    )
+    heldout_sources: tuple[str, ...] = Field(
+        (), description="Held-out data of the same form; empty: a share of `sources` is held out."
+    )
+    heldout_share: float = Field(
+        0.05, gt=0, lt=0.5, description="Share of documents or rows held out when heldout_sources is empty."
+    )
     text_field: str = Field("text", description="Field that holds a document in JSONL and TFDS rows.")
-    prepared_dir: str | None = Field(None, description="Folder of the packed corpus that `prepare` writes and `pretrain` reads.")
+    prepared_dir: str | None = Field(
+        None, description="Folder of the packed corpus that `prepare` writes and `pretrain` reads."
+    )
     clean: CleanConfig = Field(default_factory=CleanConfig, description="Document filters (pretrain).")
-    max_bad_share: float = Field(0.01, ge=0, le=1, description="Largest share of unusable rows before the run refuses to start.")
+    max_bad_share: float = Field(
+        0.01, ge=0, le=1, description="Largest share of unusable rows before the run refuses to start."
+    )
 
 
 class BatchConfig(Section):
@@ -148,7 +197,9 @@ class MeshConfig(Section):
     """Devices along each mesh axis; -1 (at most once) takes what is left."""
 
     data: int = Field(-1, ge=-1, description="Replicas that each see other rows.")
-    fsdp: int = Field(1, ge=-1, description="Shards of parameters and optimizer state (ZeRO-3); rows are split here too.")
+    fsdp: int = Field(
+        1, ge=-1, description="Shards of parameters and optimizer state (ZeRO-3); rows are split here too."
+    )
     tensor: int = Field(1, ge=-1, description="Shards of heads, feed-forward and vocabulary.")
 
     @model_validator(mode="after")
@@ -162,7 +213,11 @@ class MeshConfig(Section):
 class GenerationConfig(Section):
     """Decoding."""
 
-    max_new_tokens: int = Field(64, gt=0, description="Most tokens generated after a prompt (R); prompts may take the rest of batch.sequence_length.")
+    max_new_tokens: int = Field(
+        64,
+        gt=0,
+        description="Most tokens generated (R); the prompt may take the rest of batch.sequence_length.",
+    )
     temperature: float = Field(0.0, ge=0, description="0 is greedy; otherwise logits are divided by it.")
     top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0 for all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample within the smallest set of this probability.")
@@ -171,8 +226,12 @@ class GenerationConfig(Section):
 class RewardConfig(Section):
     """Reward-model training."""
 
-    margin: float = Field(0.0, ge=0, description="Subtracted from every score difference inside the pairwise loss.")
-    centering: float = Field(0.0, ge=0, description="Weight of (r_chosen + r_rejected)^2, which keeps scores near 0.")
+    margin: float = Field(
+        0.0, ge=0, description="Subtracted from every score difference inside the pairwise loss."
+    )
+    centering: float = Field(
+        0.0, ge=0, description="Weight of (r_chosen + r_rejected)^2, which keeps scores near 0."
+    )
 
 
 class PpoConfig(Section):
@@ -186,8 +245,12 @@ class PpoConfig(Section):
     value_clip: float = Field(0.2, gt=0, description="Half-width of the value clip.")
     kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty (k1) in the reward.")
     score_clip: float = Field(10.0, gt=0, description="Scores of the reward model are clipped to +- this.")
-    missing_eos_penalty: float = Field(1.0, ge=0, description="Subtracted from the score of a response that never stops.")
-    critic_learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of the critic; its other settings are the optimizer's.")
+    missing_eos_penalty: float = Field(
+        1.0, ge=0, description="Subtracted from the score of a response that never stops."
+    )
+    critic_learning_rate: float = Field(
+        1e-4, gt=0, description="Peak learning rate of the critic; its other settings are the optimizer's."
+    )
 
 
 Stage = Literal["pretrain", "sft", "reward", "ppo"]
@@ -200,7 +263,9 @@ class Config(Section):
     run: RunConfig = Field(description="Folder, length, cadence.")
     start: StartConfig = Field(default_factory=StartConfig, description="Checkpoints to start from.")
     model: ModelConfig | None = Field(None, description="The model; later stages take it from start.policy.")
-    tokenizer: TokenizerConfig | None = Field(None, description="The tokenizer; later stages take it from start.policy.")
+    tokenizer: TokenizerConfig | None = Field(
+        None, description="The tokenizer; later stages take it from start.policy."
+    )
     data: DataConfig = Field(default_factory=DataConfig, description="Data.")
     batch: BatchConfig = Field(description="Batch shape.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")
@@ -226,7 +291,11 @@ class Config(Section):
                 f"batch.sequence_length={self.batch.sequence_length}"
             )
         if self.batch.rows % self.batch.microbatches:
-            raise ValueError(f"batch.microbatches={self.batch.microbatches} does not divide batch.rows={self.batch.rows}")
+            raise ValueError(
+                f"batch.microbatches={self.batch.microbatches} does not divide batch.rows={self.batch.rows}"
+            )
         if self.stage == "ppo" and self.batch.rows % self.ppo.minibatches:
-            raise ValueError(f"ppo.minibatches={self.ppo.minibatches} does not divide batch.rows={self.batch.rows}")
+            raise ValueError(
+                f"ppo.minibatches={self.ppo.minibatches} does not divide batch.rows={self.batch.rows}"
+            )
         return self

@@ -1,6 +1,6 @@
 """From a YAML recipe and `key=value` words to a `Config`, with errors that name the field.
 
-    config = load_recipe("configs/pretrain/tiny_slice_cpu.yaml", ["optimizer.learning_rate=3e-4"])
+config = load_recipe("configs/pretrain/tiny_slice_cpu.yaml", ["optimizer.learning_rate=3e-4"])
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INCLUDE = "include"
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe given as a path, or by its path below `configs/` (with or without .yaml), also when installed."""
+    """A recipe by its path, or by its name below `configs/` (with or without .yaml), also when installed."""
     package = Path(__file__).parent
     for root in (Path(), package.parent / "configs", package / "configs"):
         for candidate in (root / name, root / f"{name}.yaml"):

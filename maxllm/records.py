@@ -19,6 +19,9 @@ from typing import Any
 import jax
 from flax import struct
 
+Array = jax.Array | Any
+"""A jax.Array under jit; on the host, a numpy array of the same shape."""
+
 Params = Any
 """A PyTree of parameters (nested dict of arrays)."""
 
@@ -26,72 +29,67 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Metric name -> (sum, count)."""
 
 
-@struct.dataclass
-class LmBatch:
+class LmBatch(struct.PyTreeNode):
     """Next-token prediction: pretraining (weights on all tokens) and SFT (weights on replies)."""
 
-    tokens_BT: jax.Array
+    tokens_BT: Array
     """int32 input ids."""
-    targets_BT: jax.Array
+    targets_BT: Array
     """int32 id to predict after each input."""
-    loss_weights_BT: jax.Array
+    loss_weights_BT: Array
     """float32; 0 where the target does not count."""
-    segment_ids_BT: jax.Array
+    segment_ids_BT: Array
     """int32; 0 is padding."""
-    positions_BT: jax.Array
+    positions_BT: Array
     """int32 position inside its document."""
 
 
-@struct.dataclass
-class PairBatch:
+class PairBatch(struct.PyTreeNode):
     """C completions of each prompt, best first (C = 2: chosen, rejected); right-padded."""
 
-    tokens_BCT: jax.Array
+    tokens_BCT: Array
     """int32 prompt followed by completion."""
-    lengths_BC: jax.Array
+    lengths_BC: Array
     """int32 tokens before the padding; the score is read at lengths - 1."""
-    weights_B: jax.Array
+    weights_B: Array
     """float32 weight of the prompt in the loss; 0 for a filler row."""
 
 
-@struct.dataclass
-class PromptBatch:
+class PromptBatch(struct.PyTreeNode):
     """Prompts to be completed; left-padded so that every row continues at the same slot."""
 
-    tokens_BP: jax.Array
+    tokens_BP: Array
     """int32 ids, padding first."""
-    lengths_B: jax.Array
+    lengths_B: Array
     """int32 real tokens at the end of each row."""
 
 
-@struct.dataclass
-class Rollout:
+class Rollout(struct.PyTreeNode):
     """Prompts and what was generated after them."""
 
-    tokens_BT: jax.Array
+    tokens_BT: Array
     """int32, T = P + R: left-padded prompt, then the response, then padding."""
-    segment_ids_BT: jax.Array
+    segment_ids_BT: Array
     """int32; 1 on prompt and response, 0 on padding."""
-    positions_BT: jax.Array
+    positions_BT: Array
     """int32 position inside the row's real tokens."""
-    logps_BR: jax.Array
+    logps_BR: Array
     """float32 log-probability of each response token under the sampling distribution before top-k/top-p."""
-    mask_BR: jax.Array
+    mask_BR: Array
     """float32; 1 on response tokens, the stop token included."""
-    finished_B: jax.Array
+    finished_B: Array
     """bool; the response ended with a stop token."""
 
 
-@struct.dataclass
-class Experience:
+class Experience(struct.PyTreeNode):
     """Rollouts with everything PPO's update needs; each `_BR` array is float32."""
 
     rollout: Rollout
-    old_logps_BR: jax.Array
+    old_logps_BR: Array
     """Log-probabilities under the policy that made the rollout, recomputed by the training graph."""
-    old_values_BR: jax.Array
+    old_values_BR: Array
     """The critic's values at rollout time."""
-    advantages_BR: jax.Array
+    advantages_BR: Array
     """GAE advantages, whitened over all response tokens."""
-    returns_BR: jax.Array
+    returns_BR: Array
     """Advantages before whitening, plus old values."""

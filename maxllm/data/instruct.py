@@ -170,6 +170,8 @@ def pad_prompts(prompts: Sequence[Sequence[int]], length: int) -> PromptBatch:
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     for n, ids in enumerate(prompts):
         if len(ids) > length:
-            raise UserError(f"a prompt of {len(ids)} tokens does not fit the {length} that are left for prompts")
+            raise UserError(
+                f"a prompt of {len(ids)} tokens does not fit the {length} that are left for prompts"
+            )
         tokens[n, length - len(ids) :] = ids
     return PromptBatch(tokens, lengths)

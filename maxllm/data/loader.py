@@ -1,8 +1,8 @@
 """The order of data: a batch is a pure function of (seed, step).
 
-Every dataset is a record of numpy arrays whose first axis counts its rows (an `LmBatch` of all packed rows, a
-`PairBatch` of all pairs, a `PromptBatch` of all prompts). Resuming needs the step number and nothing else, and
-works on another number of hosts.
+Every dataset is a record of numpy arrays whose first axis counts its rows: an `LmBatch` of all packed rows,
+a `PairBatch` of all pairs, a `PromptBatch` of all prompts. Resuming needs the step number and nothing else,
+and works on another number of hosts.
 """
 
 from __future__ import annotations
@@ -51,4 +51,7 @@ def in_order(rows: Record, batch_rows: int) -> Iterator[tuple[Record, int]]:
     for start in range(0, row_count(rows), batch_rows):
         part = jax.tree.map(lambda array, start=start: np.asarray(array[start : start + batch_rows]), rows)
         real = row_count(part)
-        yield jax.tree.map(lambda a, n=batch_rows - real: np.pad(a, [(0, n)] + [(0, 0)] * (a.ndim - 1)), part), real
+        yield (
+            jax.tree.map(lambda a, n=batch_rows - real: np.pad(a, [(0, n)] + [(0, 0)] * (a.ndim - 1)), part),
+            real,
+        )

@@ -1,8 +1,8 @@
 """The SentencePiece tokenizer: training, encoding, decoding.
 
-Text goes through it unchanged (identity normalization, no dummy prefix, byte fallback): decode(encode(s)) == s
-for every string. Control tokens are never produced from text, so a document cannot forge a chat turn; PAD is
-a token of its own and never EOS.
+Text goes through it unchanged (identity normalization, no dummy prefix, byte fallback), and for every string
+decode(encode(s)) == s. Control tokens are never produced from text, so a document cannot forge a chat turn;
+PAD is a token of its own and never EOS.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def from_bytes(model_bytes: bytes, origin: str) -> Tokenizer:
         processor.load_from_serialized_proto(model_bytes)
     except RuntimeError:
         raise UserError(f"{origin} is not a SentencePiece model") from None
-    found = tuple(processor.id_to_piece(i) for i in range(min(len(SPECIAL_TOKENS), processor.get_piece_size())))
+    found = tuple(
+        processor.id_to_piece(i) for i in range(min(len(SPECIAL_TOKENS), processor.get_piece_size()))
+    )
     if found != SPECIAL_TOKENS:
         raise UserError(f"{origin} starts with the pieces {found}, where {SPECIAL_TOKENS} are expected")
     return Tokenizer(model_bytes, processor)
@@ -111,6 +113,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
             user_defined_symbols=["\n"],  # a line break is one token and no piece crosses it
             byte_fallback=True,
             split_digits=True,
+            required_chars="".join(map(chr, range(0x21, 0x7F))),  # ASCII is never left to bytes
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,

@@ -6,6 +6,8 @@ rows write the same cache slot; padding has segment id 0 and is never seen.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,14 @@ from flax import struct
 
 from maxllm.config import GenerationConfig
 from maxllm.generate.sampling import sample
-from maxllm.records import Params, PromptBatch, Rollout
+from maxllm.records import Array, Params, PromptBatch, Rollout
 
 
-@struct.dataclass
-class _Progress:
+class _Progress(struct.PyTreeNode):
     """What the loop carries: the next slot to fill and everything generated so far."""
 
     slot: jax.Array
-    cache: dict
+    cache: Any
     done_B: jax.Array
     tokens_BR: jax.Array
     logps_BR: jax.Array
@@ -56,7 +57,7 @@ def generate(
     prompt_segments_BP = (jnp.arange(P) >= P - prompts.lengths_B[:, None]).astype(jnp.int32)
     prompt_positions_BP = jnp.maximum(jnp.cumsum(prompt_segments_BP, axis=1) - 1, 0)
 
-    def forward(cache: dict, tokens: jax.Array, segments: jax.Array, positions: jax.Array):
+    def forward(cache: Any, tokens: Array, segments: Array, positions: Array) -> tuple[jax.Array, Any]:
         logits, cache = model.apply(
             {"params": params, **cache},
             tokens,
@@ -68,7 +69,7 @@ def generate(
         )
         return logits[:, 0], cache
 
-    def take(progress: _Progress, cache: dict, logits_BV: jax.Array) -> _Progress:
+    def take(progress: _Progress, cache: Any, logits_BV: jax.Array) -> _Progress:
         """Samples the token of this slot and notes it; finished rows get padding."""
         slot, alive_B = progress.slot, ~progress.done_B
         token_B, logp_B = sample(logits_BV, jax.random.fold_in(key, slot), config)

@@ -9,7 +9,9 @@ from maxllm.model import rope
 from maxllm.model.layers import dtype_of, matmul, weight
 
 
-def attention_mask(query_segments_BT: jax.Array, key_segments_BS: jax.Array, first_slot: jax.Array) -> jax.Array:
+def attention_mask(
+    query_segments_BT: jax.Array, key_segments_BS: jax.Array, first_slot: jax.Array
+) -> jax.Array:
     """[B, T, S] bool: a query sees the keys of its own segment up to its own slot; padding sees nothing.
 
     Args:

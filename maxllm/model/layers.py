@@ -1,5 +1,7 @@
 """What every block of the model is made of: declared weights, flat matmuls, RMSNorm, SwiGLU."""
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,8 @@ def weight(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float
 ) -> jax.Array:
     """Declares a float32 parameter: its shape, logical axes and normal initializer on one line."""
-    return module.param(
-        name, nn.with_logical_partitioning(nn.initializers.normal(std), axes), shape, jnp.float32
-    )
+    initializer = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    return cast(jax.Array, module.param(name, initializer, shape, jnp.float32))
 
 
 def matmul(x_BTD: jax.Array, w: jax.Array) -> jax.Array:
@@ -41,7 +42,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D] in the compute type."""
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale_D = self.param("scale", ones, (self.config.d_model,), jnp.float32)
+        scale_D = cast(jax.Array, self.param("scale", ones, (self.config.d_model,), jnp.float32))
         x_BTD = x_BTD.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_BTD), -1, keepdims=True) + self.config.norm_eps)
         return (x_BTD * inverse * scale_D).astype(dtype_of(self.config))

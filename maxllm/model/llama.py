@@ -70,7 +70,9 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Declares the embedding table, the scanned layers and the final norm."""
         c = self.config
-        self.embedding_VD = weight(self, "embedding", (c.vocab_size, c.d_model), ("vocab", "embed"), c.init_std)
+        self.embedding_VD = weight(
+            self, "embedding", (c.vocab_size, c.d_model), ("vocab", "embed"), c.init_std
+        )
         layer = Layer
         if c.remat == "full":
             # Inside a scan XLA cannot undo the recomputation, so its guard against that is not needed.
@@ -129,7 +131,9 @@ class Llama(nn.Module):
         c = self.config
         self.decoder = Decoder(c)
         if not c.tie_embeddings:
-            self.lm_head_DV = weight(self, "lm_head", (c.d_model, c.vocab_size), ("embed", "vocab"), c.init_std)
+            self.lm_head_DV = weight(
+                self, "lm_head", (c.d_model, c.vocab_size), ("embed", "vocab"), c.init_std
+            )
 
     def __call__(
         self,

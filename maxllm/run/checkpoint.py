@@ -66,9 +66,7 @@ class Checkpoints:
         params, rest = state.detach()
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)
-            ),
+            args=ocp.args.Composite(params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)),
             metrics=None if best is None else {"best": best},
         )
 
@@ -113,7 +111,9 @@ def differences(saved: Any, wanted: Any) -> list[str]:
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves
+        }
 
     have, want = shapes(saved), shapes(wanted)
     found = [f"{name} is missing" for name in sorted(want.keys() - have.keys())]

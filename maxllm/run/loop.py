@@ -54,6 +54,11 @@ def due(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step == total
 
 
+def finished(session: Session) -> dict[str, Any] | None:
+    """The summary of a run that is complete already, or None."""
+    return read_summary(session.run_dir)
+
+
 def train(session: Session, job: Job) -> dict[str, Any]:
     """Runs the stage to its last step, from wherever it was interrupted; returns summary.json's content.
 
@@ -66,9 +71,6 @@ def train(session: Session, job: Job) -> dict[str, Any]:
       Interrupted: SIGTERM or Ctrl-C came; the state is saved.
       RunFailed: too many consecutive updates were not finite.
     """
-    complete = read_summary(session.run_dir)
-    if complete is not None:
-        return complete
     run = session.config.run
     checkpoints = Checkpoints(session.run_dir, run.keep_checkpoints, job.best[1])
     try:
@@ -97,7 +99,7 @@ class _Loop:
         self.started = time.perf_counter()
         self.window = _Window(job)
         self.skipped_in_a_row = 0
-        self.saved_step: int | None = None
+        self.pending: tuple[int, Metrics] | None = None
 
     def run(self, first: int | None) -> dict[str, Any]:
         """From the checkpoint of step `first` (None: from the start) to the last step."""
@@ -115,35 +117,44 @@ class _Loop:
         )
         self.recorder.say(f"compiled the step in {compile_seconds:.1f} s")
 
-        pending: tuple[int, Metrics] | None = None
         self.window.restart()
         for step in range((first or 0) + 1, run.steps + 1):
             batch = processes.to_global(job.batches.at(step - 1), rows)
             state, metrics = step_fn(state, batch, *job.frozen)
             # Reading numbers waits for the device; reading the former step's keeps it busy meanwhile.
-            if pending is not None:
-                self.note(*pending)
-            pending = (step, metrics)
-            if due(step, run.eval_every, run.steps):
-                pending = self.note(*pending)
+            self.note_pending()
+            self.pending = (step, metrics)
+            evaluating = due(step, run.eval_every, run.steps)
+            stopping = self.stop.anywhere()
+            saving = stopping or due(step, run.checkpoint_every, run.steps)
+            if evaluating or saving:
+                self.note_pending()
+            if evaluating:
                 heldout = self.evaluate(state, step)
-            if due(step, run.checkpoint_every, run.steps):
-                pending = pending and self.note(*pending)
+            if saving:
                 self.save(step, state, heldout)
-            if self.stop.anywhere():
-                pending = pending and self.note(*pending)
-                self.save(step, state, heldout)
-                raise Interrupted(f"stopped after step {step} of {run.steps} and saved; the same command continues")
+            if stopping:
+                raise Interrupted(
+                    f"stopped after step {step} of {run.steps} and saved; the same command continues"
+                )
         return self.summary(state, compile_seconds)
 
     def seconds(self) -> float:
         """Seconds this run has taken so far, earlier sittings included."""
         return round(self.recorder.seconds_before + time.perf_counter() - self.started, 3)
 
+    def note_pending(self) -> None:
+        """Takes in the numbers of the step under way, if there is one."""
+        if self.pending is not None:
+            self.note(*self.pending)
+            self.pending = None
+
     def note(self, step: int, metrics: Metrics) -> None:
         """Takes in one step's numbers; writes and prints when due."""
         run = self.session.config.run
-        sums = {name: (float(total), float(count)) for name, (total, count) in jax.device_get(metrics).items()}
+        sums = {
+            name: (float(total), float(count)) for name, (total, count) in jax.device_get(metrics).items()
+        }
         skipped = sums["skipped"][0] > 0
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if skipped:
@@ -171,11 +182,9 @@ class _Loop:
         return heldout
 
     def save(self, step: int, state: Any, heldout: dict[str, float]) -> None:
-        """Saves once per step, ranked by the newest held-out figure."""
+        """Starts saving in the background, ranked by the newest held-out figure."""
         started = time.perf_counter()
-        if self.saved_step != step:
-            self.checkpoints.save(step, state, heldout[self.job.best[0]])
-            self.saved_step = step
+        self.checkpoints.save(step, state, heldout[self.job.best[0]])
         self.window.paused(time.perf_counter() - started)
 
     def summary(self, state: Any, compile_seconds: float) -> dict[str, Any]:

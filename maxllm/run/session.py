@@ -1,9 +1,9 @@
-"""Opening a run: processes, mesh, model, tokenizer, run folder; and the one place where steps are compiled."""
+"""Opening a run: processes, mesh, model, tokenizer, folder; and the one place where steps are compiled."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,18 +79,22 @@ def inherited(config: Config) -> tuple[Path, ModelConfig]:
     parent = Path(config.start.policy)
     model = run_config(parent).model
     assert model is not None, "a run folder's config is resolved"
-    # How it computes may differ from stage to stage; what the checkpoint's shapes and function depend on may not.
+    # How it computes may differ between stages; what the checkpoint's shapes and function rest on may not.
     if config.model is not None:
         free = {"dtype", "remat", "scan_unroll", "embedding_dropout", "attention_dropout", "residual_dropout"}
         for name in sorted(set(ModelConfig.model_fields) - free):
             ours, theirs = getattr(config.model, name), getattr(model, name)
             if ours != theirs:
-                raise UserError(f"model.{name}={ours}, but the checkpoint in {parent} is of a model with {theirs}")
+                raise UserError(
+                    f"model.{name}={ours}, but the checkpoint in {parent} is of a model with {theirs}"
+                )
         model = config.model
     if config.tokenizer is not None:
         given, used = load_tokenizer(config.tokenizer.path), load_tokenizer(parent / TOKENIZER)
         if given != used:
-            raise UserError(f"tokenizer.path={config.tokenizer.path} is not the tokenizer that {parent} was trained with")
+            raise UserError(
+                f"tokenizer.path={config.tokenizer.path} is not the tokenizer that {parent} was trained with"
+            )
     return parent / TOKENIZER, model
 
 
@@ -171,3 +175,19 @@ def compile_reader(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., An
             return jitted(params, to_devices(batch), *rest)
 
     return call
+
+
+def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> Session:
+    """An existing run, for reading: nothing in its folder changes.
+
+    Args:
+      run_dir: the run folder, wherever it has been moved to.
+      overrides: `key=value` words on top of its configuration.
+    """
+    run_config(run_dir)  # says clearly when this is no run folder
+    config = recipe.apply_overrides(recipe.read_yaml(run_dir / CONFIG), [*overrides, f"run.dir={run_dir}"])
+    assert config.model is not None, "a run folder's config is resolved"
+    processes.initialize()
+    mesh = make_mesh(config.mesh)
+    check_divisible(mesh, config.model, config.batch)
+    return Session(config, config.model, mesh, load_tokenizer(run_dir / TOKENIZER), run_dir)

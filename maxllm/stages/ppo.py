@@ -2,8 +2,8 @@
 
     maxllm ppo configs/ppo/tiny_tasks_cpu.yaml
 
-Four models: actor (trained, from SFT), critic (trained, from the reward model), reference (frozen SFT), reward
-(frozen). `iteration` below is the whole algorithm.
+Four models: actor (trained, starts as the SFT model), critic (trained, starts as the reward model), reference
+(the frozen SFT model), reward (frozen). `iteration` below is the whole algorithm.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from maxllm.optim import make_optimizer
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Metrics, Params, PromptBatch
 from maxllm.run.checkpoint import load_params
-from maxllm.run.loop import Job, train
+from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import TOKENIZER, Session, compile_reader, open_session
 from maxllm.stages.shared import (
     abstract_params,
@@ -70,6 +70,12 @@ def iteration(
 def run(config: Config) -> dict[str, Any]:
     """Trains from start.policy and start.reward, or continues; returns summary.json's content."""
     session = open_session(config)
+    return finished(session) or train(session, job(session))
+
+
+def job(session: Session) -> Job:
+    """Everything the loop needs for this stage."""
+    config = session.config
     check_reward_tokenizer(session)
     # 1. Data: prompts. Answers are for the held-out check alone; training never sees them.
     length = config.batch.sequence_length - config.generation.max_new_tokens
@@ -97,7 +103,7 @@ def run(config: Config) -> dict[str, Any]:
     )
     # 3. Train; the best checkpoint is the one with the highest held-out score.
     per_pass = config.batch.rows * config.batch.sequence_length
-    job = Job(
+    return Job(
         abstract_state=abstract_state,
         fresh=lambda: fresh_state(ppo, frozen, abstract_state),
         step=partial(iteration, ppo=ppo, generation=config.generation, seed=config.run.seed),
@@ -109,7 +115,6 @@ def run(config: Config) -> dict[str, Any]:
         frozen=(frozen,),
         facts={"heldout_items": len(heldout), "sources": [tally.report() for tally in tallies]},
     )
-    return train(session, job)
 
 
 def init_state(ppo: Ppo, key: jax.Array) -> PpoState:
@@ -178,7 +183,9 @@ def heldout_evaluator(
         texts: list[str] = []
         greedy_texts: list[str] = []
         sums = {"score": 0.0, "kl": 0.0, "finished": 0.0}
-        for number, (batch, real) in enumerate(loader.in_order(prompts_of(questions, length), config.batch.rows)):
+        for number, (batch, real) in enumerate(
+            loader.in_order(prompts_of(questions, length), config.batch.rows)
+        ):
             key = jax.random.fold_in(jax.random.key(config.run.seed), number)
             sampled, best, scores_B, kl_B = jax.device_get(reader(state.actor.params, batch, frozen, key))
             texts += [reply_text(session.tokenizer, sampled, row) for row in range(real)]

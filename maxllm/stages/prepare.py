@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,12 @@ def run(config: Config) -> dict[str, Any]:
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
         if manifest["settings"] != wanted:
-            raise UserError(f"{out} was prepared with other settings; remove it or give another data.prepared_dir")
+            raise UserError(
+                f"{out} was prepared with other settings; remove it or give another data.prepared_dir"
+            )
         return manifest
 
+    started = time.perf_counter()
     train, heldout, tallies = split_documents(config.data)
     tokenizer_path = Path(config.tokenizer.path)
     if tokenizer_path.is_file():
@@ -80,6 +84,7 @@ def run(config: Config) -> dict[str, Any]:
             "rows": len(rows.tokens_BT),
             "fill": tokens / rows.tokens_BT.size,
         }
+    manifest["seconds"] = round(time.perf_counter() - started, 3)
     write_json(temporary / MANIFEST, manifest)
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)  # without a manifest it is what a kill left behind
@@ -97,14 +102,14 @@ def split_documents(data: DataConfig) -> tuple[list[str], list[str], list[Tally]
     documents, train_tallies = read_clean(data.sources, data, seen)
     if data.heldout_sources:
         return documents, heldout, tallies + train_tallies
-    train = []
+    train: list[str] = []
     for text in documents:
         held = int.from_bytes(text_key(text)[:8], "big") / 2**64 < data.heldout_share
         (heldout if held else train).append(text)
     if not train or not heldout:
         raise UserError(
-            f"{len(documents)} documents are too few to hold out data.heldout_share={data.heldout_share:g} of "
-            "them; give data.heldout_sources"
+            f"{len(documents)} documents are too few to hold out data.heldout_share={data.heldout_share:g} "
+            "of them; give data.heldout_sources"
         )
     return train, heldout, train_tallies
 

@@ -1,7 +1,7 @@
 """Pretrain: next-token prediction on the packed corpus, from scratch.
 
-    maxllm prepare  configs/pretrain/tiny_slice_cpu.yaml
-    maxllm pretrain configs/pretrain/tiny_slice_cpu.yaml
+maxllm prepare  configs/pretrain/tiny_slice_cpu.yaml
+maxllm pretrain configs/pretrain/tiny_slice_cpu.yaml
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from maxllm.config import Config
 from maxllm.errors import UserError
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
-from maxllm.run.loop import train
+from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import Session, open_session
 from maxllm.stages import prepare
 from maxllm.stages.shared import heldout_language, language_job
@@ -27,6 +27,12 @@ from maxllm.steps.state import TrainState, abstract, create, initializer
 def run(config: Config) -> dict[str, Any]:
     """Trains to the last step, or continues; returns summary.json's content."""
     session = open_session(config)
+    return finished(session) or train(session, job(session))
+
+
+def job(session: Session) -> Job:
+    """Everything the loop needs for this stage."""
+    config = session.config
     # 1. Data: packed rows, made with this tokenizer and this row length.
     prepared = Path(config.data.prepared_dir or "")
     manifest = prepare.read_manifest(prepared)
@@ -36,7 +42,7 @@ def run(config: Config) -> dict[str, Any]:
     init = initializer(Llama(session.model), optimizer)
     abstract_state = abstract(init, session.mesh)
     # 3. Train; the best checkpoint is the one with the fewest held-out bits per byte.
-    job = language_job(
+    return language_job(
         session,
         abstract_state=abstract_state,
         fresh=lambda: create(init, abstract_state, jax.random.key(config.run.seed)),
@@ -51,10 +57,11 @@ def run(config: Config) -> dict[str, Any]:
             "heldout_documents": manifest["heldout"]["documents"],
         },
     )
-    return train(session, job)
 
 
-def bits_per_byte(session: Session, prepared: Path, manifest: dict[str, Any]) -> Callable[[TrainState], dict[str, float]]:
+def bits_per_byte(
+    session: Session, prepared: Path, manifest: dict[str, Any]
+) -> Callable[[TrainState], dict[str, float]]:
     """Held-out loss, accuracy and bits per byte of text.
 
     Bits are counted over every token of every held-out document, its end-of-text token included, and divided

@@ -1,6 +1,6 @@
 """Reward model: the SFT model with a scalar head learns which of two replies is better.
 
-    maxllm reward configs/reward/tiny_tasks_cpu.yaml
+maxllm reward configs/reward/tiny_tasks_cpu.yaml
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from maxllm.model.heads import ScalarModel
 from maxllm.optim import make_optimizer
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import PairBatch, Params
-from maxllm.run.loop import Job, mean_over, train
+from maxllm.run.loop import Job, finished, mean_over, train
 from maxllm.run.session import Session, compile_reader, open_session
 from maxllm.stages.shared import policy_params, start_from
 from maxllm.steps import reward
@@ -28,6 +28,12 @@ from maxllm.steps.state import TrainState, abstract, create, init_params, initia
 def run(config: Config) -> dict[str, Any]:
     """Trains from start.policy, or continues; returns summary.json's content."""
     session = open_session(config)
+    return finished(session) or train(session, job(session))
+
+
+def job(session: Session) -> Job:
+    """Everything the loop needs for this stage."""
+    config = session.config
     # 1. Data: prompt + chosen and prompt + rejected, right-padded.
     length = config.batch.sequence_length
     train_pairs, heldout_pairs, tallies = read_split(
@@ -39,7 +45,7 @@ def run(config: Config) -> dict[str, Any]:
     abstract_state = abstract(initializer(model, optimizer), session.mesh)
     tokens = 2 * config.batch.rows * length
     # 3. Train; the best checkpoint is the one that orders most held-out pairs right.
-    job = Job(
+    return Job(
         abstract_state=abstract_state,
         fresh=lambda: start_from(with_new_head(session, model), optimizer, abstract_state),
         step=partial(
@@ -57,7 +63,6 @@ def run(config: Config) -> dict[str, Any]:
         flops_per_step=tokens * train_flops_per_token(session.model, length),
         facts={"heldout_items": len(heldout_pairs), "sources": [tally.report() for tally in tallies]},
     )
-    return train(session, job)
 
 
 def with_new_head(session: Session, model: ScalarModel) -> Params:
@@ -72,6 +77,8 @@ def heldout_pairs_evaluator(
     session: Session, model: ScalarModel, pairs: PairBatch
 ) -> Callable[[TrainState], dict[str, float]]:
     """Loss, pair accuracy and mean scores over held-out pairs."""
-    reader = compile_reader(session.mesh, partial(reward.eval_step, model=model, config=session.config.reward))
+    reader = compile_reader(
+        session.mesh, partial(reward.eval_step, model=model, config=session.config.reward)
+    )
     batches = partial(loader.in_order, pairs, session.config.batch.rows)
     return lambda state: mean_over(batches(), lambda batch: reader(state.params, batch))

@@ -1,12 +1,11 @@
 """SFT: the pretrained model learns to answer; the loss counts the assistants' tokens only.
 
-    maxllm sft configs/sft/tiny_tasks_cpu.yaml
+maxllm sft configs/sft/tiny_tasks_cpu.yaml
 """
 
 from __future__ import annotations
 
 from typing import Any
-
 
 from maxllm.config import Config
 from maxllm.data.instruct import Question, conversation_piece, pack_conversations, question_of, read_split
@@ -14,7 +13,7 @@ from maxllm.data.pack import Piece
 from maxllm.data.sources import Tally
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
-from maxllm.run.loop import train
+from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import Session, open_session
 from maxllm.stages.shared import (
     exact_match,
@@ -32,6 +31,12 @@ from maxllm.steps.state import TrainState, abstract, initializer
 def run(config: Config) -> dict[str, Any]:
     """Fine-tunes from start.policy, or continues; returns summary.json's content."""
     session = open_session(config)
+    return finished(session) or train(session, job(session))
+
+
+def job(session: Session) -> Job:
+    """Everything the loop needs for this stage."""
+    config = session.config
     # 1. Data: conversations packed with their loss masks.
     train_rows, heldout_rows, tallies = read_conversations(session)
     questions = [question for _, question in heldout_rows]
@@ -50,17 +55,18 @@ def run(config: Config) -> dict[str, Any]:
         texts = replies(respond, session.tokenizer, state.params, prompts, config.batch.rows)
         return loss_of(state.params) | {"exact_match": exact_match(texts, questions)}
 
-    job = language_job(
+    return language_job(
         session,
         abstract_state=abstract_state,
-        fresh=lambda: start_from(policy_params(session, config.start.policy or ""), optimizer, abstract_state),
+        fresh=lambda: start_from(
+            policy_params(session, config.start.policy or ""), optimizer, abstract_state
+        ),
         optimizer=optimizer,
         rows=rows,
         evaluate=evaluate,
         best=("loss", "min"),
         facts={"heldout_items": len(questions), "sources": [tally.report() for tally in tallies]},
     )
-    return train(session, job)
 
 
 def read_conversations(

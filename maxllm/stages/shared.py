@@ -1,4 +1,4 @@
-"""What the stages have in common around the loop: states that start from parameters, and replies to prompts."""
+"""What stages share around the loop: states that start from parameters, and replies to prompts."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ from maxllm.steps import language
 from maxllm.steps.state import TrainState, abstract, init_params
 
 
-def start_from(params: Params, optimizer: optax.GradientTransformation, abstract_state: TrainState) -> TrainState:
-    """A state at step 0 with given parameters and a fresh optimizer state, in the shardings of the abstract one."""
+def start_from(
+    params: Params, optimizer: optax.GradientTransformation, abstract_state: TrainState
+) -> TrainState:
+    """Step 0 with given parameters and a fresh optimizer state, in the shardings of the abstract one."""
 
     def begin(params: Params) -> TrainState:
         return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
@@ -116,7 +118,12 @@ def require_answers(questions: Sequence[Question], what: str) -> None:
 
 
 def replies(
-    respond: Callable[..., Rollout], tokenizer: Tokenizer, params: Params, prompts: Any, rows: int, seed: int = 0
+    respond: Callable[..., Rollout],
+    tokenizer: Tokenizer,
+    params: Params,
+    prompts: Any,
+    rows: int,
+    seed: int = 0,
 ) -> list[str]:
     """Replies as text to all prompts (a PromptBatch [N, P]), `rows` at a time."""
     texts: list[str] = []
@@ -139,5 +146,8 @@ def response_ids(rollout: Rollout, row: int) -> list[int]:
 
 def exact_match(texts: Sequence[str], questions: Sequence[Question]) -> float:
     """Share of replies equal to the known answer, white space around both ignored."""
-    right = [text.strip() == (question.answer or "").strip() for text, question in zip(texts, questions, strict=True)]
+    right = [
+        text.strip() == (question.answer or "").strip()
+        for text, question in zip(texts, questions, strict=True)
+    ]
     return sum(right) / len(right)

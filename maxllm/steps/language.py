@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from maxllm.losses import token
+from maxllm.model.forward import forward
 from maxllm.records import LmBatch, Metrics, Params
 from maxllm.steps.state import TrainState
 from maxllm.steps.update import Loss, update
@@ -15,14 +16,7 @@ from maxllm.steps.update import Loss, update
 
 def language_loss(model: nn.Module, params: Params, batch: LmBatch, key: jax.Array | None) -> Loss:
     """Cross-entropy in nats over the weighted targets. Without a key, dropout is off."""
-    logits_BTV = model.apply(
-        {"params": params},
-        batch.tokens_BT,
-        batch.segment_ids_BT,
-        batch.positions_BT,
-        deterministic=key is None,
-        rngs=None if key is None else {"dropout": key},
-    )
+    logits_BTV = forward(model, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, key)
     total, weight = token.cross_entropy(logits_BTV, batch.targets_BT, batch.loss_weights_BT)
     right_BT = (jnp.argmax(logits_BTV, -1) == batch.targets_BT) * batch.loss_weights_BT
     return Loss(total, weight, {"accuracy": (jnp.sum(right_BT), weight)})

@@ -18,14 +18,14 @@ from flax import struct
 
 from maxllm.config import PpoConfig
 from maxllm.losses import policy, token
-from maxllm.records import Experience, Metrics, Params, Rollout
+from maxllm.model.forward import forward
+from maxllm.records import Array, Experience, Metrics, Params, Rollout
 from maxllm.steps.reward import score
 from maxllm.steps.state import TrainState
 from maxllm.steps.update import Loss, update
 
 
-@struct.dataclass
-class PpoState:
+class PpoState(struct.PyTreeNode):
     """Two trained models. The reference policy and the reward model are frozen and stand outside."""
 
     step: jax.Array
@@ -43,8 +43,7 @@ class PpoState:
         return self.replace(actor=self.actor.attach(params))
 
 
-@struct.dataclass
-class Frozen:
+class Frozen(struct.PyTreeNode):
     """What PPO reads and never changes."""
 
     reference: Params
@@ -67,23 +66,19 @@ class Ppo:
     microbatches: int = 1
 
 
+def at_responses(model: nn.Module, params: Params, rollout: Rollout) -> jax.Array:
+    """A model's outputs where each response token was chosen, that is, one slot before it: [B, R, ...]."""
+    R = rollout.mask_BR.shape[1]
+    outputs = forward(model, params, rollout.tokens_BT, rollout.segment_ids_BT, rollout.positions_BT)
+    return outputs[:, -R - 1 : -1]
+
+
 def response_logits(model: nn.Module, params: Params, rollout: Rollout, temperature: float) -> jax.Array:
     """Logits that predicted each response token, divided by the temperature, [B, R, V] float32."""
-    R = rollout.mask_BR.shape[1]
-    logits_BTV = model.apply(
-        {"params": params}, rollout.tokens_BT, rollout.segment_ids_BT, rollout.positions_BT
-    )
-    return logits_BTV[:, -R - 1 : -1] / temperature
+    return at_responses(model, params, rollout) / temperature
 
 
-def response_values(model: nn.Module, params: Params, rollout: Rollout) -> jax.Array:
-    """The critic's value of the state each response token was chosen in, [B, R] float32."""
-    R = rollout.mask_BR.shape[1]
-    values_BT = model.apply({"params": params}, rollout.tokens_BT, rollout.segment_ids_BT, rollout.positions_BT)
-    return values_BT[:, -R - 1 : -1]
-
-
-def response_tokens(rollout: Rollout) -> jax.Array:
+def response_tokens(rollout: Rollout) -> Array:
     """The response slots of a rollout, [B, R]."""
     return rollout.tokens_BT[:, -rollout.mask_BR.shape[1] :]
 
@@ -112,8 +107,11 @@ def experience(ppo: Ppo, state: PpoState, frozen: Frozen, rollout: Rollout) -> t
     targets_BR = response_tokens(rollout)
     logits_BRV = response_logits(ppo.policy_model, state.actor.params, rollout, ppo.temperature)
     ref_logits_BRV = response_logits(ppo.policy_model, frozen.reference, rollout, ppo.temperature)
-    logps_BR, ref_logps_BR = token.token_logps(logits_BRV, targets_BR), token.token_logps(ref_logits_BRV, targets_BR)
-    values_BR = response_values(ppo.scalar_model, state.critic.params, rollout)
+    logps_BR, ref_logps_BR = (
+        token.token_logps(logits_BRV, targets_BR),
+        token.token_logps(ref_logits_BRV, targets_BR),
+    )
+    values_BR = at_responses(ppo.scalar_model, state.critic.params, rollout)
 
     rewards_BR = policy.shaped_rewards(scores_B, logps_BR, ref_logps_BR, mask_BR, config.kl_coef)
     advantages_BR, returns_BR = policy.gae(rewards_BR, values_BR, mask_BR, config.gamma, config.gae_lambda)
@@ -155,12 +153,14 @@ def actor_loss(ppo: Ppo, params: Params, batch: Experience, key: jax.Array) -> L
 def critic_loss(ppo: Ppo, params: Params, batch: Experience, key: jax.Array) -> Loss:
     """Clipped value loss over response tokens."""
     mask_BR = batch.rollout.mask_BR
-    values_BR = response_values(ppo.scalar_model, params, batch.rollout)
+    values_BR = at_responses(ppo.scalar_model, params, batch.rollout)
     losses_BR = policy.value_loss(values_BR, batch.old_values_BR, batch.returns_BR, ppo.config.value_clip)
     return Loss(jnp.sum(losses_BR * mask_BR), jnp.sum(mask_BR), {})
 
 
-def update_minibatch(ppo: Ppo, state: PpoState, batch: Experience, key: jax.Array) -> tuple[PpoState, Metrics]:
+def update_minibatch(
+    ppo: Ppo, state: PpoState, batch: Experience, key: jax.Array
+) -> tuple[PpoState, Metrics]:
     """One update of actor and critic on the same minibatch."""
     actor, actor_metrics = update(
         state.actor,
@@ -181,7 +181,9 @@ def update_minibatch(ppo: Ppo, state: PpoState, batch: Experience, key: jax.Arra
     metrics = {name: actor_metrics[name] for name in ("clip_fraction", "approx_kl", "ratio")}
     metrics |= {"loss": actor_metrics["loss"], "gradient_norm": actor_metrics["gradient_norm"]}
     metrics |= {"value_loss": critic_metrics["loss"]}
-    skipped = tuple(jnp.maximum(a, c) for a, c in zip(actor_metrics["skipped"], critic_metrics["skipped"], strict=True))
+    skipped = tuple(
+        jnp.maximum(a, c) for a, c in zip(actor_metrics["skipped"], critic_metrics["skipped"], strict=True)
+    )
     metrics["skipped"] = (skipped[0], skipped[1])
     return PpoState(state.step, actor, critic), metrics
 

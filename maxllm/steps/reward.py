@@ -9,6 +9,7 @@ import optax
 
 from maxllm.config import RewardConfig
 from maxllm.losses import preference
+from maxllm.model.forward import forward
 from maxllm.records import Metrics, PairBatch, Params
 from maxllm.steps.state import TrainState
 from maxllm.steps.update import Loss, update
@@ -20,14 +21,8 @@ def score(
     """Score of right-padded sequences, read at their last real token, [B] float32."""
     slots_T = jnp.arange(tokens_BT.shape[1])
     segment_ids_BT = (slots_T < lengths_B[:, None]).astype(jnp.int32)
-    scores_BT = model.apply(
-        {"params": params},
-        tokens_BT,
-        segment_ids_BT,
-        jnp.broadcast_to(slots_T, tokens_BT.shape),
-        deterministic=key is None,
-        rngs=None if key is None else {"dropout": key},
-    )
+    positions_BT = jnp.broadcast_to(slots_T, tokens_BT.shape)
+    scores_BT = forward(model, params, tokens_BT, segment_ids_BT, positions_BT, key)
     return jnp.take_along_axis(scores_BT, jnp.maximum(lengths_B - 1, 0)[:, None], axis=1)[:, 0]
 
 

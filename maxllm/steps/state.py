@@ -16,8 +16,7 @@ from maxllm.parallel import sharding
 from maxllm.records import Params
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """What a step changes and a checkpoint holds. Randomness is not in it: keys are folded from the step."""
 
     step: jax.Array
@@ -40,7 +39,9 @@ def init_params(model: nn.Module, key: jax.Array) -> Params:
     return model.init(key, tokens_BT, jnp.ones_like(tokens_BT), tokens_BT)["params"]
 
 
-def initializer(model: nn.Module, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
+def initializer(
+    model: nn.Module, optimizer: optax.GradientTransformation
+) -> Callable[[jax.Array], TrainState]:
     """A pure function key -> boxed TrainState."""
 
     def init(key: jax.Array) -> TrainState:

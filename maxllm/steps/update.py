@@ -15,8 +15,7 @@ from maxllm.records import Metrics, Params
 from maxllm.steps.state import TrainState
 
 
-@struct.dataclass
-class Loss:
+class Loss(struct.PyTreeNode):
     """What a loss function returns for a (micro)batch: sums, never means."""
 
     total: jax.Array

@@ -1,0 +1,291 @@
+"""The command line: one verb per job. Parses, then calls a stage; nothing heavy is imported before that.
+
+Exit codes: 0 done; 1 the run failed; 2 bad input, one sentence on stderr; 75 interrupted and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import maxllm
+from maxllm.errors import Interrupted, RunFailed, UserError
+
+EPILOG = """\
+A recipe is a YAML file, or the name of one under configs/ (pretrain/tiny_slice_cpu). Any of its fields can be
+overridden by words after it: optimizer.learning_rate=3e-4 run.dir=runs/mine. --print-config shows the result.
+
+the whole road in one command:
+  maxllm quickstart
+stage by stage:
+  maxllm prepare  pretrain/tiny_slice_cpu
+  maxllm pretrain pretrain/tiny_slice_cpu
+  maxllm sft      sft/tiny_tasks_cpu
+  maxllm reward   reward/tiny_tasks_cpu
+  maxllm ppo      ppo/tiny_tasks_cpu
+  maxllm chat     runs/tiny/ppo
+  maxllm export   runs/tiny/ppo runs/tiny/hf
+
+Interrupt a run (Ctrl-C, SIGTERM, even kill -9) and give the same command again: it continues.
+"""
+
+TRAINERS = {
+    "prepare": "clean text, train the tokenizer, pack the corpus of a pretrain recipe",
+    "pretrain": "train a language model from scratch on the prepared corpus",
+    "sft": "fine-tune it on instructions and replies",
+    "reward": "train a reward model on preferred and rejected replies",
+    "ppo": "improve the policy against the reward model",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        options.run(options)
+    except UserError as error:
+        return fail(options, error, 2)
+    except RunFailed as error:
+        return fail(options, error, 1)
+    except Interrupted as error:
+        return fail(options, error, 75)
+    except KeyboardInterrupt:
+        return fail(options, Interrupted("interrupted; the same command continues from what was saved"), 75)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def fail(options: argparse.Namespace, error: Exception, code: int) -> int:
+    """One sentence on stderr; with --debug, where it came from too."""
+    if options.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"maxllm: {error}", file=sys.stderr)
+    return code
+
+
+def quiet_libraries() -> None:
+    """Libraries' start-up notes are not ours to print; their warnings and errors still are."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with one subparser per verb."""
+    parser = argparse.ArgumentParser(
+        prog="maxllm",
+        description="The whole life of a LLaMA model in JAX: text, tokenizer, pretraining, SFT, "
+        "reward model, PPO, Hugging Face.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"maxllm {maxllm.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add_quickstart(verbs)
+    for verb, description in TRAINERS.items():
+        add_trainer(verbs, verb, description)
+    add_readers(verbs)
+    return parser
+
+
+def add_verb(verbs: Any, name: str, description: str, run: Callable[[argparse.Namespace], None]) -> Any:
+    """A subparser with what all verbs have."""
+    verb = verbs.add_parser(
+        name, help=description, description=description[0].upper() + description[1:] + "."
+    )
+    verb.add_argument("--debug", action="store_true", help="show the traceback behind an error")
+    verb.set_defaults(run=run)
+    return verb
+
+
+def add_overrides(verb: Any, example: str) -> None:
+    """The trailing key=value words."""
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=f"override a field, as in {example}")
+
+
+def add_json(verb: Any) -> None:
+    """--json for verbs that inspect."""
+    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def add_quickstart(verbs: Any) -> None:
+    """quickstart."""
+    verb = add_verb(
+        verbs,
+        "quickstart",
+        "take the whole road, from text to a Hugging Face folder and a report",
+        quickstart,
+    )
+    verb.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="folder (default %(default)s)"
+    )
+    verb.add_argument("--fast", action="store_true", help="the same road in under two minutes, for tests")
+    add_json(verb)
+
+
+def add_trainer(verbs: Any, name: str, description: str) -> None:
+    """A verb that takes a recipe."""
+    verb = add_verb(verbs, name, description, train)
+    verb.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of one under configs/")
+    add_overrides(verb, "run.steps=100")
+    verb.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    add_json(verb)
+
+
+def add_readers(verbs: Any) -> None:
+    """The verbs that take a run folder."""
+    verb = add_verb(verbs, "generate", "complete prompts with the model of a run", generate)
+    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of pretrain, sft or ppo")
+    add_overrides(verb, "generation.temperature=0.8")
+    verb.add_argument(
+        "--prompt", action="append", required=True, help="a prompt; give it again for more than one"
+    )
+    add_json(verb)
+
+    verb = add_verb(verbs, "chat", "talk to the model of a run, line by line", chat)
+    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of sft or ppo")
+    add_overrides(verb, "generation.temperature=0.7")
+
+    verb = add_verb(verbs, "evaluate", "compute the held-out figures of a run's newest checkpoint", evaluate)
+    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of any stage")
+    add_overrides(verb, "'data.heldout_sources=[\"mine.jsonl\"]'")
+    add_json(verb)
+
+    verb = add_verb(verbs, "export", "write a Hugging Face folder, checked against transformers", export)
+    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of pretrain, sft or ppo")
+    verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    verb.add_argument("--no-verify", action="store_true", help="do not compare greedy decoding (needs torch)")
+    add_json(verb)
+
+    verb = add_verb(verbs, "report", "draw report.html from a run folder or a folder of runs", report)
+    verb.add_argument("folder", metavar="FOLDER", type=Path, help="run folder, or a folder that holds some")
+
+
+# --- what the verbs do ------------------------------------------------------------------------------------
+
+
+def quickstart(options: argparse.Namespace) -> None:
+    """maxllm quickstart"""
+    from maxllm.report.page import write_report
+    from maxllm.stages import quickstart as stage
+
+    summary = stage.run(options.out, options.fast)
+    page = write_report(options.out)
+    show(options, summary, "maxllm quickstart")
+    if not options.json:
+        if summary["export_greedy_identical"] is None:
+            print("not checked: greedy output in transformers, because torch is not installed")
+        print(f"Hugging Face folder: {options.out / 'hf'}\nreport: {page}")
+
+
+def train(options: argparse.Namespace) -> None:
+    """maxllm prepare, pretrain, sft, reward, ppo"""
+    from maxllm import recipe
+
+    config = recipe.load_recipe(options.recipe, options.overrides)
+    wanted = "pretrain" if options.verb == "prepare" else options.verb
+    if config.stage != wanted:
+        raise UserError(f"{options.recipe} is a recipe for the stage {config.stage}, not {wanted}")
+    if options.print_config:
+        print(json.dumps(config.model_dump(mode="json")) if options.json else recipe.dump(config), end="")
+        return
+    from maxllm.stages import ppo, prepare, pretrain, reward, sft
+
+    stages: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "prepare": prepare.run,
+        "pretrain": pretrain.run,
+        "sft": sft.run,
+        "reward": reward.run,
+        "ppo": ppo.run,
+    }
+    show(options, stages[options.verb](config), f"maxllm {options.verb}")
+
+
+def generate(options: argparse.Namespace) -> None:
+    """maxllm generate"""
+    from maxllm.stages import chat as stage
+
+    replies = stage.generate(options.run_dir, options.prompt, options.overrides)
+    if options.json:
+        print(json.dumps(replies, ensure_ascii=False))
+        return
+    for reply in replies:
+        print(reply["text"])
+
+
+def chat(options: argparse.Namespace) -> None:
+    """maxllm chat"""
+    from maxllm.stages import chat as stage
+
+    stage.converse(options.run_dir, typed_lines(), print, options.overrides)
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines from the terminal with a prompt sign, or from a pipe without."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """maxllm evaluate"""
+    from maxllm.stages import evaluate as stage
+
+    show(options, stage.run(options.run_dir, options.overrides), "maxllm evaluate")
+
+
+def export(options: argparse.Namespace) -> None:
+    """maxllm export"""
+    from maxllm.stages import export as stage
+
+    result = stage.run(options.run_dir, options.out, verify=not options.no_verify)
+    show(options, result, "maxllm export")
+    if result["greedy_identical"] is None and not options.json:
+        why = "--no-verify was given" if options.no_verify else "torch is not installed"
+        print(f"not checked: greedy output in transformers, because {why}")
+
+
+def report(options: argparse.Namespace) -> None:
+    """maxllm report"""
+    from maxllm.report.page import write_report
+
+    print(write_report(options.folder))
+
+
+def show(options: argparse.Namespace, figures: dict[str, Any], title: str) -> None:
+    """Figures as a table, or as JSON."""
+    if options.json:
+        print(json.dumps(figures, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False)
+    for name, value in flat(figures):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, formatted value) of nested figures."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

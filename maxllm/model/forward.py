@@ -1,0 +1,30 @@
+"""Calling a model."""
+
+import flax.linen as nn
+import jax
+
+from maxllm.records import Array, Params
+
+
+def forward(
+    model: nn.Module,
+    params: Params,
+    tokens_BT: Array,
+    segment_ids_BT: Array,
+    positions_BT: Array,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """What a `Llama` (logits [B, T, V]) or a `ScalarModel` (numbers [B, T]) says, in float32.
+
+    Without a dropout key, dropout is off.
+    """
+    output = model.apply(
+        {"params": params},
+        tokens_BT,
+        segment_ids_BT,
+        positions_BT,
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    assert isinstance(output, jax.Array), "no collection is mutable, so the output stands alone"
+    return output

@@ -1,0 +1,107 @@
+"""Generate and chat: one prompt, or a conversation, answered by the model in a run folder.
+
+maxllm generate runs/tiny/pretrain --prompt "To be, or not to be"
+maxllm chat runs/tiny/ppo generation.temperature=0.7
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from maxllm.data import chat
+from maxllm.data.instruct import pad_prompts
+from maxllm.data.tokenizer import BOS
+from maxllm.errors import UserError
+from maxllm.records import Params
+from maxllm.run.session import Session, reopen
+from maxllm.stages.shared import policy_params, reply_text, responder, response_ids
+
+SHORTEST_PROMPT = 16
+"""Prompts are padded to a power of two of at least this, so that few programs are compiled."""
+
+
+class Speaker:
+    """A policy ready to answer."""
+
+    def __init__(self, run_dir: Path, overrides: Sequence[str] = ()) -> None:
+        """Loads the newest parameters of a run; `overrides` may change `generation.*`."""
+        self.session: Session = reopen(run_dir, overrides)
+        if self.session.config.stage == "reward":
+            raise UserError(f"{run_dir} holds a reward model, which gives scores and no text")
+        self.params: Params = policy_params(self.session, str(run_dir))
+        self.chats = self.session.config.stage != "pretrain"
+        self._respond = cache(lambda: responder(self.session, self.session.config.generation))
+        self._turn = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that a prompt may have."""
+        return self.session.model.max_seq_len - self.session.config.generation.max_new_tokens
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """A prompt as this model reads it: a user's turn, or, for a pretrained model, the start of a text."""
+        if self.chats:
+            return chat.render_prompt(self.session.tokenizer, [chat.Message(role="user", content=prompt)])
+        return [BOS, *self.session.tokenizer.encode(prompt)]
+
+    def reply(self, ids: list[int]) -> dict[str, Any]:
+        """Completes token ids.
+
+        Returns:
+          {"text", "tokens": the response's ids, "finished": whether a stop token came}.
+
+        Raises:
+          UserError: the prompt does not fit the model's context.
+        """
+        if len(ids) > self.room:
+            context, reply = self.session.model.max_seq_len, self.session.config.generation.max_new_tokens
+            raise UserError(
+                f"the prompt has {len(ids)} tokens; model.max_seq_len={context} leaves {self.room} "
+                f"beside generation.max_new_tokens={reply}"
+            )
+        length = min(max(SHORTEST_PROMPT, 1 << (len(ids) - 1).bit_length()), self.room)
+        rows = self.session.mesh.shape["data"] * self.session.mesh.shape["fsdp"]
+        key = jax.random.fold_in(jax.random.key(self.session.config.run.seed), self._turn)
+        self._turn += 1
+        rollout = jax.device_get(self._respond()(self.params, pad_prompts([ids] * rows, length), key))
+        return {
+            "text": reply_text(self.session.tokenizer, rollout, 0),
+            "tokens": response_ids(rollout, 0),
+            "finished": bool(rollout.finished_B[0]),
+        }
+
+
+def generate(run_dir: Path, prompts: Sequence[str], overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """A reply to each prompt."""
+    speaker = Speaker(run_dir, overrides)
+    return [{"prompt": prompt, **speaker.reply(speaker.prompt_ids(prompt))} for prompt in prompts]
+
+
+def converse(
+    run_dir: Path, lines: Iterable[str], say: Callable[[str], None], overrides: Sequence[str] = ()
+) -> None:
+    """Answers each line in turn, with all that was said before in view.
+
+    When the conversation outgrows the context, its oldest turns are forgotten, and `say` tells so.
+    """
+    speaker = Speaker(run_dir, overrides)
+    if not speaker.chats:
+        raise UserError(f"{run_dir} holds a pretrained model, which has not learned to chat; use generate")
+    messages: list[chat.Message] = []
+    for line in lines:
+        if not line.strip():
+            continue
+        messages.append(chat.Message(role="user", content=line.strip()))
+        ids = chat.render_prompt(speaker.session.tokenizer, messages)
+        while len(ids) > speaker.room and len(messages) > 1:
+            del messages[:2]
+            ids = chat.render_prompt(speaker.session.tokenizer, messages)
+            say("(the conversation is longer than the model's context; its oldest turns are forgotten)")
+        text = speaker.reply(ids)["text"]
+        say(text)
+        messages.append(chat.Message(role="assistant", content=text))

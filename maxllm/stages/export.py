@@ -1,0 +1,65 @@
+"""Export: the policy in a run folder as a Hugging Face folder, checked against `transformers`.
+
+maxllm export runs/tiny/ppo runs/tiny/hf
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from maxllm.errors import RunFailed, UserError
+from maxllm.hf import export as hf
+from maxllm.run.session import reopen
+from maxllm.stages.chat import Speaker
+from maxllm.stages.shared import policy_params
+
+CHECK_TOKENS = 32
+"""Greedy tokens compared per prompt."""
+
+CHECK_PROMPTS = ("Hello", "To be, or not to be", "春眠不觉晓", "Sort the digits.\n4711")
+
+
+def run(
+    run_dir: Path, out_dir: Path, prompts: Sequence[str] = CHECK_PROMPTS, verify: bool = True
+) -> dict[str, Any]:
+    """Writes the folder, then compares greedy decoding of ours and of `transformers` token for token.
+
+    Returns:
+      What `hf.export` returns, and `greedy_identical`: True, or None where it was not checked because torch
+      is missing or `verify` is False.
+
+    Raises:
+      RunFailed: the two do not agree.
+    """
+    session = reopen(run_dir)
+    if session.config.stage == "reward":
+        raise UserError(f"{run_dir} holds a reward model; exporting it is not there yet")
+    params = jax.device_get(policy_params(session, str(run_dir)))
+    written = hf.export(
+        params,
+        session.model,
+        session.tokenizer,
+        out_dir,
+        generation=session.config.generation,
+        description=f"Trained with `maxllm {session.config.stage}`.",
+    )
+    check = greedy_check(run_dir, out_dir, prompts) if verify else None
+    if check is not None and not check["identical"]:
+        raise RunFailed(f"{out_dir} does not decode as the checkpoint does: {check['first_difference']}")
+    return written | {
+        "greedy_identical": None if check is None else True,
+        "greedy_prompts": 0 if check is None else check["prompts"],
+        "greedy_tokens": 0 if check is None else check["tokens"],
+    }
+
+
+def greedy_check(run_dir: Path, out_dir: Path, prompts: Sequence[str]) -> dict[str, Any] | None:
+    """Greedy replies of the checkpoint against those of the exported folder; None where torch is missing."""
+    speaker = Speaker(run_dir, ["generation.temperature=0", f"generation.max_new_tokens={CHECK_TOKENS}"])
+    ids = [speaker.prompt_ids(prompt) for prompt in prompts]
+    ours = [speaker.reply(prompt)["tokens"] for prompt in ids]
+    return hf.verify_greedy(out_dir, ids, ours, CHECK_TOKENS)

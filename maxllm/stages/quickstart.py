@@ -1,0 +1,131 @@
+"""Quickstart: the whole road on one machine, from text to a Hugging Face folder and a report.
+
+    maxllm quickstart --out runs/quickstart
+
+    prepare -> pretrain -> SFT -> reward model -> PPO -> export -> report
+
+Each stage is the ordinary one with an ordinary recipe from configs/, in its own run folder below --out. A
+stage that is complete is not run again, one that was interrupted continues: run the same command again.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from maxllm import recipe
+from maxllm.config import Config
+from maxllm.data import tasks
+from maxllm.run.record import hardware, read_summary, write_json
+from maxllm.stages import export, ppo, prepare, pretrain, reward, sft
+from maxllm.stages.chat import generate
+
+RECIPES = {
+    "pretrain": "pretrain/tiny_slice_cpu",
+    "sft": "sft/tiny_tasks_cpu",
+    "reward": "reward/tiny_tasks_cpu",
+    "ppo": "ppo/tiny_tasks_cpu",
+}
+FAST = "_fast"
+"""Suffix of the recipes that take the same road in under two minutes, for tests."""
+
+TEXT_PROMPTS = ("To be, or not to be", "It is a truth universally acknowledged", "李白\n\n")
+SAMPLE_TASKS = 12
+
+
+def run(out: Path, fast: bool = False) -> dict[str, Any]:
+    """Takes the whole road, or what is left of it; returns `out/summary.json`'s content."""
+    configs = {stage: stage_config(stage, out, fast) for stage in RECIPES}
+    started = time.perf_counter()
+    manifest = prepare.run(configs["pretrain"])
+    seconds = {"prepare": manifest["seconds"]}
+    summaries: dict[str, dict[str, Any]] = {}
+    for stage, run_stage in (
+        ("pretrain", pretrain.run),
+        ("sft", sft.run),
+        ("reward", reward.run),
+        ("ppo", ppo.run),
+    ):
+        summaries[stage] = run_stage(configs[stage])
+        seconds[stage] = summaries[stage]["seconds"]
+    finished = read_summary(out)
+    if finished is not None and (out / "hf" / "config.json").is_file():
+        return finished
+    started = time.perf_counter()
+    rows = list(tasks.prompt_rows("heldout", SAMPLE_TASKS, seed=configs["ppo"].run.seed))
+    exported = export.run(out / "ppo", out / "hf", [row["prompt"] for row in rows])
+    write_json(out / "samples.json", samples(out, rows))
+    seconds["export"] = round(time.perf_counter() - started, 3)
+    seconds["total"] = round(sum(seconds.values()), 3)
+    summary = figures(summaries, exported) | {"fast": fast, "seconds": seconds, "hardware": hardware()}
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def stage_config(stage: str, out: Path, fast: bool) -> Config:
+    """The stage's recipe, with its folders below `out`."""
+    overrides = [f"run.dir={out / stage}"]
+    if stage == "pretrain":
+        overrides += [f"tokenizer.path={out / 'tokenizer.model'}", f"data.prepared_dir={out / 'corpus'}"]
+    else:
+        overrides.append(f"start.policy={out / ('pretrain' if stage == 'sft' else 'sft')}")
+    if stage == "ppo":
+        overrides.append(f"start.reward={out / 'reward'}")
+    return recipe.load_recipe(RECIPES[stage] + (FAST if fast else ""), overrides)
+
+
+def figures(summaries: dict[str, dict[str, Any]], exported: dict[str, Any]) -> dict[str, Any]:
+    """Every number of the before/after table, and how many held-out items stand behind it."""
+    pretrained, tuned = summaries["pretrain"], summaries["sft"]
+    rewarded, aligned = summaries["reward"], summaries["ppo"]
+    before, after = aligned["heldout_first"], aligned["heldout_last"]
+    return {
+        "bits_per_byte": pretrained["heldout_last"]["bits_per_byte"],
+        "bits_per_byte_unigram": pretrained["bits_per_byte_unigram"],
+        "bits_per_byte_bigram": pretrained["bits_per_byte_bigram"],
+        "sft_exact_match_before": tuned["heldout_first"]["exact_match"],
+        "sft_exact_match_after": tuned["heldout_last"]["exact_match"],
+        "reward_pair_accuracy": rewarded["heldout_last"]["accuracy"],
+        "ppo_score_before": before["score"],
+        "ppo_score_after": after["score"],
+        "ppo_exact_match_before": before["exact_match"],
+        "ppo_exact_match_after": after["exact_match"],
+        "ppo_exact_match_greedy_before": before["exact_match_greedy"],
+        "ppo_exact_match_greedy_after": after["exact_match_greedy"],
+        "ppo_kl": after["kl"],
+        "export_greedy_identical": exported["greedy_identical"],
+        "heldout_items": {
+            "bits_per_byte_bytes": pretrained["heldout_bytes"],
+            "bits_per_byte_documents": pretrained["heldout_documents"],
+            "sft_exact_match": tuned["heldout_items"],
+            "reward_pair_accuracy": rewarded["heldout_items"],
+            "ppo": aligned["heldout_items"],
+            "export_prompts": exported["greedy_prompts"],
+        },
+        "parameters": pretrained["parameters"],
+    }
+
+
+def samples(out: Path, rows: list[dict[str, str]]) -> dict[str, Any]:
+    """What the models say: continuations of texts, and greedy replies to held-out tasks after each stage."""
+    greedy = ["generation.temperature=0", "generation.max_new_tokens=16"]
+    prompts = [row["prompt"] for row in rows]
+    said = {
+        stage: [reply["text"] for reply in generate(out / stage, prompts, greedy)] for stage in ("sft", "ppo")
+    }
+    # The pretrained model has never seen a chat turn; the same question stands before it as plain text.
+    said["pretrained"] = [
+        reply["text"] for reply in generate(out / "pretrain", [f"{prompt}\n" for prompt in prompts], greedy)
+    ]
+    sampled = ["generation.temperature=0.8", "generation.top_p=0.95", "generation.max_new_tokens=80"]
+    return {
+        "text": [
+            {"prompt": reply["prompt"], "continuation": reply["text"]}
+            for reply in generate(out / "pretrain", TEXT_PROMPTS, sampled)
+        ],
+        "tasks": [
+            {**row, **{stage: texts[number] for stage, texts in said.items()}}
+            for number, row in enumerate(rows)
+        ],
+    }
