@@ -153,7 +153,7 @@ class DataConfig(Section):
 
     sources: tuple[str, ...] = Field(
         (),
-        description="Files, folders, slice:NAME, tfds:NAME@SPLIT; after pretraining: JSONL, tasks:SPLIT:COUNT.",
+        description="Files, folders, slice:NAME, tfds:NAME@SPLIT; after pretrain JSONL, tasks:SPLIT:COUNT.",
     )
     heldout_sources: tuple[str, ...] = Field(
         (), description="Held-out data of the same form; empty: a share of `sources` is held out."

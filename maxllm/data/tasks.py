@@ -96,15 +96,22 @@ def prompt_rows(split: Split, count: int, seed: int) -> Iterator[dict[str, str]]
 
 
 def wrong_answer(answer: str, digits: str, rng: random.Random) -> str:
-    """A plausible wrong answer: a slip in the right one, or the right answer to another question."""
+    """A plausible wrong answer: a slip in the right one, or the right answer to another question.
+
+    Slips are those that models make: a digit replaced by another of the prompt's, dropped, repeated, or two
+    digits exchanged.
+    """
     while True:
-        place = rng.randrange(len(answer))
-        other = rng.choice("0123456789")
+        i, j = rng.randrange(len(answer)), rng.randrange(len(answer))
+        other = rng.choice(digits + rng.choice("0123456789"))
+        exchanged = list(answer)
+        exchanged[i], exchanged[j] = exchanged[j], exchanged[i]
         slips = (
-            answer[:place] + other + answer[place + 1 :],
-            answer[:place] + answer[place + 1 :],
-            answer[:place] + other + answer[place:],
-            answer[:place] + answer[place : place + 2][::-1] + answer[place + 2 :],
+            answer[:i] + other + answer[i + 1 :],
+            answer[:i] + answer[i + 1 :],
+            answer[:i] + other + answer[i:],
+            "".join(exchanged),
+            "".join(exchanged),
             rng.choice(TASKS).solve(digits),
         )
         wrong = rng.choice(slips)

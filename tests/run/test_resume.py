@@ -1,0 +1,170 @@
+"""A run that was interrupted ends with the parameters of one that was not, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import maxllm
+
+STEPS = 24
+
+ONE_DEVICE = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+"""The tests themselves run with 8 simulated devices; these runs have one."""
+
+
+def command(folder: Path, corpus: Path) -> list[str]:
+    """A small pretraining run in its own process."""
+    small = ["model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64", "model.n_layers=2"]
+    small += ["model.scan_unroll=1", "model.residual_dropout=0.1", "model.vocab_size=600"]
+    run = [f"run.dir={folder}", f"run.steps={STEPS}", "run.checkpoint_every=6", "run.eval_every=12"]
+    data = [f"data.prepared_dir={corpus / 'corpus'}", f"tokenizer.path={corpus / 'tokenizer.model'}"]
+    data += [f"data.sources=['{corpus / 'text.txt'}']", "tokenizer.vocab_size=600", "data.heldout_share=0.2"]
+    batch = ["batch.rows=4", "batch.microbatches=2", "batch.sequence_length=32", "run.log_every=4"]
+    return [
+        sys.executable,
+        "-m",
+        "maxllm.cli",
+        "VERB",
+        "pretrain/tiny_slice_cpu",
+        *small,
+        *run,
+        *data,
+        *batch,
+    ]
+
+
+def verb(words: list[str], name: str) -> list[str]:
+    """The command with its verb."""
+    return [name if word == "VERB" else word for word in words]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus: the paragraphs of two chapters."""
+    folder = tmp_path_factory.mktemp("corpus")
+    slice_dir = Path(maxllm.__file__).parent / "data" / "slice"
+    chapters = (slice_dir / "austen.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    paragraphs = [text for line in chapters for text in json.loads(line)["text"].split("\n\n")]
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(paragraphs), encoding="utf-8")
+    subprocess.run(
+        verb(command(folder / "unused", folder), "prepare"), check=True, capture_output=True, env=ONE_DEVICE
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path) -> Path:
+    """The run that nobody disturbed."""
+    folder = corpus / "uninterrupted"
+    subprocess.run(verb(command(folder, corpus), "pretrain"), check=True, capture_output=True, env=ONE_DEVICE)
+    return folder
+
+
+def final_state(folder: Path) -> dict[str, np.ndarray]:
+    """Every array of the last checkpoint, parameters and optimizer."""
+    import jax
+
+    last = folder / "checkpoints" / str(STEPS)
+    with ocp.StandardCheckpointer() as checkpointer:
+        trees = {item: checkpointer.restore((last / item).absolute()) for item in ("params", "rest")}
+    leaves = jax.tree_util.tree_leaves_with_path(trees)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Same arrays, same held-out figures."""
+    first, second = final_state(one), final_state(other)
+    assert first.keys() == second.keys() and len(first) > 20
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name], err_msg=name)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
+    assert summaries[0]["heldout_last"] == summaries[1]["heldout_last"]
+
+
+def wait_for(folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Until a checkpoint of at least that step is complete."""
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        done = [int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
+        if any(number >= step for number in done):
+            return
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint came")
+
+
+def test_kill_9_then_the_same_command(corpus: Path, uninterrupted: Path) -> None:
+    folder = corpus / "killed"
+    words = verb(command(folder, corpus), "pretrain")
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_DEVICE)
+    wait_for(folder, 6, process)
+    process.kill()
+    process.wait()
+    assert not (folder / "summary.json").exists()
+    again = subprocess.run(words, check=True, capture_output=True, text=True, env=ONE_DEVICE)
+    assert "continues from the checkpoint of step" in again.stderr
+    assert_same_end(uninterrupted, folder)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps), "lines of the killed sitting were cut back"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75(corpus: Path, uninterrupted: Path, number: int) -> None:
+    folder = corpus / f"signal{number}"
+    words = verb(command(folder, corpus), "pretrain")
+    words.append("run.checkpoint_every=1000")  # only the signal makes it save
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ONE_DEVICE
+    )
+    deadline = time.time() + 120
+    while not (folder / "metrics.jsonl").exists() or '"loss"' not in (folder / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "the same command continues" in errors
+    subprocess.run(words, check=True, capture_output=True, env=ONE_DEVICE)
+    assert_same_end(uninterrupted, folder)
+
+
+def test_a_complete_run_is_not_run_again(corpus: Path, uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    subprocess.run(
+        verb(command(uninterrupted, corpus), "pretrain"), check=True, capture_output=True, env=ONE_DEVICE
+    )
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused(corpus: Path, uninterrupted: Path) -> None:
+    words = [*verb(command(uninterrupted, corpus), "pretrain"), "optimizer.learning_rate=0.5"]
+    result = subprocess.run(words, capture_output=True, text=True, env=ONE_DEVICE)
+    assert result.returncode == 2
+    assert "optimizer.learning_rate=0.003, not 0.5" in result.stderr
+
+
+def test_a_broken_checkpoint_is_an_error_not_a_fresh_start(corpus: Path, uninterrupted: Path) -> None:
+    folder = corpus / "broken"
+    subprocess.run(["cp", "-r", str(uninterrupted), str(folder)], check=True)
+    (folder / "summary.json").unlink()
+    for item in (folder / "checkpoints" / str(STEPS) / "params").rglob("*"):
+        if item.is_file() and "d" in item.parts[-2:-1]:
+            item.write_bytes(b"")
+    words = [word.replace("uninterrupted", "broken") for word in command(uninterrupted, corpus)]
+    result = subprocess.run(verb(words, "pretrain"), capture_output=True, text=True, env=ONE_DEVICE)
+    assert result.returncode not in (0, 75), result.stderr
+    assert not (folder / "summary.json").exists()
+
+
+def test_best_and_latest_checkpoints_are_kept(uninterrupted: Path) -> None:
+    kept = sorted(int(p.name) for p in (uninterrupted / "checkpoints").glob("*") if p.name.isdigit())
+    assert kept[-2:] == [STEPS - 6, STEPS]
+    assert len(kept) <= 3

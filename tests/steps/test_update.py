@@ -1,0 +1,239 @@
+"""Accumulation is exact, a non-finite step changes nothing, and dropout differs by step."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from maxllm.config import OptimizerConfig
+from maxllm.model.llama import Llama
+from maxllm.optim import make_optimizer
+from maxllm.records import LmBatch
+from maxllm.steps import language
+from maxllm.steps.state import TrainState, init_params
+from maxllm.steps.update import Loss, accumulate, split, update
+
+B, T, V = 8, 16, 64
+
+
+def fresh(params, optimizer):
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def lm_state(config, optimizer):
+    return fresh(nn.unbox(init_params(Llama(config), jax.random.key(0))), optimizer)
+
+
+def uneven_batch(seed=0):
+    """Row i has 2 i + 1 weighted targets, so that a mean of row means is far from the token mean."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(6, V, (B, T + 1)).astype(np.int32)
+    weights = (np.arange(T) < (2 * np.arange(B) + 1)[:, None]).astype(np.float32)
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    return LmBatch(tokens[:, :-1], tokens[:, 1:], weights, np.ones((B, T), np.int32), positions)
+
+
+def step_of(config, optimizer, microbatches=1, seed=0):
+    return jax.jit(
+        partial(
+            language.train_step,
+            model=Llama(config),
+            optimizer=optimizer,
+            seed=seed,
+            microbatches=microbatches,
+        )
+    )
+
+
+def assert_close(actual, expected, atol):
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=atol), actual, expected)
+
+
+def assert_identical(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def largest_gap(a, b):
+    gaps = jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), a, b)
+    return max(jax.tree.leaves(gaps))
+
+
+# Accumulation
+
+
+@pytest.mark.parametrize("microbatches", [2, 8])
+def test_microbatches_do_not_change_the_update(tiny_model, microbatches):
+    """SGD with rate 1: parameters differ by the gradient's rounding, sums of 64 float32 terms of at most ~1,
+    64 x 6e-8 / 64 (the mean) x the depth of the network: 1e-6."""
+    config, optimizer, batch = tiny_model(), optax.sgd(1.0), uneven_batch()
+    state = lm_state(config, optimizer)
+    whole, whole_metrics = step_of(config, optimizer)(state, batch)
+    parts, part_metrics = step_of(config, optimizer, microbatches)(state, batch)
+    assert_close(parts.params, whole.params, 1e-6)
+    assert float(whole_metrics["loss"][1]) == sum(range(1, 16, 2)) == 64
+    for name in ("loss", "accuracy", "gradient_norm"):
+        np.testing.assert_allclose(part_metrics[name], whole_metrics[name], rtol=1e-5, err_msg=name)
+
+
+def test_the_update_is_not_a_mean_of_row_means(tiny_model):
+    """The wrong way, for comparison, misses by thousands of tolerances: the test above can fail."""
+    config, optimizer, batch = tiny_model(), optax.sgd(1.0), uneven_batch()
+    state = lm_state(config, optimizer)
+    right, _ = step_of(config, optimizer)(state, batch)
+
+    @jax.jit
+    def row_gradient(row):
+        one = jax.tree.map(lambda x: x[None], row)
+        return accumulate(
+            partial(language.language_loss, Llama(config)), state.params, one, jax.random.key(0), 1
+        )[0]
+
+    rows = [row_gradient(jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(B)]
+    naive = jax.tree.map(lambda p, *g: p - sum(g) / B, state.params, *rows)
+    weights = batch.loss_weights_BT.sum(1) / batch.loss_weights_BT.sum()
+    exact = jax.tree.map(
+        lambda p, *g: p - sum(w * x for w, x in zip(weights, g, strict=True)), state.params, *rows
+    )
+    assert largest_gap(exact, right.params) < 1e-6
+    assert largest_gap(naive, right.params) > 1e-3
+
+
+def test_adam_takes_the_same_step_however_the_batch_is_split(tiny_model):
+    """eps 1e-3 keeps Adam from blowing up rounding: du/dg <= lr / eps = 1, so the gradient's 1e-6 stays."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, eps=1e-3), 10)
+    config, batch = tiny_model(), uneven_batch(1)
+    state = lm_state(config, optimizer)
+    whole, _ = step_of(config, optimizer, 1)(state, batch)
+    parts, _ = step_of(config, optimizer, 8)(state, batch)
+    assert largest_gap(whole.params, state.params) > 1e-4
+    assert_close(parts.params, whole.params, 2e-6)
+
+
+def test_split_deals_every_row_out_once():
+    parts = split({"x": np.arange(12).reshape(6, 2)}, 3)["x"]
+    assert parts.shape == (3, 2, 2)
+    np.testing.assert_array_equal(np.sort(parts.reshape(6, 2)[:, 0]), np.arange(0, 12, 2))
+    np.testing.assert_array_equal(parts[0], [[0, 1], [6, 7]])  # rows 0 and 3 of 6: dealt out in turn
+
+
+def test_every_microbatch_draws_its_own_dropout():
+    def loss_fn(params, part, key):
+        draw = jax.random.uniform(key)
+        return Loss(jnp.sum(params["w"]) * 0, jnp.float32(1), {"draw": (draw, draw**2)})
+
+    _, loss = accumulate(loss_fn, {"w": jnp.ones(2)}, jnp.zeros(4), jax.random.key(0), 4)
+    total, squares = map(float, loss.metrics["draw"])
+    assert squares / 4 - (total / 4) ** 2 > 1e-3  # the variance of four equal draws would be 0
+
+
+def test_a_batch_without_targets_changes_nothing(tiny_model):
+    config, optimizer = tiny_model(), optax.sgd(1.0)
+    state, batch = lm_state(config, optimizer), uneven_batch()
+    empty = batch.replace(loss_weights_BT=np.zeros_like(batch.loss_weights_BT))
+    after, metrics = step_of(config, optimizer, 2)(state, empty)
+    assert_identical(after.params, state.params)
+    assert [float(x) for x in metrics["loss"]] == [0, 0] and float(metrics["skipped"][0]) == 0
+
+
+def test_padding_rows_leave_gradients_finite_and_unchanged(tiny_model):
+    """Rows that are all padding attend to nothing; their softmax must not make a NaN of the gradient."""
+    config, optimizer, batch = tiny_model(), optax.sgd(1.0), uneven_batch()
+    state = lm_state(config, optimizer)
+    padded = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), batch)
+    alone, _ = step_of(config, optimizer)(state, batch)
+    with_padding, metrics = step_of(config, optimizer)(state, padded)
+    assert float(metrics["skipped"][0]) == 0
+    assert_close(with_padding.params, alone.params, 1e-6)
+
+
+# Not finite, no update
+
+
+def weighted_square(params, part, key):
+    """sum(x w^2) + the third column, which reaches the total and not the gradient."""
+    total = jnp.sum(part[:, :2] * jnp.square(params["w"])) + jnp.sum(part[:, 2])
+    return Loss(total, jnp.float32(part.shape[0]), {})
+
+
+def square_root(params, part, key):
+    """sqrt(sum(x w^2)): at x = 0 the value is 0 and the gradient 0 / 0."""
+    return Loss(jnp.sqrt(jnp.sum(part[:, :2] * jnp.square(params["w"]))), jnp.float32(1), {})
+
+
+GOOD = jnp.array([[1.0, 2.0, 0.0], [3.0, 4.0, 0.0]])
+BAD = {
+    "infinite loss, finite gradient": (weighted_square, GOOD.at[0, 2].set(jnp.inf), (False, True)),
+    "NaN loss, finite gradient": (weighted_square, GOOD.at[1, 2].set(jnp.nan), (False, True)),
+    "finite loss, NaN gradient": (square_root, jnp.zeros((2, 3)), (True, False)),
+    "both NaN": (weighted_square, GOOD.at[0, 0].set(jnp.nan), (False, False)),
+}
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("case", BAD)
+def test_not_finite_means_no_update(case, microbatches):
+    loss_fn, bad, (loss_is_finite, gradient_is_finite) = BAD[case]
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup_steps=4), 10)
+    key = jax.random.key(0)
+    step = jax.jit(
+        partial(update, key=key, loss_fn=loss_fn, optimizer=optimizer, microbatches=microbatches),
+    )
+    start = fresh({"w": jnp.array([1.0, -2.0])}, optimizer)
+    gradients, loss = accumulate(loss_fn, start.params, bad, key, microbatches)
+    assert bool(jnp.isfinite(loss.total)) == loss_is_finite
+    assert bool(jnp.isfinite(optax.global_norm(gradients))) == gradient_is_finite
+
+    once, first = step(start, GOOD)
+    skipped, metrics = step(once, bad)
+    assert [float(x) for x in first["skipped"]] == [0, 1]
+    assert [float(x) for x in metrics["skipped"]] == [1, 1]
+    assert int(skipped.step) == 2
+    assert_identical(skipped.params, once.params)
+    assert_identical(skipped.opt_state, once.opt_state)
+
+    after, metrics = step(skipped, GOOD)  # as if the bad batch had never been
+    expected, _ = step(once, GOOD)
+    assert float(metrics["skipped"][0]) == 0 and int(after.step) == 3
+    assert_identical(after.params, expected.params)
+    assert_identical(after.opt_state, expected.opt_state)
+    assert largest_gap(after.params, once.params) > 1e-3
+
+
+def test_a_language_model_survives_an_infinite_weight(tiny_model):
+    config = tiny_model()
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10)
+    state, batch = lm_state(config, optimizer), uneven_batch()
+    bad = batch.replace(loss_weights_BT=batch.loss_weights_BT * np.float32(np.inf))
+    step = step_of(config, optimizer, 2)
+    skipped, metrics = step(state, bad)
+    assert float(metrics["skipped"][0]) == 1
+    assert_identical((skipped.params, skipped.opt_state), (state.params, state.opt_state))
+    after, metrics = step(skipped, batch)
+    assert float(metrics["skipped"][0]) == 0 and largest_gap(after.params, state.params) > 1e-3
+
+
+# Randomness
+
+
+def test_dropout_is_a_function_of_seed_and_step(tiny_model):
+    config, optimizer = tiny_model(residual_dropout=0.5), optax.sgd(0.0)
+    state, batch = lm_state(config, optimizer), uneven_batch()
+    step = step_of(config, optimizer)
+
+    def loss(step, number):
+        return float(step(state.replace(step=jnp.int32(number)), batch)[1]["loss"][0])
+
+    assert loss(step, 3) == loss(step, 3)
+    assert len({loss(step, number) for number in range(4)}) == 4
+    assert loss(step, 3) != loss(step_of(config, optimizer, seed=1), 3)
+
+
+def test_evaluation_has_no_dropout(tiny_model):
+    plain, dropping = tiny_model(), tiny_model(residual_dropout=0.5, embedding_dropout=0.5)
+    state, batch = lm_state(plain, optax.sgd(0.0)), uneven_batch()
+    expected = language.eval_step(state.params, batch, model=Llama(plain))
+    assert_identical(language.eval_step(state.params, batch, model=Llama(dropping)), expected)
