@@ -11,7 +11,7 @@ quickstart: setup
 	$(BIN)/maxllm quickstart --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from maxllm.records import Metrics
 from maxllm.run.checkpoint import Checkpoints
 from maxllm.run.faults import StopRequest, stop_on_signals
 from maxllm.run.record import SUMMARY, Recorder, hardware, peak_rss_bytes, read_summary, write_json
-from maxllm.run.session import Session, compile_step
+from maxllm.run.session import Session, compile_step, open_run_dir
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def train(session: Session, job: Job) -> dict[str, Any]:
       Interrupted: SIGTERM or Ctrl-C came; the state is saved.
       RunFailed: too many consecutive updates were not finite.
     """
+    open_run_dir(session)
     run = session.config.run
     checkpoints = Checkpoints(session.run_dir, run.keep_checkpoints, job.best[1])
     try:

@@ -25,11 +25,16 @@ import maxllm
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -20,7 +20,7 @@ from maxllm.data.tokenizer import Tokenizer, load_tokenizer
 from maxllm.errors import UserError
 from maxllm.parallel import processes, sharding
 from maxllm.parallel.mesh import check_divisible, make_mesh
-from maxllm.run.record import write_text
+from maxllm.run.record import write_bytes, write_text
 
 CONFIG, TOKENIZER = "config.yaml", "tokenizer.model"
 
@@ -44,7 +44,7 @@ class Session:
 
 
 def open_session(config: Config) -> Session:
-    """Checks everything that can be checked before work begins, then opens the run folder.
+    """Checks everything that can be checked before work begins; writes nothing.
 
     Raises:
       UserError: a missing run folder or file, a vocabulary that does not match, a mesh that does not divide
@@ -67,7 +67,7 @@ def open_session(config: Config) -> Session:
     check_divisible(mesh, model, config.batch)
     run_dir = Path(config.run.dir)
     resolved = config.model_copy(update={"model": model})
-    open_run_dir(run_dir, resolved, tokenizer)
+    check_same_recipe(run_dir, resolved)
     return Session(resolved, model, mesh, tokenizer, run_dir)
 
 
@@ -109,23 +109,30 @@ def run_config(run_dir: Path) -> Config:
     return recipe.validate(recipe.read_yaml(run_dir / CONFIG))
 
 
-def open_run_dir(run_dir: Path, config: Config, tokenizer: Tokenizer) -> None:
-    """Creates the folder, or makes sure that it holds a run of the same recipe."""
-    former_path = run_dir / CONFIG
-    if former_path.is_file():
-        former = flat(recipe.read_yaml(former_path))
-        now = flat(yaml.safe_load(recipe.dump(config)))
-        for key in sorted(former.keys() | now.keys()):
-            fixed = not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
-            if fixed and former.get(key) != now.get(key):
-                raise UserError(
-                    f"{run_dir} holds a run with {key}={former.get(key)}, not {now.get(key)}; "
-                    "give another run.dir, or remove that folder"
-                )
+def check_same_recipe(run_dir: Path, config: Config) -> None:
+    """A folder that holds a run already must hold one of the same recipe.
+
+    Raises:
+      UserError: naming the first setting that differs.
+    """
+    if not (run_dir / CONFIG).is_file():
+        return
+    former, now = flat(recipe.read_yaml(run_dir / CONFIG)), flat(yaml.safe_load(recipe.dump(config)))
+    for key in sorted(former.keys() | now.keys()):
+        fixed = not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+        if fixed and former.get(key) != now.get(key):
+            raise UserError(
+                f"{run_dir} holds a run with {key}={former.get(key)}, not {now.get(key)}; "
+                "give another run.dir, or remove that folder"
+            )
+
+
+def open_run_dir(session: Session) -> None:
+    """Creates the run folder with its config and tokenizer: work begins."""
     if processes.is_main():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / TOKENIZER).write_bytes(tokenizer.model_bytes)
-        write_text(former_path, recipe.dump(config))
+        session.run_dir.mkdir(parents=True, exist_ok=True)
+        write_bytes(session.run_dir / TOKENIZER, session.tokenizer.model_bytes)
+        write_text(session.run_dir / CONFIG, recipe.dump(session.config))
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

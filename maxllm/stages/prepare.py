@@ -30,7 +30,7 @@ from maxllm.data.sources import Tally, read_documents
 from maxllm.data.tokenizer import BOS, EOS, PAD, Tokenizer, load_tokenizer, train_tokenizer
 from maxllm.errors import UserError
 from maxllm.records import LmBatch
-from maxllm.run.record import write_json
+from maxllm.run.record import write_bytes, write_json
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
@@ -60,7 +60,8 @@ def run(config: Config) -> dict[str, Any]:
         tokenizer = load_tokenizer(tokenizer_path)
     else:
         tokenizer = train_tokenizer(train, config.tokenizer)
-        write_tokenizer(tokenizer_path, tokenizer)
+        tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(tokenizer_path, tokenizer.model_bytes)
 
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     train_counts, heldout_counts = ngram.ByteCounts(train), ngram.ByteCounts(heldout)
@@ -147,14 +148,6 @@ def pack_documents(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> L
             yield from chunks(ids, [1] * len(ids), length)
 
     return pack(pieces(), length, PAD)
-
-
-def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    """Writes the model file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(tokenizer.model_bytes)
-    os.replace(temporary, path)
 
 
 def write_rows(folder: Path, rows: LmBatch) -> None:

@@ -1,0 +1,214 @@
+"""Reading run folders, finished or not. Whatever is missing is None or empty; nothing here writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from maxllm.errors import UserError
+from maxllm.run.record import METRICS, SUMMARY, read_records, read_summary
+
+CONFIG, SAMPLES = "config.yaml", "samples.json"
+
+STAGES = ("pretrain", "sft", "reward", "ppo")
+"""The stages of a quickstart folder, in the order they run."""
+
+Curve = list[tuple[int, float]]
+"""(step, value) pairs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    name: str
+    stage: str
+    """What its configuration says it trains; the folder's name where there is no configuration."""
+    steps: int | None
+    """Planned steps."""
+    config: str | None
+    """The text of config.yaml."""
+    records: tuple[dict[str, Any], ...]
+    """The lines of metrics.jsonl."""
+    summary: dict[str, Any]
+    """summary.json; empty while the run is unfinished."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its last step."""
+        return bool(self.summary)
+
+    @property
+    def step(self) -> int:
+        """The last step that was recorded."""
+        return max((record["step"] for record in self.records), default=self.summary.get("steps", 0))
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds the run has taken so far."""
+        recorded = [s for r in self.records if (s := number(r.get("seconds"))) is not None]
+        return number(self.summary.get("seconds")) or max(recorded, default=None)
+
+    def curve(self, name: str) -> Curve:
+        """A training metric over steps."""
+        return points(self.records, name)
+
+    def heldout_curve(self, name: str) -> Curve:
+        """A held-out figure over steps."""
+        return points([r["heldout"] | {"step": r["step"]} for r in self.heldout_records], name)
+
+    @property
+    def heldout_records(self) -> list[dict[str, Any]]:
+        """The records that carry held-out figures."""
+        return [r for r in self.records if isinstance(r.get("heldout"), dict)]
+
+    @property
+    def heldout_names(self) -> list[str]:
+        """Every held-out figure that was ever recorded."""
+        return sorted({name for record in self.heldout_records for name in record["heldout"]})
+
+    @property
+    def heldout_step(self) -> int:
+        """The step of the newest held-out figures."""
+        return max((record["step"] for record in self.heldout_records), default=self.step)
+
+    def before(self, name: str) -> float | None:
+        """A held-out figure at step 0."""
+        curve = self.heldout_curve(name)
+        if curve:
+            return curve[0][1] if curve[0][0] == 0 else None
+        return number(self.summary.get("heldout_first", {}).get(name))
+
+    def after(self, name: str) -> float | None:
+        """The newest held-out figure after step 0."""
+        curve = self.heldout_curve(name)
+        if curve:
+            return curve[-1][1] if curve[-1][0] > 0 else None
+        return number(self.summary.get("heldout_last", {}).get(name))
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a report is about."""
+
+    path: Path
+    kind: Literal["run", "quickstart", "collection"]
+    runs: tuple[Run, ...]
+    summary: dict[str, Any]
+    """A quickstart's own summary.json; empty while it is unfinished."""
+    samples: dict[str, Any]
+    """A quickstart's samples.json; empty while there is none."""
+    written: float | None
+    """When the newest of the files read was written, seconds since the epoch."""
+
+    def run(self, stage: str) -> Run | None:
+        """The run of a stage of a quickstart."""
+        return next((run for run in self.runs if run.name == stage), None)
+
+
+def read_folder(path: Path) -> Folder:
+    """Finds out what a folder is and reads it.
+
+    Raises:
+      UserError: it holds no run, or a file in it is not what it should be.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder: give a run folder, or a folder of run folders")
+    if is_run(path):
+        return Folder(path, "run", (read_run(path),), {}, {}, newest([path]))
+    children = sorted(child for child in path.iterdir() if child.is_dir() and is_run(child))
+    names = {child.name for child in children}
+    summary, samples = summary_of(path), json_object(path / SAMPLES)
+    if "bits_per_byte" in summary or (names and names <= set(STAGES)):
+        runs = tuple(read_run(path / stage) for stage in STAGES if stage in names)
+        return Folder(path, "quickstart", runs, summary, samples, newest([path, *children]))
+    if not children:
+        raise UserError(
+            f"{path} holds no run: neither it nor a folder in it has {CONFIG} or {METRICS}; "
+            "give a run folder, or a folder of run folders"
+        )
+    order = {stage: place for place, stage in enumerate(STAGES)}
+    runs = tuple(
+        sorted(map(read_run, children), key=lambda run: (order.get(run.stage, len(order)), run.name))
+    )
+    return Folder(path, "collection", runs, {}, {}, newest(children))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run folder."""
+    return (path / CONFIG).is_file() or (path / METRICS).is_file()
+
+
+def read_run(path: Path) -> Run:
+    """Reads one run folder."""
+    config = (path / CONFIG).read_text("utf-8", errors="replace") if (path / CONFIG).is_file() else None
+    settings, summary = parsed(config), summary_of(path)
+    planned = settings.get("run")
+    steps = summary.get("steps") or (planned.get("steps") if isinstance(planned, dict) else None)
+    records = (r for r in read_records(path) if isinstance(r, dict) and isinstance(r.get("step"), int))
+    return Run(
+        name=path.resolve().name,
+        stage=str(settings.get("stage") or summary.get("stage") or path.resolve().name),
+        steps=steps if isinstance(steps, int) else None,
+        config=config,
+        records=tuple(records),
+        summary=summary,
+    )
+
+
+def parsed(config: str | None) -> dict[str, Any]:
+    """The mapping in a configuration's text; empty where it cannot be read."""
+    try:
+        settings = yaml.safe_load(config or "")
+    except yaml.YAMLError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def summary_of(path: Path) -> dict[str, Any]:
+    """summary.json of a folder, or nothing."""
+    try:
+        summary = read_summary(path) or {}
+    except ValueError as error:
+        raise UserError(f"{path / SUMMARY} is not JSON ({error}); remove it or write it anew") from error
+    return checked(path / SUMMARY, summary)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object, or nothing."""
+    if not path.is_file():
+        return {}
+    try:
+        return checked(path, json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); remove it or write it anew") from error
+
+
+def checked(path: Path, value: Any) -> dict[str, Any]:
+    """The value, which has to be a JSON object."""
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def newest(folders: list[Path]) -> float | None:
+    """When the newest file that a report reads was written."""
+    files = [folder / name for folder in folders for name in (CONFIG, METRICS, SUMMARY)]
+    return max((file.stat().st_mtime for file in files if file.is_file()), default=None)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def points(records: Any, name: str) -> Curve:
+    """The finite values of one metric; a step recorded twice counts as it was recorded last."""
+    return sorted({r["step"]: v for r in records if (v := number(r.get(name))) is not None}.items())
