@@ -45,8 +45,7 @@ TRAINERS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     quiet_libraries()
     try:
         options.run(options)
@@ -62,6 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed words. Overrides may stand anywhere, also after options, where argparse alone loses them."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def fail(options: argparse.Namespace, error: Exception, code: int) -> int:
@@ -272,7 +283,9 @@ def show(options: argparse.Namespace, figures: dict[str, Any], title: str) -> No
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, show_header=False)
+    table = Table("figure", "value", title=title, show_header=False)
+    for column in table.columns:
+        column.overflow = "fold"
     for name, value in flat(figures):
         table.add_row(name, value)
     Console().print(table)
@@ -281,6 +294,8 @@ def show(options: argparse.Namespace, figures: dict[str, Any], title: str) -> No
 def flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted name, formatted value) of nested figures."""
     for name, value in figures.items():
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            value = {str(number): item for number, item in enumerate(value, start=1)}
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")
         else:

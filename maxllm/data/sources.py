@@ -58,6 +58,11 @@ class Tally:
         """The counts as plain data."""
         return {"source": self.source, "rows": self.rows, "kept": self.kept, "dropped": dict(self.dropped)}
 
+    def line(self) -> str:
+        """The counts as a line for the console."""
+        reasons = "".join(f"; {count:,} dropped: {reason}" for reason, count in self.dropped.most_common())
+        return f"{self.source}: {self.rows:,} rows, {self.kept:,} kept{reasons}"
+
     def check(self, max_bad_share: float) -> None:
         """Raise UserError when the source is empty, more than `max_bad_share` (0..1) bad, or none kept."""
         if self.rows == 0:

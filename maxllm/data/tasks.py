@@ -33,9 +33,10 @@ class Task:
 
 
 TASKS = (
-    Task(("Reverse the digits.", "倒着写。"), lambda digits: digits[::-1]),
     Task(("Sort the digits.", "从小到大写。"), lambda digits: "".join(sorted(digits))),
+    Task(("Sort them downwards.", "从大到小写。"), lambda digits: "".join(sorted(digits, reverse=True))),
     Task(("What is the largest digit?", "何者最大？"), max),
+    Task(("What is the smallest digit?", "何者最小？"), min),
 )
 
 SOLVERS = {instruction: task.solve for task in TASKS for instruction in task.instructions}
@@ -81,11 +82,10 @@ def instruction_rows(split: Split, count: int, seed: int) -> Iterator[dict[str, 
 def preference_rows(split: Split, count: int, seed: int) -> Iterator[dict[str, str]]:
     """`count` rows `{"prompt", "chosen", "rejected"}`: the right answer and a wrong one."""
     for _, (instruction, digits, rng) in zip(range(count), questions(split, seed + 1), strict=False):
-        answer = SOLVERS[instruction](digits)
         yield {
             "prompt": f"{instruction}\n{digits}",
-            "chosen": answer,
-            "rejected": wrong_answer(answer, digits, rng),
+            "chosen": SOLVERS[instruction](digits),
+            "rejected": wrong_answer(instruction, digits, rng),
         }
 
 
@@ -95,25 +95,27 @@ def prompt_rows(split: Split, count: int, seed: int) -> Iterator[dict[str, str]]
         yield {"prompt": f"{instruction}\n{digits}", "answer": SOLVERS[instruction](digits)}
 
 
-def wrong_answer(answer: str, digits: str, rng: random.Random) -> str:
-    """A plausible wrong answer: a slip in the right one, or the right answer to another question.
+def wrong_answer(instruction: str, digits: str, rng: random.Random) -> str:
+    """A plausible wrong answer.
 
-    Slips are those that models make: a digit replaced by another of the prompt's, dropped, repeated, or two
-    digits exchanged.
+    Mostly the right answer to a misread input: that is how models err, so a reward model that has not seen it
+    is fooled by any reply that merely looks right. Else a slip in writing the answer down, or the answer to
+    another question.
     """
+    answer = SOLVERS[instruction](digits)
     while True:
-        i, j = rng.randrange(len(answer)), rng.randrange(len(answer))
-        other = rng.choice(digits + rng.choice("0123456789"))
-        exchanged = list(answer)
-        exchanged[i], exchanged[j] = exchanged[j], exchanged[i]
-        slips = (
-            answer[:i] + other + answer[i + 1 :],
-            answer[:i] + answer[i + 1 :],
-            answer[:i] + other + answer[i:],
-            "".join(exchanged),
-            "".join(exchanged),
-            rng.choice(TASKS).solve(digits),
-        )
-        wrong = rng.choice(slips)
-        if wrong and wrong != answer:
+        misread = SOLVERS[instruction](slip(digits, rng))
+        wrong = rng.choice((misread, misread, misread, slip(answer, rng), rng.choice(TASKS).solve(digits)))
+        if wrong != answer:
             return wrong
+
+
+def slip(digits: str, rng: random.Random) -> str:
+    """Digits with one replaced, dropped or repeated, or two exchanged; at least one digit remains."""
+    i, j = rng.randrange(len(digits)), rng.randrange(len(digits))
+    exchanged = list(digits)
+    exchanged[i], exchanged[j] = exchanged[j], exchanged[i]
+    replaced = digits[:i] + rng.choice("0123456789") + digits[i + 1 :]
+    dropped = digits[:i] + digits[i + 1 :] or replaced
+    repeated = digits[:i] + digits[i] + digits[i:]
+    return rng.choice((replaced, replaced, replaced, dropped, repeated, "".join(exchanged)))

@@ -98,12 +98,12 @@ def load_params(run_dir: Path, abstract_params: Params) -> Params:
     if not steps:
         raise UserError(f"{run_dir} holds no checkpoint; train that stage first")
     path = folder.absolute() / str(max(steps)) / "params"
-    with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(path)
-        problems = differences(getattr(saved, "item_metadata", saved), abstract_params)
-        if problems:
-            raise UserError(f"{path.parent} is a checkpoint of another model: {'; '.join(problems[:5])}")
-        return checkpointer.restore(path, abstract_params)
+    # The handler, not a Checkpointer: `params` is one item of a checkpoint, not a checkpoint of its own.
+    handler = ocp.StandardCheckpointHandler()
+    problems = differences(handler.metadata(path).tree, abstract_params)
+    if problems:
+        raise UserError(f"{path.parent} is a checkpoint of another model: {'; '.join(problems[:5])}")
+    return handler.restore(path, args=ocp.args.StandardRestore(abstract_params))
 
 
 def differences(saved: Any, wanted: Any) -> list[str]:

@@ -11,16 +11,18 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 
 import maxllm
+
+Item = TypeVar("Item")
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 
@@ -91,6 +93,17 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def console(main: bool = True) -> Console:
+    """Where a run speaks: stderr, and only from the main process; stdout is for results."""
+    return Console(stderr=True, quiet=not main, highlight=False)
+
+
+def progress(items: Iterable[Item], description: str) -> Iterable[Item]:
+    """The items, with a progress bar on a terminal and nothing elsewhere."""
+    terminal = console()
+    return track(items, description, console=terminal, transient=True, disable=not terminal.is_terminal)
+
+
 class Recorder:
     """metrics.jsonl of one run, cut back to the step that the run continues from, and its progress bar."""
 
@@ -110,7 +123,7 @@ class Recorder:
         self.records = kept
         if main:
             write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._console = Console(stderr=True, quiet=not main, highlight=False)
+        self._console = console(main)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -20,7 +20,7 @@ from maxllm.data.tokenizer import Tokenizer, load_tokenizer
 from maxllm.errors import UserError
 from maxllm.parallel import processes, sharding
 from maxllm.parallel.mesh import check_divisible, make_mesh
-from maxllm.run.record import write_bytes, write_text
+from maxllm.run.record import console, write_bytes, write_text
 
 CONFIG, TOKENIZER = "config.yaml", "tokenizer.model"
 
@@ -69,6 +69,11 @@ def open_session(config: Config) -> Session:
     resolved = config.model_copy(update={"model": model})
     check_same_recipe(run_dir, resolved)
     return Session(resolved, model, mesh, tokenizer, run_dir)
+
+
+def say(session: Session, line: str) -> None:
+    """One console line before the loop begins."""
+    console(processes.is_main()).print(f"{session.config.stage}: {line}", markup=False, soft_wrap=True)
 
 
 def inherited(config: Config) -> tuple[Path, ModelConfig]:

@@ -41,6 +41,7 @@ from maxllm.stages.shared import (
     reply_text,
     require_answers,
     start_from,
+    told,
 )
 from maxllm.steps import ppo as algorithm
 from maxllm.steps.ppo import Frozen, Ppo, PpoState
@@ -113,7 +114,7 @@ def job(session: Session) -> Job:
         tokens_per_step=per_pass,
         flops_per_step=iteration_flops(session, per_pass),
         frozen=(frozen,),
-        facts={"heldout_items": len(heldout), "sources": [tally.report() for tally in tallies]},
+        facts={"heldout_items": len(heldout), "sources": told(session, tallies)},
     )
 
 

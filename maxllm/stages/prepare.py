@@ -30,7 +30,7 @@ from maxllm.data.sources import Tally, read_documents
 from maxllm.data.tokenizer import BOS, EOS, PAD, Tokenizer, load_tokenizer, train_tokenizer
 from maxllm.errors import UserError
 from maxllm.records import LmBatch
-from maxllm.run.record import write_bytes, write_json
+from maxllm.run.record import console, progress, write_bytes, write_json
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
@@ -54,12 +54,16 @@ def run(config: Config) -> dict[str, Any]:
         return manifest
 
     started = time.perf_counter()
+    terminal = console()
     train, heldout, tallies = split_documents(config.data)
+    for tally in tallies:
+        terminal.print(f"prepare: {tally.line()}", markup=False, soft_wrap=True)
     tokenizer_path = Path(config.tokenizer.path)
     if tokenizer_path.is_file():
         tokenizer = load_tokenizer(tokenizer_path)
     else:
-        tokenizer = train_tokenizer(train, config.tokenizer)
+        with terminal.status("prepare: training the tokenizer"):
+            tokenizer = train_tokenizer(train, config.tokenizer)
         tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(tokenizer_path, tokenizer.model_bytes)
 
@@ -130,7 +134,8 @@ def read_clean(sources: Sequence[str], data: DataConfig, seen: set[bytes]) -> tu
 def fit_documents(source: str, data: DataConfig, tally: Tally) -> Iterator[str]:
     """Cleaned documents of one source that no rule drops."""
     rules = data.clean
-    for raw in read_documents(source, data.text_field, tally):
+    documents = read_documents(source, data.text_field, tally)
+    for raw in progress(documents, f"prepare: reading {source}"):
         text = clean_text(raw)
         reason = reason_to_drop(text, rules.min_chars, rules.max_symbol_share, rules.max_repeated_line_share)
         if reason is None:
@@ -143,7 +148,7 @@ def pack_documents(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> L
     """<s> document </s>, chunked and packed; every token after <s> is a target once."""
 
     def pieces() -> Iterator[Any]:
-        for text in texts:
+        for text in progress(texts, "prepare: tokenizing"):
             ids = [BOS, *tokenizer.encode(text), EOS]
             yield from chunks(ids, [1] * len(ids), length)
 

@@ -37,7 +37,6 @@ SAMPLE_TASKS = 12
 def run(out: Path, fast: bool = False) -> dict[str, Any]:
     """Takes the whole road, or what is left of it; returns `out/summary.json`'s content."""
     configs = {stage: stage_config(stage, out, fast) for stage in RECIPES}
-    started = time.perf_counter()
     manifest = prepare.run(configs["pretrain"])
     seconds = {"prepare": manifest["seconds"]}
     summaries: dict[str, dict[str, Any]] = {}

@@ -20,7 +20,7 @@ from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import PairBatch, Params
 from maxllm.run.loop import Job, finished, mean_over, train
 from maxllm.run.session import Session, compile_reader, open_session
-from maxllm.stages.shared import policy_params, start_from
+from maxllm.stages.shared import policy_params, start_from, told
 from maxllm.steps import reward
 from maxllm.steps.state import TrainState, abstract, create, init_params, initializer
 
@@ -61,7 +61,7 @@ def job(session: Session) -> Job:
         best=("accuracy", "max"),
         tokens_per_step=tokens,
         flops_per_step=tokens * train_flops_per_token(session.model, length),
-        facts={"heldout_items": len(heldout_pairs), "sources": [tally.report() for tally in tallies]},
+        facts={"heldout_items": len(heldout_pairs), "sources": told(session, tallies)},
     )
 
 

@@ -24,6 +24,7 @@ from maxllm.stages.shared import (
     replies,
     responder,
     start_from,
+    told,
 )
 from maxllm.steps.state import TrainState, abstract, initializer
 
@@ -65,7 +66,7 @@ def job(session: Session) -> Job:
         rows=rows,
         evaluate=evaluate,
         best=("loss", "min"),
-        facts={"heldout_items": len(questions), "sources": [tally.report() for tally in tallies]},
+        facts={"heldout_items": len(questions), "sources": told(session, tallies)},
     )
 
 

@@ -16,6 +16,7 @@ from maxllm.config import GenerationConfig
 from maxllm.data import loader
 from maxllm.data.chat import STOP_TOKENS
 from maxllm.data.instruct import Question, pad_prompts
+from maxllm.data.sources import Tally
 from maxllm.data.tokenizer import EOS, IM_END, PAD, Tokenizer
 from maxllm.errors import UserError
 from maxllm.generate.decode import generate
@@ -25,9 +26,16 @@ from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import LmBatch, Params, PromptBatch, Rollout
 from maxllm.run.checkpoint import load_params
 from maxllm.run.loop import Job, mean_over
-from maxllm.run.session import Session, compile_reader
+from maxllm.run.session import Session, compile_reader, say
 from maxllm.steps import language
 from maxllm.steps.state import TrainState, abstract, init_params
+
+
+def told(session: Session, tallies: Sequence[Tally]) -> list[dict[str, Any]]:
+    """Says what became of the rows of every source, and returns it as plain data."""
+    for tally in tallies:
+        say(session, tally.line())
+    return [tally.report() for tally in tallies]
 
 
 def start_from(

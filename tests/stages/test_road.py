@@ -118,7 +118,7 @@ def test_evaluate_repeats_the_figures_of_training(road: Path, stage: str) -> Non
 
 
 def test_chat_answers_each_line(road: Path) -> None:
-    answers = ok("chat", road / "sft", stdin="Reverse the digits.\n\nhello\n").splitlines()
+    answers = ok("chat", road / "sft", stdin="Sort the digits.\n\nhello\n").splitlines()
     assert len(answers) >= 2
 
 

@@ -1,13 +1,12 @@
 """The reward model reads the right token, whatever the padding, and filler rows weigh nothing."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
 from maxllm.config import PpoConfig, RewardConfig
 from maxllm.model.heads import ScalarModel
@@ -15,18 +14,34 @@ from maxllm.model.llama import Llama
 from maxllm.records import PairBatch, Rollout
 from maxllm.steps import reward
 from maxllm.steps.ppo import Ppo, scores
-from maxllm.steps.state import TrainState, init_params
+from maxllm.steps.state import TrainState
 
 T, V = 16, 64
+PLAIN, SGD = RewardConfig(), optax.sgd(0.1)
 TOLERANCE = 1e-5
 """Scores of order 1 through two float32 layers, added up in another order: some tens of 6e-8."""
 
 
 @pytest.fixture(scope="module")
-def scored(tiny_model):
+def scored(tiny_model, params_of):
     """A scalar model and its parameters."""
     model = ScalarModel(tiny_model())
-    return model, nn.unbox(init_params(model, jax.random.key(1)))
+    return model, params_of(model, 1)
+
+
+@cache
+def jitted(function, **settings):
+    """Each function is compiled once a shape, whichever tests call it."""
+    return jax.jit(partial(function, **settings))
+
+
+def score(model, params, tokens, lengths):
+    return np.asarray(jitted(reward.score, model=model)(params=params, tokens_BT=tokens, lengths_B=lengths))
+
+
+def evaluate(scored, batch, config=PLAIN):
+    model, params = scored
+    return jitted(reward.eval_step, model=model, config=config)(params, batch)
 
 
 def sequences(*lengths, seed=0):
@@ -43,7 +58,7 @@ def right_padded(rows, length=T, pad=5):
 
 def alone(model, params, row):
     """The score of one sequence by itself, without any padding."""
-    return float(reward.score(model, params, row[None], np.array([len(row)]))[0])
+    return float(score(model, params, row[None], np.array([len(row)]))[0])
 
 
 def pairs(lengths, weights=None, seed=0):
@@ -54,12 +69,12 @@ def pairs(lengths, weights=None, seed=0):
     return PairBatch(tokens.reshape(n, 2, T), found.reshape(n, 2), weights)
 
 
-LENGTHS = [(3, 5), (16, 2), (9, 9), (1, 12)]
+LENGTHS = [(4, 9), (16, 4), (9, 9), (1, 12)]
 
 
 def test_scores_of_padded_rows_equal_single_rows(scored):
-    rows = sequences(1, 4, 9, 15, 16)
-    got = reward.score(*scored, *right_padded(rows))
+    rows = sequences(1, 4, 9, 12, 16)
+    got = score(*scored, *right_padded(rows))
     expected = [alone(*scored, row) for row in rows]
     np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
     assert np.ptp(expected) > 0.1  # they do differ
@@ -69,16 +84,14 @@ def test_what_stands_in_the_padding_does_not_matter(scored):
     rows = sequences(3, 8)
     tokens, lengths = right_padded(rows)
     noise, _ = right_padded(rows, pad=40)
-    np.testing.assert_array_equal(
-        reward.score(*scored, tokens, lengths), reward.score(*scored, noise, lengths)
-    )
+    np.testing.assert_array_equal(score(*scored, tokens, lengths), score(*scored, noise, lengths))
 
 
 def test_a_stop_token_in_the_middle_is_not_the_end(scored):
-    """The score is read by length, never by looking for an id: </s>, <|im_end|> and <pad> may stand anywhere."""
+    """The score is read by length, never by looking for an id: stop tokens and <pad> may stand anywhere."""
     (row,) = sequences(9)
     row[3], row[5], row[6] = 2, 4, 5
-    got = reward.score(*scored, *right_padded([row]))
+    got = score(*scored, *right_padded([row]))
     np.testing.assert_allclose(got, [alone(*scored, row)], rtol=0, atol=TOLERANCE)
 
 
@@ -92,7 +105,7 @@ def test_loss_and_accuracy_follow_from_the_scores(scored):
         ]
     )
     config = RewardConfig(margin=0.25, centering=0.01)
-    metrics = reward.eval_step(params, batch, model=model, config=config)
+    metrics = evaluate(scored, batch, config)
     losses = np.log1p(np.exp(-(s[:, 0] - s[:, 1] - 0.25))) + 0.01 * (s[:, 0] + s[:, 1]) ** 2
     right = (s[:, 0] > s[:, 1]).sum()
     assert 0 < right < 4
@@ -106,37 +119,29 @@ def test_loss_and_accuracy_follow_from_the_scores(scored):
 
 def test_three_completions_are_right_only_if_the_first_beats_both(scored):
     tokens, lengths = right_padded(sequences(4, 7, 10))
-    s = np.asarray(reward.score(*scored, tokens, lengths))
+    s = np.asarray(score(*scored, tokens, lengths))
     best_first = np.argsort(-s)
-    model, params = scored
     for order, right in ((best_first, 1), (best_first[::-1], 0), (best_first[[1, 0, 2]], 0)):
         batch = PairBatch(tokens[order][None], lengths[order][None], np.ones(1, np.float32))
-        metrics = reward.eval_step(params, batch, model=model, config=RewardConfig())
+        metrics = evaluate(scored, batch)
         assert [float(x) for x in metrics["accuracy"]] == [right, 1]
 
 
 def test_equal_scores_are_not_right(scored):
-    model, params = scored
     tokens, lengths = right_padded(sequences(6))
     batch = PairBatch(np.stack([tokens, tokens], 1), np.stack([lengths, lengths], 1), np.ones(1, np.float32))
-    metrics = reward.eval_step(params, batch, model=model, config=RewardConfig())
+    metrics = evaluate(scored, batch)
     assert float(metrics["accuracy"][0]) == 0
     np.testing.assert_allclose(metrics["loss"][0], np.log(2), rtol=1e-6)
 
 
-def trained(scored, batch, microbatches=1, rate=0.1):
+def trained(scored, batch, microbatches=1, steps=1):
     model, params = scored
-    optimizer = optax.sgd(rate)
-    state = TrainState(jnp.int32(0), params, optimizer.init(params))
-    step = partial(
-        reward.train_step,
-        model=model,
-        config=RewardConfig(),
-        optimizer=optimizer,
-        seed=0,
-        microbatches=microbatches,
-    )
-    return jax.jit(step)(state, batch)
+    settings = {"model": model, "config": PLAIN, "optimizer": SGD, "seed": 0, "microbatches": microbatches}
+    step, state = jitted(reward.train_step, **settings), TrainState(jnp.int32(0), params, SGD.init(params))
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+    return state, metrics
 
 
 def test_filler_rows_weigh_nothing(scored):
@@ -162,24 +167,19 @@ def test_microbatches_do_not_change_the_update(scored):
 
 
 def test_training_separates_the_pairs(scored):
-    model, params = scored
-    batch, state = pairs(LENGTHS), None
-    before = reward.eval_step(params, batch, model=model, config=RewardConfig())
-    for _ in range(10):
-        state, _ = trained((model, params), batch, rate=0.05)
-        params = state.params
-    after = reward.eval_step(params, batch, model=model, config=RewardConfig())
+    batch = pairs(LENGTHS)
+    state, _ = trained(scored, batch, steps=10)
+    before, after = evaluate(scored, batch), evaluate((scored[0], state.params), batch)
     assert float(after["loss"][0]) < 0.5 * float(before["loss"][0])
     assert float(after["accuracy"][0]) == 4
 
 
 def test_left_padded_rollouts_score_as_they_do_alone(scored, tiny_model):
-    """PPO hands over left-padded prompts with responses that end early; the score is that of the bare text."""
+    """PPO hands over left-padded prompts with responses that end early; the score is the text's."""
     model, params = scored
-    optimizer = optax.sgd(0.0)
-    ppo = Ppo(PpoConfig(), Llama(tiny_model()), model, optimizer, optimizer, temperature=1.0)
-    P, R = 7, 5
-    shapes = [(7, 5), (1, 1), (4, 3), (7, 1), (2, 5)]  # prompt and response tokens
+    ppo = Ppo(PpoConfig(), Llama(tiny_model()), model, SGD, SGD, temperature=1.0)
+    P, R = 9, 7
+    shapes = [(9, 7), (1, 3), (6, 3), (8, 1), (9, 3)]  # prompt and response tokens
     rows = sequences(*[p + r for p, r in shapes], seed=3)
     tokens, segments = np.full((5, P + R), 5, np.int32), np.zeros((5, P + R), np.int32)
     for n, ((p, r), row) in enumerate(zip(shapes, rows, strict=True)):
@@ -187,7 +187,7 @@ def test_left_padded_rollouts_score_as_they_do_alone(scored, tiny_model):
     positions = np.maximum(np.cumsum(segments, 1) - 1, 0) * segments
     mask = segments[:, P:].astype(np.float32)
     rollout = Rollout(tokens, segments, positions, mask * 0, mask, np.ones(5, bool))
-    got = scores(ppo, params, rollout)
+    got = jax.jit(partial(scores, ppo))(params, rollout)
     np.testing.assert_allclose(got, [alone(model, params, row) for row in rows], rtol=0, atol=TOLERANCE)
-    padded = reward.score(model, params, *right_padded(rows, P + R))
+    padded = score(model, params, *right_padded(rows, P + R))
     np.testing.assert_allclose(got, padded, rtol=0, atol=1e-6)  # the same arrays, in fact

@@ -1,31 +1,47 @@
 """Accumulation is exact, a non-finite step changes nothing, and dropout differs by step."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
 from maxllm.config import OptimizerConfig
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.records import LmBatch
 from maxllm.steps import language
-from maxllm.steps.state import TrainState, init_params
+from maxllm.steps.state import TrainState
 from maxllm.steps.update import Loss, accumulate, split, update
 
 B, T, V = 8, 16, 64
+
+
+OPTIMIZER = optax.sgd(1.0, momentum=0.9)
+"""With rate 1 the first update is the gradient itself; the momentum is a state to keep."""
 
 
 def fresh(params, optimizer):
     return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
-def lm_state(config, optimizer):
-    return fresh(nn.unbox(init_params(Llama(config), jax.random.key(0))), optimizer)
+@pytest.fixture(scope="module")
+def state(tiny_model, params_of):
+    return fresh(params_of(Llama(tiny_model())), OPTIMIZER)
+
+
+@pytest.fixture(scope="module")
+def step_of(tiny_model):
+    """step_of(microbatches, seed, **model changes): a jitted step of the language model, compiled once."""
+
+    @cache
+    def make(microbatches=1, seed=0, **changes):
+        step = partial(language.train_step, model=Llama(tiny_model(**changes)), optimizer=OPTIMIZER)
+        return jax.jit(partial(step, seed=seed, microbatches=microbatches))
+
+    return make
 
 
 def uneven_batch(seed=0):
@@ -35,18 +51,6 @@ def uneven_batch(seed=0):
     weights = (np.arange(T) < (2 * np.arange(B) + 1)[:, None]).astype(np.float32)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     return LmBatch(tokens[:, :-1], tokens[:, 1:], weights, np.ones((B, T), np.int32), positions)
-
-
-def step_of(config, optimizer, microbatches=1, seed=0):
-    return jax.jit(
-        partial(
-            language.train_step,
-            model=Llama(config),
-            optimizer=optimizer,
-            seed=seed,
-            microbatches=microbatches,
-        )
-    )
 
 
 def assert_close(actual, expected, atol):
@@ -66,51 +70,39 @@ def largest_gap(a, b):
 
 
 @pytest.mark.parametrize("microbatches", [2, 8])
-def test_microbatches_do_not_change_the_update(tiny_model, microbatches):
-    """SGD with rate 1: parameters differ by the gradient's rounding, sums of 64 float32 terms of at most ~1,
-    64 x 6e-8 / 64 (the mean) x the depth of the network: 1e-6."""
-    config, optimizer, batch = tiny_model(), optax.sgd(1.0), uneven_batch()
-    state = lm_state(config, optimizer)
-    whole, whole_metrics = step_of(config, optimizer)(state, batch)
-    parts, part_metrics = step_of(config, optimizer, microbatches)(state, batch)
+def test_microbatches_do_not_change_the_update(state, step_of, microbatches):
+    """Parameters differ by the gradient's rounding: means over 64 float32 terms of order 1, summed in another
+    order, 6e-8 x a few for each of some ten operations in depth: 1e-6."""
+    batch = uneven_batch()
+    whole, whole_metrics = step_of()(state, batch)
+    parts, part_metrics = step_of(microbatches)(state, batch)
     assert_close(parts.params, whole.params, 1e-6)
     assert float(whole_metrics["loss"][1]) == sum(range(1, 16, 2)) == 64
     for name in ("loss", "accuracy", "gradient_norm"):
         np.testing.assert_allclose(part_metrics[name], whole_metrics[name], rtol=1e-5, err_msg=name)
 
 
-def test_the_update_is_not_a_mean_of_row_means(tiny_model):
+def test_the_update_is_not_a_mean_of_row_means(state, step_of, tiny_model):
     """The wrong way, for comparison, misses by thousands of tolerances: the test above can fail."""
-    config, optimizer, batch = tiny_model(), optax.sgd(1.0), uneven_batch()
-    state = lm_state(config, optimizer)
-    right, _ = step_of(config, optimizer)(state, batch)
+    batch = uneven_batch()
+    right, _ = step_of()(state, batch)
+    loss_fn = partial(language.language_loss, Llama(tiny_model()))
 
     @jax.jit
     def row_gradient(row):
         one = jax.tree.map(lambda x: x[None], row)
-        return accumulate(
-            partial(language.language_loss, Llama(config)), state.params, one, jax.random.key(0), 1
-        )[0]
+        return accumulate(loss_fn, state.params, one, jax.random.key(0), 1)[0]
 
     rows = [row_gradient(jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(B)]
-    naive = jax.tree.map(lambda p, *g: p - sum(g) / B, state.params, *rows)
-    weights = batch.loss_weights_BT.sum(1) / batch.loss_weights_BT.sum()
-    exact = jax.tree.map(
-        lambda p, *g: p - sum(w * x for w, x in zip(weights, g, strict=True)), state.params, *rows
-    )
-    assert largest_gap(exact, right.params) < 1e-6
-    assert largest_gap(naive, right.params) > 1e-3
+    shares = batch.loss_weights_BT.sum(1) / batch.loss_weights_BT.sum()
 
+    def weighted(weights):
+        return jax.tree.map(
+            lambda p, *g: p - sum(w * x for w, x in zip(weights, g, strict=True)), state.params, *rows
+        )
 
-def test_adam_takes_the_same_step_however_the_batch_is_split(tiny_model):
-    """eps 1e-3 keeps Adam from blowing up rounding: du/dg <= lr / eps = 1, so the gradient's 1e-6 stays."""
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, eps=1e-3), 10)
-    config, batch = tiny_model(), uneven_batch(1)
-    state = lm_state(config, optimizer)
-    whole, _ = step_of(config, optimizer, 1)(state, batch)
-    parts, _ = step_of(config, optimizer, 8)(state, batch)
-    assert largest_gap(whole.params, state.params) > 1e-4
-    assert_close(parts.params, whole.params, 2e-6)
+    assert largest_gap(weighted(shares), right.params) < 1e-6
+    assert largest_gap(weighted([1 / B] * B), right.params) > 1e-3
 
 
 def test_split_deals_every_row_out_once():
@@ -130,22 +122,20 @@ def test_every_microbatch_draws_its_own_dropout():
     assert squares / 4 - (total / 4) ** 2 > 1e-3  # the variance of four equal draws would be 0
 
 
-def test_a_batch_without_targets_changes_nothing(tiny_model):
-    config, optimizer = tiny_model(), optax.sgd(1.0)
-    state, batch = lm_state(config, optimizer), uneven_batch()
+def test_a_batch_without_targets_changes_nothing(state, step_of):
+    batch = uneven_batch()
     empty = batch.replace(loss_weights_BT=np.zeros_like(batch.loss_weights_BT))
-    after, metrics = step_of(config, optimizer, 2)(state, empty)
+    after, metrics = step_of(2)(state, empty)
     assert_identical(after.params, state.params)
     assert [float(x) for x in metrics["loss"]] == [0, 0] and float(metrics["skipped"][0]) == 0
 
 
-def test_padding_rows_leave_gradients_finite_and_unchanged(tiny_model):
+def test_padding_rows_leave_gradients_finite_and_unchanged(state, step_of):
     """Rows that are all padding attend to nothing; their softmax must not make a NaN of the gradient."""
-    config, optimizer, batch = tiny_model(), optax.sgd(1.0), uneven_batch()
-    state = lm_state(config, optimizer)
+    batch = uneven_batch()
     padded = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), batch)
-    alone, _ = step_of(config, optimizer)(state, batch)
-    with_padding, metrics = step_of(config, optimizer)(state, padded)
+    alone, _ = step_of()(state, batch)
+    with_padding, metrics = step_of()(state, padded)
     assert float(metrics["skipped"][0]) == 0
     assert_close(with_padding.params, alone.params, 1e-6)
 
@@ -203,37 +193,36 @@ def test_not_finite_means_no_update(case, microbatches):
     assert largest_gap(after.params, once.params) > 1e-3
 
 
-def test_a_language_model_survives_an_infinite_weight(tiny_model):
-    config = tiny_model()
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10)
-    state, batch = lm_state(config, optimizer), uneven_batch()
-    bad = batch.replace(loss_weights_BT=batch.loss_weights_BT * np.float32(np.inf))
-    step = step_of(config, optimizer, 2)
-    skipped, metrics = step(state, bad)
-    assert float(metrics["skipped"][0]) == 1
-    assert_identical((skipped.params, skipped.opt_state), (state.params, state.opt_state))
-    after, metrics = step(skipped, batch)
-    assert float(metrics["skipped"][0]) == 0 and largest_gap(after.params, state.params) > 1e-3
+def test_a_language_model_survives_an_infinite_weight(state, step_of):
+    batch = uneven_batch()
+    weights = np.where(batch.loss_weights_BT > 0, np.float32(np.inf), np.float32(0))
+    once, _ = step_of(2)(state, batch)
+    skipped, metrics = step_of(2)(once, batch.replace(loss_weights_BT=weights))
+    assert float(metrics["skipped"][0]) == 1 and int(skipped.step) == 2
+    assert_identical((skipped.params, skipped.opt_state), (once.params, once.opt_state))
+    after, metrics = step_of(2)(skipped, batch)
+    assert float(metrics["skipped"][0]) == 0 and largest_gap(after.params, once.params) > 1e-3
 
 
 # Randomness
 
 
-def test_dropout_is_a_function_of_seed_and_step(tiny_model):
-    config, optimizer = tiny_model(residual_dropout=0.5), optax.sgd(0.0)
-    state, batch = lm_state(config, optimizer), uneven_batch()
-    step = step_of(config, optimizer)
+def test_dropout_is_a_function_of_seed_and_step(state, step_of):
+    batch = uneven_batch()
 
     def loss(step, number):
         return float(step(state.replace(step=jnp.int32(number)), batch)[1]["loss"][0])
 
+    step = step_of(residual_dropout=0.5)
     assert loss(step, 3) == loss(step, 3)
     assert len({loss(step, number) for number in range(4)}) == 4
-    assert loss(step, 3) != loss(step_of(config, optimizer, seed=1), 3)
+    assert loss(step, 3) != loss(step_of(seed=1, residual_dropout=0.5), 3)
 
 
-def test_evaluation_has_no_dropout(tiny_model):
-    plain, dropping = tiny_model(), tiny_model(residual_dropout=0.5, embedding_dropout=0.5)
-    state, batch = lm_state(plain, optax.sgd(0.0)), uneven_batch()
-    expected = language.eval_step(state.params, batch, model=Llama(plain))
-    assert_identical(language.eval_step(state.params, batch, model=Llama(dropping)), expected)
+def test_evaluation_has_no_dropout(state, tiny_model):
+    batch = uneven_batch()
+    plain, dropping = Llama(tiny_model()), Llama(tiny_model(residual_dropout=0.5, embedding_dropout=0.5))
+    losses = [
+        jax.jit(partial(language.eval_step, model=model))(state.params, batch) for model in (plain, dropping)
+    ]
+    assert_identical(*losses)

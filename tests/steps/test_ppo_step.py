@@ -1,0 +1,330 @@
+"""PPO's step on a real tiny model: sampler and trainer agree, and every number has a NumPy twin.
+
+Tolerances: log-probabilities and values come out of two float32 layers with other shapes and padding, exact
+to some tens of 6e-8 at magnitudes up to 5: 1e-5, and 1e-4 after the sums over a response.
+"""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from maxllm.config import GenerationConfig, PpoConfig
+from maxllm.data.chat import STOP_TOKENS
+from maxllm.data.tokenizer import PAD
+from maxllm.generate.decode import generate
+from maxllm.model.forward import forward
+from maxllm.model.heads import ScalarModel
+from maxllm.model.llama import Llama
+from maxllm.records import Experience, PromptBatch, Rollout
+from maxllm.stages.ppo import iteration
+from maxllm.steps import ppo as algorithm
+from maxllm.steps.ppo import Frozen, Ppo, PpoState
+from maxllm.steps.state import TrainState
+
+B, P, R, V = 8, 6, 8, 16
+TEMPERATURE = 0.7
+CONFIG = PpoConfig(gae_lambda=0.9, gamma=0.97, score_clip=0.8, missing_eos_penalty=0.5, kl_coef=0.1)
+TOLERANCE = 1e-5
+
+
+def trainable(params, optimizer):
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def left_padded(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = np.full((len(lengths), P), PAD, np.int32)
+    for row, n in zip(tokens, lengths, strict=True):
+        row[P - n :] = rng.integers(6, V, n)
+    return PromptBatch(tokens, np.array(lengths, np.int32))
+
+
+@pytest.fixture(scope="module")
+def world(tiny_model, params_of):
+    """Four models, a rollout at temperature 0.7, and its experience."""
+    config = tiny_model(vocab_size=V, init_std=0.3)
+    model, scalar = Llama(config), ScalarModel(config)
+    sgd = optax.sgd(0.05)
+    ppo = Ppo(CONFIG, model, scalar, sgd, sgd, TEMPERATURE)
+    actor, other = params_of(model), params_of(model, 1)
+    reference = jax.tree.map(lambda a, b: 0.8 * a + 0.2 * b, actor, other)
+    frozen = Frozen(reference, params_of(scalar, 2))
+    state = PpoState(jnp.int32(0), trainable(actor, sgd), trainable(params_of(scalar, 3), sgd))
+    decoding = GenerationConfig(max_new_tokens=R, temperature=TEMPERATURE)
+    respond = jax.jit(partial(generate, model, config=decoding, stop_tokens=STOP_TOKENS, pad=PAD))
+    prompts = left_padded([6, 1, 3, 6, 2, 5, 4, 1])
+    rollout = respond(params=actor, prompts=prompts, key=jax.random.key(4))
+    lengths = np.asarray(rollout.mask_BR).sum(1)
+    assert 0 < np.asarray(rollout.finished_B).sum() < B and len(set(lengths)) > 3, "a rollout worth testing"
+    judge = jax.jit(partial(algorithm.experience, ppo))
+    batch, metrics = judge(state, frozen, rollout)
+    return SimpleNamespace(**locals())
+
+
+def masked(array, rollout):
+    return np.asarray(array)[np.asarray(rollout.mask_BR) > 0]
+
+
+# What the sampler said and what the trainer says
+
+
+def test_recomputed_logps_are_the_samplers(world):
+    ours, theirs = (
+        masked(world.batch.old_logps_BR, world.rollout),
+        masked(world.rollout.logps_BR, world.rollout),
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+    assert theirs.std() > 0.5  # the samples do differ in likelihood
+
+
+@pytest.fixture(scope="module")
+def first_update(world):
+    """The jitted update of a minibatch, and what it makes of the whole batch at first."""
+    step = jax.jit(partial(algorithm.update_minibatch, world.ppo))
+    return step, step(world.state, world.batch, jax.random.key(0))
+
+
+def test_first_minibatch_is_on_policy(world, first_update):
+    """ratio 1, KL 0, nothing clipped; the loss is minus the mean whitened advantage: 0."""
+    _, (_, metrics) = first_update
+    tokens = np.asarray(world.rollout.mask_BR).sum()
+    means = {name: float(total / count) for name, (total, count) in metrics.items()}
+    assert float(metrics["ratio"][1]) == tokens
+    np.testing.assert_allclose(means["ratio"], 1, rtol=0, atol=TOLERANCE)
+    assert 0 <= means["approx_kl"] < TOLERANCE**2 and means["clip_fraction"] == 0
+    np.testing.assert_allclose(means["loss"], 0, rtol=0, atol=TOLERANCE)
+    assert means["skipped"] == 0 and means["gradient_norm"] > 1e-3 and means["value_loss"] > 1e-3
+
+
+def test_kl_to_an_equal_reference_is_zero(world):
+    same = Frozen(world.state.actor.params, world.frozen.reward)
+    batch, metrics = world.judge(world.state, same, world.rollout)
+    for name in ("kl", "kl_k3"):
+        np.testing.assert_allclose(metrics[name][0], 0, atol=1e-6)
+    assert not np.allclose(batch.returns_BR, world.batch.returns_BR, atol=1e-3)  # the KL was in the reward
+
+
+# The NumPy twin
+
+
+def twin(world):
+    """Everything `experience` computes, row by row in float64 from right-padded rows."""
+    rollout, config = jax.device_get(world.rollout), world.ppo.config
+    rows, lengths, prompts = [], rollout.mask_BR.sum(1).astype(int), world.prompts.lengths_B
+    for b in range(B):
+        rows.append(rollout.tokens_BT[b, P - prompts[b] : P + lengths[b]])
+    tokens = np.full((B, P + R), PAD, np.int32)
+    segments = np.zeros_like(tokens)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)], segments[b, : len(row)] = row, 1
+    positions = np.broadcast_to(np.arange(P + R, dtype=np.int32), tokens.shape)
+
+    def run(model, params):
+        return np.asarray(jax.jit(partial(forward, model))(params, tokens, segments, positions), np.float64)
+
+    def logps(params, b):
+        z = logits[id(params)][b, prompts[b] - 1 : prompts[b] - 1 + lengths[b]] / TEMPERATURE
+        every = z - np.log(np.exp(z).sum(-1, keepdims=True))
+        return every[np.arange(lengths[b]), rows[b][prompts[b] :]], every
+
+    actor, reference = world.state.actor.params, world.frozen.reference
+    logits = {id(params): run(world.model, params) for params in (actor, reference)}
+    values = run(world.scalar, world.state.critic.params)
+    scores = run(world.scalar, world.frozen.reward)
+    out = {"advantages": [], "returns": [], "values": [], "logps": [], "kl": 0.0, "k3": 0.0, "entropy": 0.0}
+    out["score"] = [scores[b, len(rows[b]) - 1] for b in range(B)]
+    for b in range(B):
+        new, every = logps(actor, b)
+        old, _ = logps(reference, b)
+        v = values[b, prompts[b] - 1 : prompts[b] - 1 + lengths[b]]
+        reward = -config.kl_coef * (new - old)
+        score = min(max(out["score"][b], -config.score_clip), config.score_clip)
+        reward[-1] += score - (0 if rollout.finished_B[b] else config.missing_eos_penalty)
+        advantage, after, running = np.zeros(lengths[b]), 0.0, 0.0
+        for t in reversed(range(lengths[b])):
+            running = reward[t] + config.gamma * after - v[t] + config.gamma * config.gae_lambda * running
+            advantage[t], after = running, v[t]
+        out["advantages"].append(advantage)
+        out["returns"].append(advantage + v)
+        out["values"].append(v)
+        out["logps"].append(new)
+        out["kl"] += (new - old).sum()
+        out["k3"] += (np.exp(old - new) - 1 - (old - new)).sum()
+        out["entropy"] -= (np.exp(every) * every).sum()
+    for name in ("advantages", "returns", "values", "logps"):
+        out[name] = np.concatenate(out[name])
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(world):
+    return twin(world)
+
+
+def test_experience_equals_its_numpy_twin(world, expected):
+    batch = world.batch
+    raw = expected["advantages"]
+    white = (raw - raw.mean()) / np.sqrt(((raw - raw.mean()) ** 2).mean() + 1e-8)
+    for got, wanted in (
+        (batch.old_logps_BR, expected["logps"]),
+        (batch.old_values_BR, expected["values"]),
+        (batch.returns_BR, expected["returns"]),
+        (batch.advantages_BR, white),
+    ):
+        np.testing.assert_allclose(masked(got, batch.rollout), wanted, rtol=0, atol=10 * TOLERANCE)
+    outside = np.asarray(batch.rollout.mask_BR) == 0
+    assert outside.any()
+    assert not np.any(np.asarray(batch.advantages_BR)[outside])
+    assert not np.any(np.asarray(batch.returns_BR)[outside])
+    bitten = np.abs(expected["score"]) > CONFIG.score_clip
+    assert bitten.any() and not bitten.all()  # the clip was part of the test
+
+
+def test_experience_metrics_equal_their_numpy_twins(world, expected):
+    tokens = np.asarray(world.rollout.mask_BR).sum()
+    wanted = {
+        "score": (sum(expected["score"]), B),
+        "kl": (expected["kl"], B),
+        "kl_k3": (expected["k3"], B),
+        "entropy": (expected["entropy"], tokens),
+        "response_tokens": (tokens, B),
+        "finished": (np.asarray(world.rollout.finished_B).sum(), B),
+    }
+    assert set(world.metrics) == set(wanted)
+    for name, (total, count) in wanted.items():
+        got = [float(x) for x in world.metrics[name]]
+        np.testing.assert_allclose(got, [total, count], rtol=1e-5, atol=1e-4, err_msg=name)
+
+
+def test_actor_loss_off_policy_equals_numpy(world, expected):
+    """The reference's parameters stand in for an actor that has moved."""
+    loss = jax.jit(partial(algorithm.actor_loss, world.ppo))(
+        world.frozen.reference, world.batch, jax.random.key(0)
+    )
+    moved = world.state.replace(actor=trainable(world.frozen.reference, world.sgd))
+    logps = world.judge(moved, world.frozen, world.rollout)[0].old_logps_BR
+    delta = masked(logps, world.rollout).astype(np.float64) - expected["logps"]
+    advantage, ratio = masked(world.batch.advantages_BR, world.rollout), np.exp(delta)
+    plain, clipped = -advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.2)
+    wanted = {
+        "clip_fraction": (clipped > plain).sum(),
+        "approx_kl": 0.5 * (delta**2).sum(),
+        "ratio": ratio.sum(),
+    }
+    assert 0 < wanted["clip_fraction"] < len(delta)
+    np.testing.assert_allclose(loss.total, np.maximum(plain, clipped).sum(), rtol=1e-4, atol=1e-4)
+    assert float(loss.weight) == len(delta)
+    for name, total in wanted.items():
+        np.testing.assert_allclose(loss.metrics[name][0], total, rtol=1e-4, err_msg=name)
+
+
+# Updates
+
+
+def test_microbatches_do_not_change_the_update(world):
+    """Two epochs of two minibatches of 4 rows with uneven responses, whole and in 4 parts. SGD at 0.05 on
+    gradients of order 1 to 10: four steps of rounding, 1e-5."""
+    config = CONFIG.model_copy(update={"epochs": 2, "minibatches": 2})
+    results = []
+    for microbatches in (1, 4):
+        ppo = replace(world.ppo, config=config, microbatches=microbatches)
+        step = jax.jit(partial(algorithm.update_epochs, ppo))
+        results.append(step(world.state, world.batch, jax.random.key(1)))
+    (whole, whole_metrics), (parts, part_metrics) = results
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), parts, whole)
+    for name in ("ratio", "approx_kl", "value_loss", "loss", "clip_fraction"):
+        np.testing.assert_allclose(
+            part_metrics[name], whole_metrics[name], rtol=1e-3, atol=1e-4, err_msg=name
+        )
+    tokens = np.asarray(world.rollout.mask_BR).sum()
+    assert float(whole_metrics["ratio"][1]) == 2 * tokens  # every token once an epoch
+    moved = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max()), whole.actor.params, world.state.actor.params
+    )
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_every_row_once_an_epoch_in_another_order(monkeypatch):
+    """The update is replaced by one that writes down which rows it was given."""
+    rows, epochs, minibatches = 12, 3, 4
+    size = rows // minibatches
+
+    def note(ppo, state, part, key):
+        count, log = state
+        assert part.returns_BR.shape == (size, 1) and part.rollout.tokens_BT.shape == (size, 2)
+        log = jax.lax.dynamic_update_slice(log, part.returns_BR[:, 0], (count,))
+        return (count + size, log), {"one": (jnp.float32(1), jnp.float32(2))}
+
+    monkeypatch.setattr(algorithm, "update_minibatch", note)
+    ids = jnp.arange(rows, dtype=jnp.float32)[:, None]
+    wide = jnp.concatenate([ids, ids], 1)
+    batch = Experience(Rollout(wide, wide, wide, ids, ids, ids[:, 0]), ids, ids, ids, ids)
+    ppo = SimpleNamespace(config=PpoConfig(epochs=epochs, minibatches=minibatches))
+    state = (jnp.int32(0), jnp.zeros(rows * epochs))
+    (count, log), metrics = algorithm.update_epochs(ppo, state, batch, jax.random.key(0))
+    assert int(count) == rows * epochs
+    orders = np.asarray(log).reshape(epochs, rows)
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(rows))
+    assert len({tuple(order) for order in orders}) == epochs
+    assert [float(x) for x in metrics["one"]] == [12, 24]  # summed over all minibatches
+
+
+def test_a_non_finite_return_changes_neither_model(world, first_update):
+    step, _ = first_update
+    bad = world.batch.replace(
+        returns_BR=world.batch.returns_BR.at[0, 0].set(jnp.nan),
+        advantages_BR=world.batch.advantages_BR.at[0, 0].set(jnp.nan),
+    )
+    after, metrics = step(world.state, bad, jax.random.key(0))
+    assert [float(x) for x in metrics["skipped"]] == [1, 1]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (after.actor.params, after.critic.params),
+        (world.state.actor.params, world.state.critic.params),
+    )
+
+
+def test_detached_state_attaches_again(world):
+    params, rest = world.state.detach()
+    assert params is world.state.actor.params and rest.actor.params is None
+    back = rest.attach(params)
+    jax.tree.map(np.testing.assert_array_equal, back, world.state)
+
+
+# The whole iteration learns
+
+
+def test_ppo_raises_the_probability_of_the_rewarded_token(world, monkeypatch):
+    """Score: the share of a response that is token 9. From about 1 in 16 it must come to dominate."""
+    wanted = 9
+
+    def share(ppo, reward_params, rollout):
+        hits = (algorithm.response_tokens(rollout) == wanted) * rollout.mask_BR
+        return hits.sum(1) / jnp.maximum(rollout.mask_BR.sum(1), 1)
+
+    monkeypatch.setattr(algorithm, "scores", share)
+    adam = optax.adam(1e-2)
+    config = PpoConfig(kl_coef=0.0, missing_eos_penalty=0.0, epochs=2)
+    ppo = replace(world.ppo, config=config, actor_optimizer=adam, critic_optimizer=adam)
+    decoding = GenerationConfig(max_new_tokens=4, temperature=TEMPERATURE)
+    step = jax.jit(partial(iteration, ppo=ppo, generation=decoding, seed=0))
+    prompts = left_padded([6, 1, 3, 6, 2, 5, 4, 1] * 4, seed=5)
+    state = PpoState(
+        jnp.int32(0),
+        trainable(world.state.actor.params, adam),
+        trainable(world.state.critic.params, adam),
+    )
+
+    scores = []
+    for _ in range(25):
+        state, metrics = step(state, prompts, world.frozen)
+        scores.append(float(metrics["score"][0] / metrics["score"][1]))
+    assert int(state.step) == 25 and int(state.actor.step) == 50
+    assert np.mean(scores[:3]) < 0.25 and np.mean(scores[-3:]) > 0.6, scores

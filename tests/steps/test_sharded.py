@@ -1,0 +1,271 @@
+"""Eight simulated devices do what one does: DP, FSDP, TP and their products are layouts and nothing more.
+
+One step of each kind is compiled as the project does it (abstract state, `create` into its shardings,
+`compile_step`) on a mesh of one device and on meshes (data, fsdp, tensor) of eight. SGD with rate 1 makes the
+new parameters the gradient. Tolerance 1e-5: partial sums of at most 256 float32 terms are added in another
+order, 256 x 6e-8 at worst, and gradients here are of order 1.
+"""
+
+from functools import cache, partial
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from maxllm.config import BatchConfig, GenerationConfig, MeshConfig, PpoConfig, RewardConfig
+from maxllm.errors import UserError
+from maxllm.model.heads import ScalarModel
+from maxllm.model.llama import Llama
+from maxllm.parallel import processes, sharding
+from maxllm.parallel.mesh import AXES, check_divisible, make_mesh
+from maxllm.records import LmBatch, PairBatch, PromptBatch
+from maxllm.run.session import compile_reader, compile_step
+from maxllm.stages.ppo import init_state, iteration
+from maxllm.steps import language, reward
+from maxllm.steps.ppo import Frozen, Ppo
+from maxllm.steps.state import abstract, create, init_params, initializer
+
+B, T, V = 8, 16, 64
+SGD = optax.sgd(1.0)
+TOLERANCE = 1e-5
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (1, 2, 4)]
+
+
+@cache
+def mesh_of(shape):
+    if shape == (1, 1, 1):
+        kinds = (AxisType.Auto,) * len(AXES)
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=jax.devices()[:1])
+    return make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model):
+    """Every sharded dimension is a multiple of 8; heads are grouped two to a key/value head."""
+    return tiny_model(n_heads=16, n_kv_heads=8, head_dim=4, d_ff=64)
+
+
+def lm_batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(6, V, (B, T + 1)).astype(np.int32)
+    weights = (np.arange(T) < (2 * np.arange(B) + 1)[:, None]).astype(np.float32)
+    segments = np.where(np.arange(T) < 7, 1, 2) * np.ones((B, 1), np.int32)
+    positions = np.where(np.arange(T) < 7, np.arange(T), np.arange(T) - 7) * np.ones((B, 1), np.int32)
+    return LmBatch(
+        tokens[:, :-1], tokens[:, 1:], weights, segments.astype(np.int32), positions.astype(np.int32)
+    )
+
+
+def pair_batch():
+    rng = np.random.default_rng(1)
+    tokens, lengths = rng.integers(6, V, (B, 2, T)), rng.integers(1, T + 1, (B, 2))
+    return PairBatch(tokens.astype(np.int32), lengths.astype(np.int32), np.ones(B, np.float32))
+
+
+def prompt_batch(P=6):
+    rng = np.random.default_rng(2)
+    lengths = rng.integers(1, P + 1, B).astype(np.int32)
+    tokens = rng.integers(6, V, (B, P)).astype(np.int32)
+    return PromptBatch(np.where(np.arange(P) < P - lengths[:, None], np.int32(5), tokens), lengths)
+
+
+def one_step(mesh, init, step, batch, frozen_init=None):
+    """(state before, state after, metrics), the project's way, on this mesh."""
+    description = abstract(init, mesh)
+    state = create(init, description, jax.random.key(0))
+    before = jax.device_get(state)
+    frozen = ()
+    if frozen_init is not None:
+        frozen = (create(frozen_init, abstract(frozen_init, mesh), jax.random.key(7)),)
+    compiled, _ = compile_step(mesh, step, description, batch, *frozen)
+    state, metrics = compiled(state, processes.to_global(batch, sharding.batch_sharding(mesh)), *frozen)
+    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(description), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    return before, jax.device_get(state), jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def run_lm(config):
+    """run_lm(mesh shape): a language-model step."""
+
+    @cache
+    def run(shape):
+        model = Llama(config)
+        step = partial(language.train_step, model=model, optimizer=SGD, seed=0, microbatches=1)
+        return one_step(mesh_of(shape), initializer(model, SGD), step, lm_batch())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_reward(config):
+    """run_reward(mesh shape, microbatches): a reward-model step."""
+
+    def run(shape, microbatches):
+        model = ScalarModel(config)
+        step = partial(reward.train_step, model=model, config=RewardConfig(), optimizer=SGD, seed=0)
+        step = partial(step, microbatches=microbatches)
+        return one_step(mesh_of(shape), initializer(model, SGD), step, pair_batch())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_ppo(config):
+    """run_ppo(mesh shape): a whole iteration: rollout, four models, one epoch."""
+
+    def run(shape):
+        slow = optax.sgd(0.1)
+        settings = PpoConfig(epochs=1, minibatches=1)
+        ppo = Ppo(settings, Llama(config), ScalarModel(config), slow, slow, temperature=1.0)
+        step = partial(
+            iteration, ppo=ppo, generation=GenerationConfig(max_new_tokens=6, temperature=1.0), seed=0
+        )
+
+        def frozen(key):
+            return Frozen(init_params(ppo.policy_model, key), init_params(ppo.scalar_model, key))
+
+        return one_step(mesh_of(shape), partial(init_state, ppo), step, prompt_batch(), frozen)
+
+    return run
+
+
+def assert_same(many, one, atol=TOLERANCE):
+    before, after, metrics = many
+    before_one, after_one, metrics_one = one
+    jax.tree.map(np.testing.assert_array_equal, before, before_one)  # initialized alike, to the bit
+    close = partial(np.testing.assert_allclose, rtol=TOLERANCE, atol=atol)
+    jax.tree.map(close, after, after_one)
+    for name in metrics_one:
+        close(metrics[name], metrics_one[name], err_msg=name)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after, before)
+    assert max(jax.tree.leaves(moved)) > 1e-2
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_language_model_step(run_lm, shape):
+    assert_same(run_lm(shape), run_lm((1, 1, 1)))
+
+
+def test_reward_step_in_microbatches(run_reward):
+    """Two microbatches on eight devices, none on one: rows are split twice, and the sum is the same."""
+    assert_same(run_reward((2, 2, 2), 2), run_reward((1, 1, 1), 1))
+
+
+def test_ppo_iteration(run_ppo):
+    """All three axes at once: the same samples are drawn and the same updates follow."""
+    assert_same(run_ppo((2, 2, 2)), run_ppo((1, 1, 1)))
+
+
+# What is where
+
+
+def shard_sizes(config, fsdp, tensor):
+    """Shapes of one device's shard of each parameter, from the sizes and nothing else."""
+    D, F, K = config.d_model // fsdp, config.d_ff // tensor, config.k_dim
+    H, G, L = config.n_heads // tensor, config.n_kv_heads // tensor, config.n_layers
+    return {
+        "wq": (L, D, H, K),
+        "wk": (L, D, G, K),
+        "wv": (L, D, G, K),
+        "wo": (L, H, K, D),
+        "w_gate": (L, D, F),
+        "w_up": (L, D, F),
+        "w_down": (L, F, D),
+        "embedding": (config.vocab_size // tensor, D),
+        "lm_head": (D, config.vocab_size // tensor),
+    }
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_state_lies_as_abstract_says_and_in_shards(config, shape):
+    """Every matrix, and its optimizer moments, is cut along fsdp and tensor; norm scales are whole."""
+    model, mesh = Llama(config), mesh_of(shape)
+    init = initializer(model, optax.adam(1e-3))
+    description = abstract(init, mesh)
+    state = create(init, description, jax.random.key(0))
+    assert jax.tree.structure(state) == jax.tree.structure(description)
+    for wanted, leaf in zip(jax.tree.leaves(description), jax.tree.leaves(state), strict=True):
+        assert (wanted.shape, wanted.dtype) == (leaf.shape, leaf.dtype)
+        assert leaf.sharding == wanted.sharding
+    sizes, seen = shard_sizes(config, *shape[1:]), set()
+    moments = state.opt_state[0]
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, moments.mu, moments.nu)):
+        name = path[-1].key
+        assert len(leaf.addressable_shards) == 8
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {sizes.get(name, leaf.shape)}, name
+        seen.add(name)
+    assert seen == set(sizes) | {"scale"}
+
+
+def test_batches_are_split_by_rows():
+    rows = np.arange(16).reshape(8, 2)
+    placed = processes.to_global({"x": rows}, sharding.batch_sharding(mesh_of((2, 2, 2))))["x"]
+    assert placed.sharding.spec == PartitionSpec(("data", "fsdp"))
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
+    np.testing.assert_array_equal(placed, rows)
+
+
+def test_compile_reader_answers_on_a_mesh(config, params_of):
+    """Numpy batch in, the same metrics out as without a mesh."""
+    model = Llama(config)
+    mesh = mesh_of((2, 2, 2))
+    init = partial(init_params, model)
+    params = create(init, abstract(init, mesh), jax.random.key(0))
+    got = compile_reader(mesh, partial(language.eval_step, model=model))(params, lm_batch())
+    wanted = jax.jit(partial(language.eval_step, model=model))(params_of(model), lm_batch())
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=TOLERANCE, atol=TOLERANCE), got, wanted)
+
+
+def test_tied_embeddings_and_unboxing(tiny_model):
+    """Nothing of Linen's boxes stays in a created state."""
+    model = Llama(tiny_model(tie_embeddings=True))
+    init = partial(init_params, model)
+    params = create(init, abstract(init, mesh_of((2, 2, 2))), jax.random.key(0))
+    assert "lm_head" not in params
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+    assert jax.tree.structure(params) == jax.tree.structure(nn.unbox(params))
+
+
+# Meshes
+
+
+def test_minus_one_takes_the_rest():
+    assert dict(make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(data=1, fsdp=-1)).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "given"),
+    [((3, 1, 1), "data=3 x fsdp=1 x tensor=1"), ((-1, 3, 1), "fsdp=3"), ((-1, 16, 1), "fsdp=16")],
+)
+def test_a_mesh_that_does_not_fit_says_so(sizes, given):
+    with pytest.raises(UserError, match="8 that are here") as error:
+        make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+    assert given in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "rows", "microbatches", "sentence"),
+    [
+        ((1, 1, 8), {}, 8, 1, "model.n_heads=4 is not divisible by mesh.tensor=8"),
+        ((2, 1, 4), {}, 8, 1, "model.n_kv_heads=2 is not divisible by mesh.tensor=4"),
+        ((1, 8, 1), {"d_model": 36, "head_dim": 8}, 8, 1, "model.d_model=36 is not divisible by mesh.fsdp=8"),
+        ((4, 1, 2), {"d_ff": 49}, 8, 1, "model.d_ff=49 is not divisible by mesh.tensor=2"),
+        ((4, 1, 2), {"vocab_size": 65}, 8, 1, "model.vocab_size=65 is not divisible by mesh.tensor=2"),
+        ((8, 1, 1), {}, 16, 4, "4 rows at a time, which mesh data x fsdp = 8 does not divide"),
+    ],
+)
+def test_a_dimension_that_does_not_divide_is_named(tiny_model, shape, changes, rows, microbatches, sentence):
+    batch = BatchConfig(rows=rows, sequence_length=T, microbatches=microbatches)
+    with pytest.raises(UserError) as error:
+        check_divisible(mesh_of(shape), tiny_model(**changes), batch)
+    assert sentence in str(error.value)
+
+
+def test_a_mesh_that_divides_passes(config):
+    for shape in MESHES:
+        check_divisible(mesh_of(shape), config, BatchConfig(rows=8, sequence_length=T))
