@@ -12,6 +12,7 @@ for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
+import itertools  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from functools import cache  # noqa: E402
 from typing import Any  # noqa: E402
@@ -22,6 +23,7 @@ import pytest  # noqa: E402
 
 from maxllm.config import ModelConfig, TokenizerConfig  # noqa: E402
 from maxllm.data import tasks  # noqa: E402
+from maxllm.data.sources import Tally, read_documents  # noqa: E402
 from maxllm.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 from maxllm.records import Params  # noqa: E402
 from maxllm.steps.state import init_params  # noqa: E402
@@ -54,16 +56,20 @@ def params_of() -> Callable[..., Params]:
     """params_of(model, seed=0): a model's fresh parameters, made once."""
 
     @cache
+    def initializer(model: nn.Module) -> Callable[[jax.Array], Params]:
+        return jax.jit(lambda key: nn.unbox(init_params(model, key)))
+
+    @cache
     def make(model: nn.Module, seed: int = 0) -> Params:
-        return jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(seed))
+        return initializer(model)(jax.random.key(seed))
 
     return make
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
-    """512 BPE pieces, trained on the tasks' own wording in English and Chinese."""
-    texts = ["\n".join(row.values()) for row in tasks.instruction_rows("train", 400, 0)] + [
-        "user\nassistant\nsystem\n"
-    ] * 5
-    return train_tokenizer(texts, TokenizerConfig(path="unused", vocab_size=512, character_coverage=1.0))
+    """512 BPE pieces, trained on a little Shakespeare and the tasks' own wording in English and Chinese."""
+    plays = itertools.islice(read_documents("slice:shakespeare", "text", Tally("slice:shakespeare")), 2)
+    rows = ["\n".join(row.values()) for row in tasks.instruction_rows("train", 200, 0)]
+    config = TokenizerConfig(path="unused", vocab_size=512, character_coverage=1.0)
+    return train_tokenizer([*plays, *rows], config)

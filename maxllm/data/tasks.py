@@ -21,7 +21,12 @@ Split = Literal["train", "heldout"]
 HELDOUT_EIGHTHS = 1
 """Of all inputs, this many eighths are held out."""
 
-DIGITS_MIN, DIGITS_MAX = 3, 5
+DIGITS_MIN, DIGITS_MAX = 2, 4
+
+
+WRONG_DEMONSTRATIONS = 0.25
+"""Share of training demonstrations with a mistake, as people make them. SFT imitates the mistakes too;
+preferences tell right from wrong, which is what a reward model and PPO are for (Ouyang et al. 2022)."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,12 @@ def questions(split: Split, seed: int) -> Iterator[tuple[str, str, random.Random
 
 
 def instruction_rows(split: Split, count: int, seed: int) -> Iterator[dict[str, str]]:
-    """`count` rows `{"instruction", "input", "output"}`."""
-    for _, (instruction, digits, _) in zip(range(count), questions(split, seed), strict=False):
-        yield {"instruction": instruction, "input": digits, "output": SOLVERS[instruction](digits)}
+    """`count` rows `{"instruction", "input", "output"}`; of the training rows, some outputs are wrong."""
+    for _, (instruction, digits, rng) in zip(range(count), questions(split, seed), strict=False):
+        output = SOLVERS[instruction](digits)
+        if split == "train" and rng.random() < WRONG_DEMONSTRATIONS:
+            output = wrong_answer(instruction, digits, rng)
+        yield {"instruction": instruction, "input": digits, "output": output}
 
 
 def preference_rows(split: Split, count: int, seed: int) -> Iterator[dict[str, str]]:

@@ -31,12 +31,13 @@ from maxllm.steps.state import abstract, create, init_params, initializer
 B, T, V = 8, 16, 64
 SGD = optax.sgd(1.0)
 TOLERANCE = 1e-5
+ONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (1, 2, 4)]
 
 
 @cache
 def mesh_of(shape):
-    if shape == (1, 1, 1):
+    if shape == ONE:
         kinds = (AxisType.Auto,) * len(AXES)
         return jax.make_mesh(shape, AXES, axis_types=kinds, devices=jax.devices()[:1])
     return make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
@@ -72,14 +73,19 @@ def prompt_batch(P=6):
     return PromptBatch(np.where(np.arange(P) < P - lengths[:, None], np.int32(5), tokens), lengths)
 
 
+@cache
+def created(init):
+    """What `init` makes on one device, as numpy arrays: the start on every mesh (test_state_… compares)."""
+    return jax.device_get(create(init, abstract(init, mesh_of(ONE)), jax.random.key(0)))
+
+
 def one_step(mesh, init, step, batch, frozen_init=None):
-    """(state before, state after, metrics), the project's way, on this mesh."""
-    description = abstract(init, mesh)
-    state = create(init, description, jax.random.key(0))
-    before = jax.device_get(state)
-    frozen = ()
+    """(state before, state after, metrics), compiled the project's way, on this mesh."""
+    description, before = abstract(init, mesh), created(init)
+    state, frozen = jax.device_put(before, sharding.shardings_of(description)), ()
     if frozen_init is not None:
-        frozen = (create(frozen_init, abstract(frozen_init, mesh), jax.random.key(7)),)
+        frozen_shardings = sharding.shardings_of(abstract(frozen_init, mesh))
+        frozen = (jax.device_put(created(frozen_init), frozen_shardings),)
     compiled, _ = compile_step(mesh, step, description, batch, *frozen)
     state, metrics = compiled(state, processes.to_global(batch, sharding.batch_sharding(mesh)), *frozen)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(description), strict=True):
@@ -91,11 +97,13 @@ def one_step(mesh, init, step, batch, frozen_init=None):
 def run_lm(config):
     """run_lm(mesh shape): a language-model step."""
 
+    model = Llama(config)
+    init = initializer(model, SGD)
+    step = partial(language.train_step, model=model, optimizer=SGD, seed=0, microbatches=1)
+
     @cache
     def run(shape):
-        model = Llama(config)
-        step = partial(language.train_step, model=model, optimizer=SGD, seed=0, microbatches=1)
-        return one_step(mesh_of(shape), initializer(model, SGD), step, lm_batch())
+        return one_step(mesh_of(shape), init, step, lm_batch())
 
     return run
 
@@ -104,11 +112,12 @@ def run_lm(config):
 def run_reward(config):
     """run_reward(mesh shape, microbatches): a reward-model step."""
 
+    model = ScalarModel(config)
+    init = initializer(model, SGD)
+    step = partial(reward.train_step, model=model, config=RewardConfig(), optimizer=SGD, seed=0)
+
     def run(shape, microbatches):
-        model = ScalarModel(config)
-        step = partial(reward.train_step, model=model, config=RewardConfig(), optimizer=SGD, seed=0)
-        step = partial(step, microbatches=microbatches)
-        return one_step(mesh_of(shape), initializer(model, SGD), step, pair_batch())
+        return one_step(mesh_of(shape), init, partial(step, microbatches=microbatches), pair_batch())
 
     return run
 
@@ -117,26 +126,24 @@ def run_reward(config):
 def run_ppo(config):
     """run_ppo(mesh shape): a whole iteration: rollout, four models, one epoch."""
 
+    slow = optax.sgd(0.1)
+    ppo = Ppo(PpoConfig(epochs=1), Llama(config), ScalarModel(config), slow, slow, temperature=1.0)
+    decoding = GenerationConfig(max_new_tokens=6, temperature=1.0)
+    step, init = partial(iteration, ppo=ppo, generation=decoding, seed=0), partial(init_state, ppo)
+
+    def frozen(key):
+        key = jax.random.fold_in(key, 7)  # neither the actor's nor the critic's parameters
+        return Frozen(init_params(ppo.policy_model, key), init_params(ppo.scalar_model, key))
+
     def run(shape):
-        slow = optax.sgd(0.1)
-        settings = PpoConfig(epochs=1, minibatches=1)
-        ppo = Ppo(settings, Llama(config), ScalarModel(config), slow, slow, temperature=1.0)
-        step = partial(
-            iteration, ppo=ppo, generation=GenerationConfig(max_new_tokens=6, temperature=1.0), seed=0
-        )
-
-        def frozen(key):
-            return Frozen(init_params(ppo.policy_model, key), init_params(ppo.scalar_model, key))
-
-        return one_step(mesh_of(shape), partial(init_state, ppo), step, prompt_batch(), frozen)
+        return one_step(mesh_of(shape), init, step, prompt_batch(), frozen)
 
     return run
 
 
 def assert_same(many, one, atol=TOLERANCE):
     before, after, metrics = many
-    before_one, after_one, metrics_one = one
-    jax.tree.map(np.testing.assert_array_equal, before, before_one)  # initialized alike, to the bit
+    _, after_one, metrics_one = one
     close = partial(np.testing.assert_allclose, rtol=TOLERANCE, atol=atol)
     jax.tree.map(close, after, after_one)
     for name in metrics_one:
@@ -147,17 +154,17 @@ def assert_same(many, one, atol=TOLERANCE):
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_language_model_step(run_lm, shape):
-    assert_same(run_lm(shape), run_lm((1, 1, 1)))
+    assert_same(run_lm(shape), run_lm(ONE))
 
 
 def test_reward_step_in_microbatches(run_reward):
     """Two microbatches on eight devices, none on one: rows are split twice, and the sum is the same."""
-    assert_same(run_reward((2, 2, 2), 2), run_reward((1, 1, 1), 1))
+    assert_same(run_reward((2, 2, 2), 2), run_reward(ONE, 1))
 
 
 def test_ppo_iteration(run_ppo):
     """All three axes at once: the same samples are drawn and the same updates follow."""
-    assert_same(run_ppo((2, 2, 2)), run_ppo((1, 1, 1)))
+    assert_same(run_ppo((2, 2, 2)), run_ppo(ONE))
 
 
 # What is where
@@ -180,13 +187,16 @@ def shard_sizes(config, fsdp, tensor):
     }
 
 
+@pytest.fixture(scope="module")
+def adam_init(config):
+    return initializer(Llama(config), optax.adam(1e-3))
+
+
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_state_lies_as_abstract_says_and_in_shards(config, shape):
+def test_state_lies_as_abstract_says_and_in_shards(config, adam_init, shape):
     """Every matrix, and its optimizer moments, is cut along fsdp and tensor; norm scales are whole."""
-    model, mesh = Llama(config), mesh_of(shape)
-    init = initializer(model, optax.adam(1e-3))
-    description = abstract(init, mesh)
-    state = create(init, description, jax.random.key(0))
+    description = abstract(adam_init, mesh_of(shape))
+    state = create(adam_init, description, jax.random.key(0))
     assert jax.tree.structure(state) == jax.tree.structure(description)
     for wanted, leaf in zip(jax.tree.leaves(description), jax.tree.leaves(state), strict=True):
         assert (wanted.shape, wanted.dtype) == (leaf.shape, leaf.dtype)
@@ -199,6 +209,8 @@ def test_state_lies_as_abstract_says_and_in_shards(config, shape):
         assert {shard.data.shape for shard in leaf.addressable_shards} == {sizes.get(name, leaf.shape)}, name
         seen.add(name)
     assert seen == set(sizes) | {"scale"}
+    # Initialized as on one device, to the bit.
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), created(adam_init))
 
 
 def test_batches_are_split_by_rows():

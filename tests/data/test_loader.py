@@ -1,0 +1,73 @@
+"""A batch is a pure function of (seed, step); an epoch is a permutation; evaluation sees each row once."""
+
+import numpy as np
+import pytest
+
+from maxllm.data.loader import Batches, in_order, row_count
+from maxllm.records import PairBatch, PromptBatch
+
+
+def prompts(n):
+    """Row i holds i everywhere."""
+    ids = np.arange(n, dtype=np.int32)
+    return PromptBatch(np.repeat(ids[:, None], 3, 1), ids)
+
+
+def rows_of(batches, steps):
+    return np.concatenate([batches.at(step).lengths_B for step in steps])
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    """Asked for out of order, twice, by another object: always the same rows."""
+    first = Batches(prompts(23), 4, seed=5)
+    there = [first.at(step) for step in range(12)]
+    other = Batches(prompts(23), 4, seed=5)
+    for step in (11, 3, 0, 7, 3):
+        again = other.at(step)
+        np.testing.assert_array_equal(again.tokens_BP, there[step].tokens_BP)
+        np.testing.assert_array_equal(again.tokens_BP[:, 0], again.lengths_B)  # arrays stay together
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(24, 4), (23, 4), (5, 8), (1, 3)])
+def test_every_epoch_is_a_permutation(rows, batch):
+    """Also where epochs end inside a batch, and where a batch is longer than an epoch."""
+    batches = Batches(prompts(rows), batch, seed=0)
+    order = rows_of(batches, range(-(-3 * rows // batch)))[: 3 * rows].reshape(3, rows)
+    for epoch in order:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(rows))
+    if rows > 20:
+        assert len({tuple(epoch) for epoch in order}) == 3  # each in another order
+        assert tuple(order[0]) != tuple(range(rows))
+
+
+def test_another_seed_is_another_order():
+    orders = {tuple(rows_of(Batches(prompts(40), 8, seed), range(5))) for seed in range(6)}
+    assert len(orders) == 6
+
+
+def test_another_batch_size_cuts_the_same_order():
+    small, large = Batches(prompts(30), 5, seed=1), Batches(prompts(30), 15, seed=1)
+    np.testing.assert_array_equal(rows_of(small, range(12)), rows_of(large, range(4)))
+
+
+def test_a_batch_keeps_types_and_shapes():
+    rows = PairBatch(np.zeros((9, 2, 4), np.int32), np.ones((9, 2), np.int32), np.ones(9, np.float32))
+    batch = Batches(rows, 4, 0).at(1)
+    assert batch.tokens_BCT.shape == (4, 2, 4) and batch.tokens_BCT.dtype == np.int32
+    assert batch.weights_B.dtype == np.float32
+    assert row_count(rows) == 9
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(10, 4), (8, 4), (3, 8)])
+def test_in_order_covers_all_rows_once(rows, batch):
+    """The last batch is filled with zeros, whose weight is 0, and says how many rows are real."""
+    tokens = np.arange(rows * 6, dtype=np.int32).reshape(rows, 2, 3) + 1
+    pairs = PairBatch(tokens, np.full((rows, 2), 3, np.int32), np.ones(rows, np.float32))
+    found = []
+    for part, real in in_order(pairs, batch):
+        assert part.tokens_BCT.shape == (batch, 2, 3) and 0 < real <= batch
+        found.append(part.tokens_BCT[:real])
+        assert not part.tokens_BCT[real:].any() and not part.lengths_BC[real:].any()
+        assert part.weights_B.sum() == real and not part.weights_B[real:].any()
+    assert len(found) == -(-rows // batch)
+    np.testing.assert_array_equal(np.concatenate(found), tokens)
