@@ -201,6 +201,12 @@ class MeshConfig(Section):
         1, ge=-1, description="Shards of parameters and optimizer state (ZeRO-3); rows are split here too."
     )
     tensor: int = Field(1, ge=-1, description="Shards of heads, feed-forward and vocabulary.")
+    cpu_devices: int = Field(
+        1,
+        ge=1,
+        description="Devices that JAX's CPU backend makes of this machine; one per core is fastest for a small "
+        "model. Without effect on GPU and TPU, or where XLA_FLAGS sets the number.",
+    )
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:

@@ -131,7 +131,7 @@ def read_turns(turns: Any, name: str) -> list[Message]:
     messages = []
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLE_NAMES:
+        if not isinstance(role, str) or role not in ROLE_NAMES:
             raise RowError(f"field {name!r} has the unknown role {role!r}")
         if not isinstance(content, str) or not content.strip():
             raise RowError(f"field {name!r} has a turn without text")

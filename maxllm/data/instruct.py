@@ -51,6 +51,8 @@ def rows_of(source: str, kind: Kind, seed: int, tally: Tally) -> Iterator[tuple[
     split, _, count = words.partition(":")
     if split not in ("train", "heldout") or not count.isdigit():
         raise UserError(f"source {source!r} is not tasks:train:COUNT or tasks:heldout:COUNT")
+    if split == "heldout" and int(count) > tasks.heldout_count():
+        raise UserError(f"source {source!r}: there are only {tasks.heldout_count()} held-out questions")
     for number, row in enumerate(TASK_ROWS[kind](split, int(count), seed), start=1):  # type: ignore[arg-type]
         tally.rows += 1
         yield f"{source} row {number}", row

@@ -160,7 +160,14 @@ def _json_error(error: Exception) -> str:
 def _is_object(value: Any, where: str, tally: Tally) -> bool:
     if not isinstance(value, dict):
         tally.drop("not an object", f"{where} is not a JSON object but {_kind(value)}")
-    return isinstance(value, dict)
+        return False
+    # JSON can spell "\ud800", which no tokenizer and no file can take.
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        tally.drop("not valid Unicode", f"{where} holds half of a surrogate pair")
+        return False
+    return True
 
 
 def _kind(value: Any) -> str:
@@ -237,20 +244,9 @@ def _text_of(row: dict[str, Any], text_field: str, where: str, tally: Tally) -> 
         tally.drop("not a string", f"{where}: field {text_field!r} is not a string but {_kind(text)}")
     elif not text.strip():
         tally.drop("empty", f"{where}: field {text_field!r} is empty")
-    elif _has_surrogates(text):
-        tally.drop("not valid Unicode", f"{where}: field {text_field!r} holds half of a surrogate pair")
     else:
         return text
     return None
-
-
-def _has_surrogates(text: str) -> bool:
-    # JSON can spell "\ud800", which no tokenizer and no file can take.
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _documents_of_text(path: Path, tally: Tally) -> Iterator[str]:

@@ -69,13 +69,26 @@ def split_of(digits: str) -> Split:
     return "heldout" if hashlib.blake2b(digits.encode()).digest()[0] % 8 < HELDOUT_EIGHTHS else "train"
 
 
+def heldout_count() -> int:
+    """How many different held-out questions there are."""
+    lengths = range(DIGITS_MIN, DIGITS_MAX + 1)
+    inputs = (f"{number:0{length}d}" for length in lengths for number in range(10**length))
+    return len(SOLVERS) * sum(split_of(digits) == "heldout" for digits in inputs)
+
+
 def questions(split: Split, seed: int) -> Iterator[tuple[str, str, random.Random]]:
-    """Endless (instruction, digits, random source), the digits all of one split."""
+    """Endless (instruction, digits, random source), the digits all of one split.
+
+    Held-out questions are all different, so that each counts once; training ones come as they come.
+    """
     rng = random.Random(f"{split}/{seed}")
+    asked = set()
     while True:
         digits = "".join(rng.choice("0123456789") for _ in range(rng.randint(DIGITS_MIN, DIGITS_MAX)))
-        if split_of(digits) == split:
-            yield rng.choice(rng.choice(TASKS).instructions), digits, rng
+        question = rng.choice(rng.choice(TASKS).instructions), digits
+        if split_of(digits) == split and (split == "train" or question not in asked):
+            asked.add(question)
+            yield *question, rng
 
 
 def instruction_rows(split: Split, count: int, seed: int) -> Iterator[dict[str, str]]:

@@ -19,8 +19,15 @@ COORDINATOR, COUNT, INDEX = "MAXLLM_COORDINATOR", "MAXLLM_NUM_PROCESSES", "MAXLL
 AUTO = "MAXLLM_DISTRIBUTED"
 
 
-def initialize() -> None:
-    """Joins the other processes, if the environment says that there are any. Idempotent."""
+def initialize(cpu_devices: int) -> None:
+    """Joins the other processes, if the environment says that there are any. Idempotent.
+
+    Args:
+      cpu_devices: devices to make of this machine when JAX runs on its CPU; XLA_FLAGS has precedence.
+    """
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not forced and jax.config.jax_num_cpu_devices != cpu_devices:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
     if jax.distributed.is_initialized():
         return
     if os.environ.get(AUTO) == "auto":

@@ -80,7 +80,7 @@ def update(
     """
     gradients, loss = accumulate(loss_fn, state.params, batch, key, microbatches)
     chex.assert_trees_all_equal_shapes(gradients, state.params)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

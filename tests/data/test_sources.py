@@ -188,7 +188,7 @@ def test_a_text_document_that_is_not_utf8_is_bad_alone(tmp_path):
         ({"text": None}, "not a string", ": field 'text' is not a string but null"),
         ({"text": ["a"]}, "not a string", ": field 'text' is not a string but a list"),
         ({"text": " \n"}, "empty", ": field 'text' is empty"),
-        ({"text": "\ud800"}, "not valid Unicode", ": field 'text' holds half of a surrogate pair"),
+        ({"text": "\ud800"}, "not valid Unicode", " holds half of a surrogate pair"),
     ],
 )
 def test_a_row_without_usable_text_is_bad(tmp_path, row, reason, what):
