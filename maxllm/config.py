@@ -204,8 +204,8 @@ class MeshConfig(Section):
     cpu_devices: int = Field(
         1,
         ge=1,
-        description="Devices that JAX's CPU backend makes of this machine; one per core is fastest for a small "
-        "model. Without effect on GPU and TPU, or where XLA_FLAGS sets the number.",
+        description="Devices that JAX's CPU backend makes of this machine; one per core suits small models. "
+        "Without effect on GPU and TPU, or where XLA_FLAGS sets the number.",
     )
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ def initialize(cpu_devices: int) -> None:
       cpu_devices: devices to make of this machine when JAX runs on its CPU; XLA_FLAGS has precedence.
     """
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not forced and jax.config.jax_num_cpu_devices != cpu_devices:
+    if not forced and jax.config.jax_num_cpu_devices != cpu_devices:  # type: ignore[attr-defined]
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     if jax.distributed.is_initialized():
         return

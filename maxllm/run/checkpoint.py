@@ -6,6 +6,8 @@ optimizer state, the critic of PPO). A restore that does not fit is an error, ne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -13,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from maxllm.errors import UserError
+from maxllm.errors import RunFailed, UserError
 from maxllm.records import Params
 
 FOLDER = "checkpoints"
@@ -54,6 +56,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
                 enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,  # what a kill left half-written
             ),
         )
 
@@ -61,24 +64,27 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: State, best: float | None) -> None:
-        """Starts saving in the background; `best` is the held-out figure that ranks it, when there is one."""
+    def save(self, step: int, state: State, best: float) -> None:
+        """Starts saving in the background; `best` is the held-out figure that ranks the checkpoint."""
         params, rest = state.detach()
         self._manager.save(
             step,
             args=ocp.args.Composite(params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)),
-            metrics=None if best is None else {"best": best},
+            metrics={"best": best},
         )
 
     def restore(self, step: int, abstract_state: AnyState) -> AnyState:
-        """The state saved at `step`, in the shardings of `abstract_state`."""
+        """The state saved at `step`, in the shardings of `abstract_state`.
+
+        Raises:
+          RunFailed: it cannot be read; nothing is changed.
+        """
         params, rest = abstract_state.detach()
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest)
-            ),
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest)
         )
+        with readable(Path(self._manager.directory) / str(step)):
+            restored = self._manager.restore(step, args=items)
         return restored["rest"].attach(restored["params"])
 
     def close(self) -> None:
@@ -100,10 +106,25 @@ def load_params(run_dir: Path, abstract_params: Params) -> Params:
     path = folder.absolute() / str(max(steps)) / "params"
     # The handler, not a Checkpointer: `params` is one item of a checkpoint, not a checkpoint of its own.
     handler = ocp.StandardCheckpointHandler()
-    problems = differences(handler.metadata(path).tree, abstract_params)
+    with readable(path.parent):
+        problems = differences(handler.metadata(path).tree, abstract_params)
     if problems:
         raise UserError(f"{path.parent} is a checkpoint of another model: {'; '.join(problems[:5])}")
-    return handler.restore(path, args=ocp.args.StandardRestore(abstract_params))
+    with readable(path.parent):
+        return handler.restore(path, args=ocp.args.StandardRestore(abstract_params))
+
+
+@contextmanager
+def readable(checkpoint: Path) -> Iterator[None]:
+    """Turns whatever Orbax raises while reading into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise RunFailed(
+            f"checkpoint {checkpoint} cannot be restored ({type(error).__name__}: {reason}); nothing was "
+            "changed: remove it to continue from the one before, or remove the run folder to start anew"
+        ) from error
 
 
 def differences(saved: Any, wanted: Any) -> list[str]:

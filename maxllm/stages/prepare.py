@@ -67,7 +67,8 @@ def run(config: Config) -> dict[str, Any]:
         tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(tokenizer_path, tokenizer.model_bytes)
 
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
     train_counts, heldout_counts = ngram.ByteCounts(train), ngram.ByteCounts(heldout)
     unigram, bigram = ngram.bits_per_byte(train_counts, heldout_counts)
     manifest = {
@@ -157,7 +158,6 @@ def pack_documents(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> L
 
 def write_rows(folder: Path, rows: LmBatch) -> None:
     """One .npy file per array."""
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for field in dataclasses.fields(rows):
         np.save(folder / f"{field.name}.npy", getattr(rows, field.name))

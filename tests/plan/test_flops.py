@@ -1,0 +1,24 @@
+"""FLOPs against hand counts of LLaMA-2 7B."""
+
+from maxllm.config import ModelConfig
+from maxllm.plan.flops import matmul_parameters, train_flops_per_token
+
+LLAMA2_7B = ModelConfig(
+    vocab_size=32000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, d_ff=11008, max_seq_len=4096
+)
+
+
+def test_matmul_parameters_of_llama2_7b() -> None:
+    # 32 layers of 4 * 4096^2 + 3 * 4096 * 11008, and the output projection 4096 * 32000
+    assert matmul_parameters(LLAMA2_7B) == 6_607_077_376
+
+
+def test_training_costs_six_per_parameter_and_causal_attention() -> None:
+    # attention: 12 L D T per token for full attention (PaLM, appendix B), half of it under the causal mask
+    assert train_flops_per_token(LLAMA2_7B, 4096) == 6 * 6_607_077_376 + 6 * 32 * 4096 * 4096
+
+
+def test_grouped_queries_save_projections() -> None:
+    grouped = LLAMA2_7B.model_copy(update={"n_kv_heads": 8})
+    saved = 32 * 2 * 4096 * (4096 - 1024)
+    assert matmul_parameters(LLAMA2_7B) - matmul_parameters(grouped) == saved
