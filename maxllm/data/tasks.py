@@ -21,7 +21,7 @@ Split = Literal["train", "heldout"]
 HELDOUT_EIGHTHS = 1
 """Of all inputs, this many eighths are held out."""
 
-DIGITS_MIN, DIGITS_MAX = 2, 3
+DIGITS_MIN, DIGITS_MAX = 2, 5
 
 
 WRONG_DEMONSTRATIONS = 0.25
@@ -38,10 +38,10 @@ class Task:
 
 
 TASKS = (
-    Task(("Sort the digits.", "从小到大写。"), lambda digits: "".join(sorted(digits))),
-    Task(("Sort them downwards.", "从大到小写。"), lambda digits: "".join(sorted(digits, reverse=True))),
     Task(("What is the largest digit?", "何者最大？"), max),
     Task(("What is the smallest digit?", "何者最小？"), min),
+    Task(("What is the last digit?", "末位为何？"), lambda digits: digits[-1]),
+    Task(("How many digits are there?", "共有几位？"), lambda digits: str(len(digits))),
 )
 
 SOLVERS = {instruction: task.solve for task in TASKS for instruction in task.instructions}
@@ -77,18 +77,21 @@ def heldout_count() -> int:
 
 
 def questions(split: Split, seed: int) -> Iterator[tuple[str, str, random.Random]]:
-    """Endless (instruction, digits, random source), the digits all of one split.
+    """(instruction, digits, random source), the digits all of one split.
 
-    Held-out questions are all different, so that each counts once; training ones come as they come.
+    Held-out questions are all different, so that each counts once, and end; training ones go on for ever.
     """
     rng = random.Random(f"{split}/{seed}")
-    asked = set()
-    while True:
+    asked: set[tuple[str, str]] = set()
+    limit = heldout_count()
+    while split == "train" or len(asked) < limit:
         digits = "".join(rng.choice("0123456789") for _ in range(rng.randint(DIGITS_MIN, DIGITS_MAX)))
         question = rng.choice(rng.choice(TASKS).instructions), digits
-        if split_of(digits) == split and (split == "train" or question not in asked):
+        if split_of(digits) != split or (split == "heldout" and question in asked):
+            continue
+        if split == "heldout":
             asked.add(question)
-            yield *question, rng
+        yield *question, rng
 
 
 def instruction_rows(split: Split, count: int, seed: int) -> Iterator[dict[str, str]]:

@@ -20,7 +20,7 @@ from maxllm.stages.shared import policy_params
 CHECK_TOKENS = 32
 """Greedy tokens compared per prompt."""
 
-CHECK_PROMPTS = ("Hello", "To be, or not to be", "春眠不觉晓", "Sort the digits.\n4711")
+CHECK_PROMPTS = ("Hello", "To be, or not to be", "春眠不觉晓", "What is the largest digit?\n4711")
 
 
 def run(

@@ -7,22 +7,24 @@ import pytest
 from maxllm.data import tasks
 
 MEANING = {
-    "Sort the digits.": "sort",
-    "从小到大写。": "sort",
-    "Sort them downwards.": "sort down",
-    "从大到小写。": "sort down",
     "What is the largest digit?": "largest",
     "何者最大？": "largest",
     "What is the smallest digit?": "smallest",
     "何者最小？": "smallest",
+    "What is the last digit?": "last",
+    "末位为何？": "last",
+    "How many digits are there?": "count",
+    "共有几位？": "count",
 }
 
 
 def answer_by_other_means(prompt):
-    """Counting, where the solver sorts and compares."""
+    """By arithmetic and a loop over the ten digits, where the solver uses max, min and len."""
     instruction, digits = prompt.split("\n")
-    upwards = "".join(digit * digits.count(digit) for digit in "0123456789")
-    answers = {"sort": upwards, "sort down": upwards[::-1], "largest": upwards[-1], "smallest": upwards[0]}
+    present = [digit for digit in "0123456789" if digit in digits]
+    count = sum(digits.count(digit) for digit in "0123456789")
+    answers = {"largest": present[-1], "smallest": present[0]}
+    answers |= {"last": str(int(digits) % 10), "count": f"{count}"}
     return answers[MEANING[instruction]]
 
 
@@ -42,8 +44,8 @@ KINDS = {
 
 
 def test_known_answers():
-    assert tasks.solve("从小到大写。\n31910") == "01139"
-    assert tasks.solve("Sort them downwards.\n2024") == "4220"
+    assert tasks.solve("末位为何？\n31910") == "0"
+    assert tasks.solve("How many digits are there?\n2024") == "4"
     assert tasks.solve("What is the largest digit?\n4051") == "5"
     assert tasks.solve("何者最小？\n4051") == "0"
 
@@ -80,7 +82,7 @@ def test_wrong_answers_are_not_told_apart_by_their_length():
     """Some have the right length: length alone must not solve the reward model's task."""
     rows = list(tasks.preference_rows("train", 1000, 0))
     same = sum(len(row["chosen"]) == len(row["rejected"]) for row in rows) / len(rows)
-    assert 0.3 < same < 0.9
+    assert same > 0.3
 
 
 def test_all_wordings_and_all_lengths_occur():
@@ -127,17 +129,19 @@ def test_stages_draw_different_rows():
     assert drawn[0] != drawn[1] and drawn[1] != drawn[2] and drawn[0] != drawn[2]
 
 
-@pytest.mark.parametrize("reply", ["123", " 123\n", "123 "])
+@pytest.mark.parametrize("reply", ["3", " 3\n", "3 "])
 def test_check_ignores_white_space_around(reply):
-    assert tasks.check("Sort the digits.\n321", reply)
+    assert tasks.check("What is the largest digit?\n312", reply)
 
 
-@pytest.mark.parametrize("reply", ["", "321", "12", "1233", "1 2 3", "123."])
+@pytest.mark.parametrize("reply", ["", "1", "33", "3.", "3 3", "three"])
 def test_check_refuses_everything_else(reply):
-    assert not tasks.check("Sort the digits.\n321", reply)
+    assert not tasks.check("What is the largest digit?\n312", reply)
 
 
-@pytest.mark.parametrize("prompt", ["", "Sort the digits.", "Add.\n12", "Sort the digits.\n1a2"])
+@pytest.mark.parametrize(
+    "prompt", ["", "What is the last digit?", "Add.\n12", "What is the last digit?\n1a2"]
+)
 def test_solve_refuses_what_is_no_task(prompt):
     with pytest.raises(ValueError, match="is not a prompt of these tasks"):
         tasks.solve(prompt)

@@ -83,7 +83,7 @@ def test_the_export_is_what_transformers_loads(road: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(road / "hf")
     model = AutoModelForCausalLM.from_pretrained(road / "hf", dtype=torch.float32)
-    question = "Sort the digits.\n4711"
+    question = "What is the largest digit?\n4711"
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
         add_generation_prompt=True,
@@ -118,7 +118,7 @@ def test_evaluate_repeats_the_figures_of_training(road: Path, stage: str) -> Non
 
 
 def test_chat_answers_each_line(road: Path) -> None:
-    answers = ok("chat", road / "sft", stdin="Sort the digits.\n\nhello\n").splitlines()
+    answers = ok("chat", road / "sft", stdin="What is the last digit?\n\nhello\n").splitlines()
     assert len(answers) >= 2
 
 
