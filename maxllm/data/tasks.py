@@ -21,7 +21,7 @@ Split = Literal["train", "heldout"]
 HELDOUT_EIGHTHS = 1
 """Of all inputs, this many eighths are held out."""
 
-DIGITS_MIN, DIGITS_MAX = 2, 5
+DIGITS_MIN, DIGITS_MAX = 2, 4
 
 
 WRONG_DEMONSTRATIONS = 0.25

@@ -101,8 +101,12 @@ def test_splits_are_disjoint(kind):
 
 
 def test_an_eighth_is_held_out():
-    """Of all inputs of two to five digits; five standard deviations of the binomial."""
-    every = [f"{n:0{places}d}" for places in range(2, 6) for n in range(10**places)]
+    """Of all inputs; five standard deviations of the binomial."""
+    every = [
+        f"{n:0{places}d}"
+        for places in range(tasks.DIGITS_MIN, tasks.DIGITS_MAX + 1)
+        for n in range(10**places)
+    ]
     held = sum(tasks.split_of(digits) == "heldout" for digits in every)
     assert abs(held - len(every) / 8) < 5 * (len(every) * 7 / 64) ** 0.5
 
