@@ -201,12 +201,6 @@ class MeshConfig(Section):
         1, ge=-1, description="Shards of parameters and optimizer state (ZeRO-3); rows are split here too."
     )
     tensor: int = Field(1, ge=-1, description="Shards of heads, feed-forward and vocabulary.")
-    cpu_devices: int = Field(
-        1,
-        ge=1,
-        description="Devices that JAX's CPU backend makes of this machine; one per core suits small models. "
-        "Without effect on GPU and TPU, or where XLA_FLAGS sets the number.",
-    )
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:

@@ -19,15 +19,12 @@ COORDINATOR, COUNT, INDEX = "MAXLLM_COORDINATOR", "MAXLLM_NUM_PROCESSES", "MAXLL
 AUTO = "MAXLLM_DISTRIBUTED"
 
 
-def initialize(cpu_devices: int) -> None:
-    """Joins the other processes, if the environment says that there are any. Idempotent.
-
-    Args:
-      cpu_devices: devices to make of this machine when JAX runs on its CPU; XLA_FLAGS has precedence.
-    """
-    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not forced and jax.config.jax_num_cpu_devices != cpu_devices:  # type: ignore[attr-defined]
-        jax.config.update("jax_num_cpu_devices", cpu_devices)
+def initialize() -> None:
+    """Joins the other processes, if the environment says that there are any. Idempotent."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # Simulated devices share one thread pool: two programs in flight, each with a collective, can starve
+        # each other for ever (seen with 2 devices on 2 cores). One program at a time cannot.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     if jax.distributed.is_initialized():
         return
     if os.environ.get(AUTO) == "auto":

@@ -50,7 +50,7 @@ def open_session(config: Config) -> Session:
       UserError: a missing run folder or file, a vocabulary that does not match, a mesh that does not divide
         the model or batch, a run folder that holds another recipe.
     """
-    processes.initialize(config.mesh.cpu_devices)
+    processes.initialize()
     tokenizer_path, model = inherited(config)
     tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.vocab_size != model.vocab_size:
@@ -199,7 +199,7 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> Session:
     run_config(run_dir)  # says clearly when this is no run folder
     config = recipe.apply_overrides(recipe.read_yaml(run_dir / CONFIG), [*overrides, f"run.dir={run_dir}"])
     assert config.model is not None, "a run folder's config is resolved"
-    processes.initialize(config.mesh.cpu_devices)
+    processes.initialize()
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, config.model, config.batch)
     return Session(config, config.model, mesh, load_tokenizer(run_dir / TOKENIZER), run_dir)
