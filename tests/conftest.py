@@ -4,6 +4,8 @@ import os
 
 # Read when jax is imported, which no module may have done before this one.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# As in parallel/processes.py: simulated devices run one program at a time, or they can starve each other.
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",  # LLVM's effort, not the arithmetic: compiling takes half the time
