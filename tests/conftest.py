@@ -4,8 +4,6 @@ import os
 
 # Read when jax is imported, which no module may have done before this one.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# As in parallel/processes.py: simulated devices run one program at a time, or they can starve each other.
-os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",  # LLVM's effort, not the arithmetic: compiling takes half the time
@@ -29,6 +27,9 @@ from maxllm.data.sources import Tally, read_documents  # noqa: E402
 from maxllm.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 from maxllm.records import Params  # noqa: E402
 from maxllm.steps.state import init_params  # noqa: E402
+
+# As in parallel/processes.py: simulated devices run one program at a time, or they can starve each other.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 TINY = {
     "vocab_size": 64,
