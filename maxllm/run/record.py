@@ -95,7 +95,7 @@ def peak_rss_bytes() -> int:
 
 def console(main: bool = True) -> Console:
     """Where a run speaks: stderr, and only from the main process; stdout is for results."""
-    return Console(stderr=True, quiet=not main, highlight=False)
+    return Console(stderr=True, quiet=not main, highlight=False, emoji=False)
 
 
 def progress(items: Iterable[Item], description: str) -> Iterable[Item]:

@@ -17,7 +17,7 @@ CHAPTERS = Path(prepare.__file__).parents[1] / "data" / "slice" / "austen.jsonl"
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """200 paragraphs, one of them twice, one far too short."""
-    lines = CHAPTERS.read_text(encoding="utf-8").splitlines()[:6]
+    lines = CHAPTERS.read_text(encoding="utf-8").splitlines()[:12]
     paragraphs = [text for line in lines for text in json.loads(line)["text"].split("\n\n")]
     paragraphs = list(dict.fromkeys(text for text in paragraphs if len(text) > 60))[:200]
     rows = [{"text": text} for text in [*paragraphs, paragraphs[3].upper(), "short"]]
