@@ -75,6 +75,11 @@ def read_split(
     if data.heldout_sources:
         heldout, more = parse_sources(data.heldout_sources, kind, seed, data.max_bad_share, parse)
         return [row for _, row in train], [row for _, row in heldout], tallies + more
+    if kind == "instruction" and any(source.startswith("tasks:train:") for source in data.sources):
+        raise UserError(
+            "demonstrations of tasks:train are partly wrong on purpose, so they cannot be held out; "
+            "give data.heldout_sources=[tasks:heldout:500]"
+        )
     limit = int(data.heldout_share * 2**64)
     kept = [row for key, row in train if key >= limit]
     held = [row for key, row in train if key < limit]

@@ -6,6 +6,7 @@ rows write the same cache slot; padding has segment id 0 and is never seen.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +28,55 @@ class _Progress(struct.PyTreeNode):
     tokens_BR: jax.Array
     logps_BR: jax.Array
     mask_BR: jax.Array
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """The rules of one decoding; `generate` reads as the algorithm."""
+
+    model: nn.Module
+    params: Params
+    key: jax.Array
+    config: GenerationConfig
+    stop_tokens: tuple[int, ...]
+    pad: int
+
+    def forward(
+        self, cache: Any, cache_length: int, tokens: Array, segments: Array, positions: Array
+    ) -> tuple[jax.Array, Any]:
+        """Logits [B, V] of the last slot fed, and the cache with the new keys and values."""
+        logits, cache = self.model.apply(
+            {"params": self.params, **cache},
+            tokens,
+            segments,
+            positions,
+            cache_length=cache_length,
+            last_only=True,
+            mutable=["cache"],
+        )
+        return logits[:, 0], cache
+
+    def nothing_yet(self, B: int) -> _Progress:
+        """Before the first token."""
+        R = self.config.max_new_tokens
+        zeros_BR = jnp.zeros((B, R), jnp.float32)
+        pads_BR = jnp.full((B, R), self.pad, jnp.int32)
+        return _Progress(jnp.int32(0), {}, jnp.zeros(B, bool), pads_BR, zeros_BR, zeros_BR)
+
+    def take(self, progress: _Progress, cache: Any, logits_BV: jax.Array) -> _Progress:
+        """Samples the token of this slot and notes it; finished rows get padding."""
+        slot, alive_B = progress.slot, ~progress.done_B
+        token_B, logp_B = sample(logits_BV, jax.random.fold_in(self.key, slot), self.config)
+        token_B = jnp.where(alive_B, token_B, self.pad)
+        stopped_B = jnp.isin(token_B, jnp.array(self.stop_tokens)) & alive_B
+        return _Progress(
+            slot=slot + 1,
+            cache=cache,
+            done_B=progress.done_B | stopped_B,
+            tokens_BR=progress.tokens_BR.at[:, slot].set(token_B),
+            logps_BR=progress.logps_BR.at[:, slot].set(jnp.where(alive_B, logp_B, 0.0)),
+            mask_BR=progress.mask_BR.at[:, slot].set(alive_B.astype(jnp.float32)),
+        )
 
 
 def generate(
@@ -54,35 +104,12 @@ def generate(
     """
     B, P = prompts.tokens_BP.shape
     R = config.max_new_tokens
-    prompt_segments_BP = (jnp.arange(P) >= P - prompts.lengths_B[:, None]).astype(jnp.int32)
-    prompt_positions_BP = jnp.maximum(jnp.cumsum(prompt_segments_BP, axis=1) - 1, 0)
+    decoder = _Decoder(model, params, key, config, stop_tokens, pad)
+    segments_BP = (jnp.arange(P) >= P - prompts.lengths_B[:, None]).astype(jnp.int32)
+    positions_BP = jnp.maximum(jnp.cumsum(segments_BP, axis=1) - 1, 0)
 
-    def forward(cache: Any, tokens: Array, segments: Array, positions: Array) -> tuple[jax.Array, Any]:
-        logits, cache = model.apply(
-            {"params": params, **cache},
-            tokens,
-            segments,
-            positions,
-            cache_length=P + R,
-            last_only=True,
-            mutable=["cache"],
-        )
-        return logits[:, 0], cache
-
-    def take(progress: _Progress, cache: Any, logits_BV: jax.Array) -> _Progress:
-        """Samples the token of this slot and notes it; finished rows get padding."""
-        slot, alive_B = progress.slot, ~progress.done_B
-        token_B, logp_B = sample(logits_BV, jax.random.fold_in(key, slot), config)
-        token_B = jnp.where(alive_B, token_B, pad)
-        stopped_B = jnp.isin(token_B, jnp.array(stop_tokens)) & alive_B
-        return _Progress(
-            slot=slot + 1,
-            cache=cache,
-            done_B=progress.done_B | stopped_B,
-            tokens_BR=progress.tokens_BR.at[:, slot].set(token_B),
-            logps_BR=progress.logps_BR.at[:, slot].set(jnp.where(alive_B, logp_B, 0.0)),
-            mask_BR=progress.mask_BR.at[:, slot].set(alive_B.astype(jnp.float32)),
-        )
+    def unfinished(progress: _Progress) -> jax.Array:
+        return (progress.slot < R) & ~jnp.all(progress.done_B)
 
     def advance(progress: _Progress) -> _Progress:
         """Feeds the token before this slot and takes the next."""
@@ -90,25 +117,20 @@ def generate(
         tokens_B1 = jax.lax.dynamic_slice_in_dim(progress.tokens_BR, before, 1, axis=1)
         real_B1 = jax.lax.dynamic_slice_in_dim(progress.mask_BR, before, 1, axis=1)
         positions_B1 = prompts.lengths_B[:, None] + before
-        logits_BV, cache = forward(progress.cache, tokens_B1, real_B1.astype(jnp.int32), positions_B1)
-        return take(progress, cache, logits_BV)
+        fed = (tokens_B1, real_B1.astype(jnp.int32), positions_B1)
+        logits_BV, cache = decoder.forward(progress.cache, P + R, *fed)
+        return decoder.take(progress, cache, logits_BV)
 
-    zeros_BR = jnp.zeros((B, R), jnp.float32)
-    logits_BV, cache = forward({}, prompts.tokens_BP, prompt_segments_BP, prompt_positions_BP)
-    start = _Progress(
-        jnp.int32(0), {}, jnp.zeros(B, bool), jnp.full((B, R), pad, jnp.int32), zeros_BR, zeros_BR
-    )
-    end = jax.lax.while_loop(
-        lambda progress: (progress.slot < R) & ~jnp.all(progress.done_B),
-        advance,
-        take(start, cache, logits_BV),
-    )
+    logits_BV, cache = decoder.forward({}, P + R, prompts.tokens_BP, segments_BP, positions_BP)
+    first = decoder.take(decoder.nothing_yet(B), cache, logits_BV)
+    end = jax.lax.while_loop(unfinished, advance, first)
+
     segments_BR = end.mask_BR.astype(jnp.int32)
-    positions_BR = prompts.lengths_B[:, None] + jnp.arange(R)
+    positions_BR = (prompts.lengths_B[:, None] + jnp.arange(R)) * segments_BR
     return Rollout(
         tokens_BT=jnp.concatenate([prompts.tokens_BP, end.tokens_BR], axis=1),
-        segment_ids_BT=jnp.concatenate([prompt_segments_BP, segments_BR], axis=1),
-        positions_BT=jnp.concatenate([prompt_positions_BP, positions_BR * segments_BR], axis=1),
+        segment_ids_BT=jnp.concatenate([segments_BP, segments_BR], axis=1),
+        positions_BT=jnp.concatenate([positions_BP, positions_BR], axis=1),
         logps_BR=end.logps_BR,
         mask_BR=end.mask_BR,
         finished_B=end.done_B,

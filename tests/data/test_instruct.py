@@ -185,6 +185,15 @@ def test_twins_stay_on_one_side(tmp_path):
     assert not set(train) & set(heldout) and len(heldout) % 2 == 0 and heldout
 
 
+def test_demonstrations_that_are_partly_wrong_are_not_held_out():
+    """Exact match would be measured against mistakes."""
+    with pytest.raises(UserError, match=r"partly wrong on purpose.*give data.heldout_sources"):
+        split("tasks:train:100", identity)
+    split("tasks:train:100", lambda row: row["prompt"], "preference")
+    _, heldout, _ = split("tasks:train:100", identity, heldout_sources=("tasks:heldout:20",))
+    assert len(heldout) == 20
+
+
 def test_heldout_sources_are_used_whole(tmp_path):
     source = write(tmp_path / "a.jsonl", GOOD[:40])
     other = write(tmp_path / "b.jsonl", GOOD[40:])

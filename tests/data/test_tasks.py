@@ -79,10 +79,11 @@ def test_chosen_is_right_and_rejected_is_wrong():
 
 
 def test_wrong_answers_are_not_told_apart_by_their_length():
-    """Some have the right length: length alone must not solve the reward model's task."""
+    """Most have the right length, so length alone does not solve the reward model's task; a few have another,
+    so that the reward model knows such replies too."""
     rows = list(tasks.preference_rows("train", 1000, 0))
-    same = sum(len(row["chosen"]) == len(row["rejected"]) for row in rows) / len(rows)
-    assert same > 0.3
+    same = sum(len(row["chosen"]) == len(row["rejected"]) for row in rows)
+    assert 300 < same <= 990
 
 
 def test_all_wordings_and_all_lengths_occur():

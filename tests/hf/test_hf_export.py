@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from random_models import SCALING, TINY, random_params, tiny
 from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig as HfGenerationConfig
 from transformers import GPT2Config, LlamaConfig
 
 from maxllm import __version__
-from maxllm.config import GenerationConfig, ModelConfig, RopeScaling, TokenizerConfig
+from maxllm.config import GenerationConfig, RopeScaling, TokenizerConfig
 from maxllm.data.chat import STOP_TOKENS
 from maxllm.data.tokenizer import PAD, Tokenizer, train_tokenizer
 from maxllm.errors import UserError
@@ -27,25 +28,6 @@ from maxllm.hf import mapping
 from maxllm.hf.config import LOCAL_FIELDS, model_config_from_hf, model_config_to_hf
 from maxllm.hf.export import export, load_hf_folder, verify_greedy
 from maxllm.model.llama import Llama
-
-TINY = ModelConfig(
-    vocab_size=600, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=40, max_seq_len=64, dtype="float32"
-)
-SCALING = RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_seq_len=16)
-
-
-def tiny(**changes: Any) -> ModelConfig:
-    """TINY with other fields."""
-    return ModelConfig.model_validate(TINY.model_dump() | changes)
-
-
-def random_params(config: ModelConfig, seed: int = 0) -> Any:
-    """Parameters large enough that logits spread over several units, norms not 1."""
-    rng = np.random.default_rng(seed)
-    return mapping.nest(
-        (path, (rng.normal(1 if path.endswith("scale") else 0, 0.2, shape)).astype(np.float32))
-        for path, shape in mapping.our_shapes(config).items()
-    )
 
 
 @pytest.fixture(scope="module")

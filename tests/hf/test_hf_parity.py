@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import SCALING, TINY, random_params, tiny
 
-from maxllm.config import ModelConfig, RopeScaling
+from maxllm.config import ModelConfig
 from maxllm.hf import mapping
 from maxllm.hf.config import model_config_to_hf
 from maxllm.model.llama import Llama
@@ -18,25 +19,7 @@ torch = pytest.importorskip("torch")
 
 from transformers import LlamaForCausalLM  # noqa: E402
 
-TINY = ModelConfig(
-    vocab_size=61, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=40, max_seq_len=64, dtype="float32"
-)
-SCALING = RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_seq_len=16)
 TOLERANCE = 1e-4
-
-
-def tiny(**changes: Any) -> ModelConfig:
-    """TINY with other fields."""
-    return ModelConfig.model_validate(TINY.model_dump() | changes)
-
-
-def random_params(config: ModelConfig, seed: int = 0) -> Any:
-    """Parameters large enough that logits spread over several units, norms not 1."""
-    rng = np.random.default_rng(seed)
-    return mapping.nest(
-        (path, (rng.normal(1 if path.endswith("scale") else 0, 0.2, shape)).astype(np.float32))
-        for path, shape in mapping.our_shapes(config).items()
-    )
 
 
 def torch_model(params: Any, config: ModelConfig) -> LlamaForCausalLM:
