@@ -18,19 +18,36 @@ class Section(BaseModel):
 
 
 class RopeScaling(Section):
-    """Llama-3 frequency scaling of rotary embeddings (HF `rope_type: llama3`)."""
+    """Stretches rotary embeddings to a longer context; `type` decides which of the fields are read."""
 
-    factor: float = Field(8.0, ge=1, description="How many times the original context is stretched.")
-    low_freq_factor: float = Field(1.0, gt=0, description="Wavelengths above original/low are fully scaled.")
-    high_freq_factor: float = Field(4.0, gt=0, description="Wavelengths below original/high stay unscaled.")
-    original_max_seq_len: int = Field(
-        8192, gt=0, description="Context the model was first trained with, tokens."
+    type: Literal["linear", "dynamic", "llama3", "yarn"] = Field(
+        "llama3", description="Rule: position interpolation, dynamic NTK, Llama 3.1's, or YaRN."
     )
+    factor: float = Field(8.0, ge=1, description="How many times the original context is stretched.")
+    original_max_seq_len: int = Field(
+        8192, gt=0, description="Context the model was first trained with, tokens (llama3, yarn)."
+    )
+    low_freq_factor: float = Field(
+        1.0, gt=0, description="Wavelengths above original/low are fully scaled (llama3)."
+    )
+    high_freq_factor: float = Field(
+        4.0, gt=0, description="Wavelengths below original/high stay unscaled (llama3)."
+    )
+    beta_fast: float = Field(
+        32.0, gt=0, description="Pairs that turn more often in the original context stay unscaled (yarn)."
+    )
+    beta_slow: float = Field(1.0, gt=0, description="Pairs that turn less often are fully scaled (yarn).")
+    attention_factor: float | None = Field(
+        None, gt=0, description="Multiplies cos and sin; 0.1 ln(factor) + 1 when absent (yarn)."
+    )
+    truncate: bool = Field(True, description="Round the bounds of the blend to whole pairs (yarn).")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("high_freq_factor must be greater than low_freq_factor")
+        if self.beta_fast < self.beta_slow:
+            raise ValueError("beta_fast must not be less than beta_slow")
         return self
 
 
@@ -49,7 +66,15 @@ class ModelConfig(Section):
     max_seq_len: int = Field(gt=0, description="Longest sequence the model is meant for, tokens.")
     norm_eps: float = Field(1e-5, gt=0, description="Epsilon inside RMSNorm's square root.")
     rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies.")
-    rope_scaling: RopeScaling | None = Field(None, description="Llama-3 context extension; absent for none.")
+    rope_scaling: RopeScaling | None = Field(None, description="Context extension; absent for none.")
+    attention_bias: Literal["none", "qkv", "qkvo"] = Field(
+        "none", description="Biases on the attention's projections: qkv as in Qwen2, qkvo with the output's."
+    )
+    mlp_bias: bool = Field(False, description="Biases on the feed-forward's projections.")
+    qk_norm: bool = Field(False, description="RMSNorm on every query and key head before RoPE (Qwen3).")
+    sliding_window: int | None = Field(
+        None, gt=0, description="A token sees this many tokens, itself included; all when absent (Mistral)."
+    )
     tie_embeddings: bool = Field(False, description="Use the embedding table as the output projection.")
     init_std: float = Field(
         0.02,
@@ -114,7 +139,8 @@ class StartConfig(Section):
 
     policy: str | None = Field(
         None,
-        description="Run folder of the language model to start from (SFT: pretrain's; RM and PPO: SFT's).",
+        description="Run folder of the language model to start from (SFT: pretrain's; RM and PPO: SFT's; "
+        "any: a converted one).",
     )
     reward: str | None = Field(None, description="Run folder of the reward model (PPO).")
 
@@ -122,9 +148,13 @@ class StartConfig(Section):
 class TokenizerConfig(Section):
     """The SentencePiece tokenizer."""
 
-    path: str = Field(description="Tokenizer file (tokenizer.model); `prepare` trains it there when absent.")
+    path: str = Field(
+        description="A tokenizer.model, or a folder with tokenizer.json; `prepare` trains it there when absent."
+    )
     vocab_size: int = Field(4096, ge=512, description="Pieces to train, special tokens included.")
-    algorithm: Literal["bpe", "unigram"] = Field("bpe", description="SentencePiece model type.")
+    algorithm: Literal["bpe", "unigram", "byte_bpe"] = Field(
+        "bpe", description="SentencePiece BPE or unigram, or byte-level BPE (then `path` is a folder)."
+    )
     character_coverage: float = Field(
         0.9995,
         gt=0.5,
@@ -253,13 +283,13 @@ class PpoConfig(Section):
     )
 
 
-Stage = Literal["pretrain", "sft", "reward", "ppo"]
+Stage = Literal["pretrain", "convert", "sft", "reward", "ppo"]
 
 
 class Config(Section):
     """A complete recipe."""
 
-    stage: Stage = Field(description="What the recipe trains.")
+    stage: Stage = Field(description="What the recipe trains; convert: nothing, the model was imported.")
     run: RunConfig = Field(description="Folder, length, cadence.")
     start: StartConfig = Field(default_factory=StartConfig, description="Checkpoints to start from.")
     model: ModelConfig | None = Field(None, description="The model; later stages take it from start.policy.")
@@ -277,10 +307,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _stage_needs(self) -> Self:
         if self.stage == "pretrain":
-            if self.model is None or self.tokenizer is None:
-                raise ValueError("a pretrain recipe needs the sections model and tokenizer")
+            if self.start.policy is None and (self.model is None or self.tokenizer is None):
+                raise ValueError("a pretrain recipe needs the sections model and tokenizer, or start.policy")
             if self.data.prepared_dir is None:
                 raise ValueError("a pretrain recipe needs data.prepared_dir")
+        elif self.stage == "convert":
+            if self.model is None:
+                raise ValueError("a converted model's folder needs the section model")
         elif self.start.policy is None:
             raise ValueError(f"a {self.stage} recipe needs start.policy, the run folder it starts from")
         if self.stage == "ppo" and self.start.reward is None:

@@ -25,7 +25,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
     """Weight decay applies to matrices. Names decide, not ndim: scanned norm scales are [L, D]."""
-    return jax.tree_util.DictKey("scale") not in path
+    return not any(str(key.key) == "scale" or str(key.key).endswith("_bias") for key in path)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

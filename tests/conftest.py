@@ -24,7 +24,7 @@ import pytest  # noqa: E402
 from maxllm.config import ModelConfig, TokenizerConfig  # noqa: E402
 from maxllm.data import tasks  # noqa: E402
 from maxllm.data.sources import Tally, read_documents  # noqa: E402
-from maxllm.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
+from maxllm.data.spm import SpmTokenizer, train  # noqa: E402
 from maxllm.records import Params  # noqa: E402
 from maxllm.steps.state import init_params  # noqa: E402
 
@@ -70,9 +70,9 @@ def params_of() -> Callable[..., Params]:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer() -> Tokenizer:
+def tiny_tokenizer() -> SpmTokenizer:
     """512 BPE pieces, trained on a little Shakespeare and the tasks' own wording in English and Chinese."""
     plays = itertools.islice(read_documents("slice:shakespeare", "text", Tally("slice:shakespeare")), 2)
     rows = ["\n".join(row.values()) for row in tasks.instruction_rows("train", 200, 0)]
     config = TokenizerConfig(path="unused", vocab_size=512, character_coverage=1.0)
-    return train_tokenizer([*plays, *rows], config)
+    return train([*plays, *rows], config)

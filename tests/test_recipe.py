@@ -112,7 +112,7 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(base, override, par
         (["mesh.data=-1", "mesh.fsdp=-1"], "mesh: axis sizes are positive, and at most one is -1"),
         (["mesh.tensor=0"], "mesh: axis sizes are positive, and at most one is -1"),
         (["data.prepared_dir=null"], "a pretrain recipe needs data.prepared_dir"),
-        (["model=null"], "a pretrain recipe needs the sections model and tokenizer"),
+        (["model=null"], "a pretrain recipe needs the sections model and tokenizer, or start.policy"),
         (["stage=sft"], "a sft recipe needs start.policy, the run folder it starts from"),
         (
             ["stage=ppo", "start.policy=runs/sft"],

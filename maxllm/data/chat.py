@@ -1,26 +1,8 @@
-"""Conversations to token ids and loss masks, built together from the structure (ChatML).
-
-    <s><|im_start|>user\\n{content}<|im_end|>\\n<|im_start|>assistant\\n{content}<|im_end|>\\n
-
-The mask is 1 on an assistant's content and its <|im_end|>: what the model must learn to produce. The same
-layout stands as a Jinja template in `CHAT_TEMPLATE` for the exported Hugging Face tokenizer.
-"""
+"""Conversations, preferences and prompts in the rows that users bring."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypedDict
-
-from maxllm.data.tokenizer import BOS, EOS, IM_END, IM_START, Tokenizer
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-STOP_TOKENS = (EOS, IM_END)
-"""Generation ends at the end of a document or of a turn."""
 
 ROLES = ("system", "user", "assistant")
 ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
@@ -35,30 +17,6 @@ class Message(TypedDict):
 
 class RowError(ValueError):
     """A row that cannot be used; the text says which field and why."""
-
-
-def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Token ids of a whole conversation and, for each id, 1 if the model is trained to produce it."""
-    ids, mask = [BOS], [0]
-    for message in messages:
-        header = [IM_START, *tokenizer.encode(message["role"] + "\n")]
-        body = [*tokenizer.encode(message["content"]), IM_END]
-        newline = tokenizer.encode("\n")
-        ids += header + body + newline
-        trained = int(message["role"] == "assistant")
-        mask += [0] * len(header) + [trained] * len(body) + [0] * len(newline)
-    return ids, mask
-
-
-def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation up to where the assistant is to speak."""
-    ids, _ = render(tokenizer, messages)
-    return [*ids, IM_START, *tokenizer.encode("assistant\n")]
-
-
-def render_reply(tokenizer: Tokenizer, reply: str) -> list[int]:
-    """Token ids of an assistant's reply after `render_prompt`, its end included."""
-    return [*tokenizer.encode(reply), IM_END]
 
 
 def messages_of(row: dict[str, Any]) -> list[Message]:

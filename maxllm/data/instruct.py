@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from maxllm.config import DataConfig
-from maxllm.data import chat, tasks
+from maxllm.data import chat, render, tasks
 from maxllm.data.pack import Piece, pack
 from maxllm.data.sources import Tally, place, read_rows
-from maxllm.data.tokenizer import PAD, Tokenizer
+from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
 from maxllm.records import LmBatch, PairBatch, PromptBatch
 
@@ -121,28 +121,30 @@ def fits(length: int, limit: int, what: str) -> None:
 
 def conversation_piece(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> Piece:
     """A conversation and its loss mask; it must fit into one row."""
-    ids, mask = chat.render(tokenizer, chat.messages_of(row))
+    ids, mask = render.render(tokenizer, chat.messages_of(row))
     fits(len(ids) - 1, length, "the conversation")
     return Piece(ids, mask)
 
 
-def pack_conversations(pieces: Sequence[Piece], length: int) -> LmBatch:
+def pack_conversations(pieces: Sequence[Piece], length: int, pad: int) -> LmBatch:
     """Packed rows [N, length] for SFT; weights are 1 on the assistants' tokens."""
-    return pack(pieces, length, PAD)
+    return pack(pieces, length, pad)
 
 
 def pair_ids(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> tuple[list[int], list[int]]:
-    """Token ids of prompt + chosen and of prompt + rejected, each ending with <|im_end|>."""
-    prompt, chosen, rejected = chat.preference_of(row)
-    head = chat.render_prompt(tokenizer, prompt)
-    pair = [head + chat.render_reply(tokenizer, reply) for reply in (chosen, rejected)]
+    """Token ids of prompt + chosen and of prompt + rejected, each ending with the end of the turn."""
+    prompt, *replies = chat.preference_of(row)
+    pair = [
+        render.render_to_reply(tokenizer, [*prompt, chat.Message(role="assistant", content=reply)])
+        for reply in replies
+    ]
     fits(max(map(len, pair)), length, "prompt and reply")
     return pair[0], pair[1]
 
 
-def pad_pairs(pairs: Sequence[tuple[list[int], list[int]]], length: int) -> PairBatch:
+def pad_pairs(pairs: Sequence[tuple[list[int], list[int]]], length: int, pad: int) -> PairBatch:
     """Right-padded pairs [N, 2, length]."""
-    tokens = np.full((len(pairs), 2, length), PAD, np.int32)
+    tokens = np.full((len(pairs), 2, length), pad, np.int32)
     lengths = np.zeros((len(pairs), 2), np.int32)
     for n, pair in enumerate(pairs):
         for c, ids in enumerate(pair):
@@ -162,18 +164,18 @@ def question_of(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> Quest
     else:
         *messages, last = chat.messages_of(row)
         answer = last["content"]
-    ids = chat.render_prompt(tokenizer, messages)
+    ids = render.render_prompt(tokenizer, messages)
     fits(len(ids), length, "the prompt")
     return Question(messages, answer, ids)
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], length: int) -> PromptBatch:
+def pad_prompts(prompts: Sequence[Sequence[int]], length: int, pad: int) -> PromptBatch:
     """Left-padded prompts [N, length].
 
     Raises:
       UserError: a prompt is longer than `length`.
     """
-    tokens = np.full((len(prompts), length), PAD, np.int32)
+    tokens = np.full((len(prompts), length), pad, np.int32)
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     for n, ids in enumerate(prompts):
         if len(ids) > length:

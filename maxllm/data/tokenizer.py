@@ -1,137 +1,102 @@
-"""The SentencePiece tokenizer: training, encoding, decoding.
+"""What every tokenizer can do, and reading one back from a folder.
 
-Text goes through it unchanged (identity normalization, no dummy prefix, byte fallback), and for every string
-decode(encode(s)) == s. Control tokens are never produced from text, so a document cannot forge a chat turn;
-PAD is a token of its own and never EOS.
+Two kinds exist: SentencePiece models (data/spm.py; the ones `prepare` trains by default) and anything that
+Hugging Face's `tokenizers` library runs (data/bpe.py; byte-level BPE, and every imported model's tokenizer).
+Text goes in as it is; control tokens are never produced from text, so a document cannot forge a chat turn.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
-import sentencepiece as spm
-
-from maxllm.config import TokenizerConfig
 from maxllm.errors import UserError
 
 UNK, BOS, EOS, IM_START, IM_END, PAD = range(6)
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>")
-"""Ids 0..5; the first five are those of the happy-llm tutorial."""
+"""Ids 0..5 of the tokenizers we train; the first five are those of the happy-llm tutorial."""
 
-WORD_BOUNDARY = "▁"
-"""SentencePiece's stand-in for a space (U+2581)."""
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The layout of conversations in the models we train (ChatML), in Hugging Face's form."""
 
-TRAINING_LINE_CHARS = 4096
-"""SentencePiece silently skips longer lines than its limit; ours are cut here, so that none is skipped."""
+SPM_FILE, FAST_FILE, FAST_CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
 
-@dataclass(frozen=True)
-class Tokenizer:
-    """A trained tokenizer. Ids 0..5 are `SPECIAL_TOKENS`."""
-
-    model_bytes: bytes
-    """The serialized SentencePiece model."""
-    processor: spm.SentencePieceProcessor = field(compare=False, repr=False)
+class Tokenizer(Protocol):
+    """Text to ids and back, and the ids that mean something."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces, special tokens included."""
-        return self.processor.get_piece_size()
+        """Ids are 0 .. vocab_size - 1; a model's table may have more rows (padding), never fewer."""
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """File name -> content: everything `load_tokenizer` needs to make it again."""
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the model: two runs that exchange tokens must agree on it."""
-        return hashlib.sha256(self.model_bytes).hexdigest()
+        """sha256 of the files: two runs that exchange tokens must agree on it."""
+
+    @property
+    def bos(self) -> int | None:
+        """Put before every document, if the model knows such an id."""
+
+    @property
+    def eos(self) -> int:
+        """Ends a document."""
+
+    @property
+    def pad(self) -> int:
+        """Fills rows. Masks never look at it."""
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Generation ends at any of them."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja layout of a conversation; None where the model has not learned to chat."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS or EOS."""
-        # A literal U+2581 would come back as a space; its three UTF-8 bytes as byte pieces come back exactly.
-        first, *rest = text.split(WORD_BOUNDARY)
-        ids = self.processor.encode(first)
-        for part in rest:
-            ids += [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in WORD_BOUNDARY.encode()]
-            ids += self.processor.encode(part)
-        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; control tokens vanish."""
-        return self.processor.decode([int(i) for i in ids])
+
+
+def document_start(tokenizer: Tokenizer, text: str) -> list[int]:
+    """BOS, where the model knows one, and the text: how a document begins."""
+    head = [] if tokenizer.bos is None else [tokenizer.bos]
+    return [*head, *tokenizer.encode(text)]
+
+
+def fingerprint_of(files: Mapping[str, bytes]) -> str:
+    """sha256 over names and contents."""
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a tokenizer that `train_tokenizer` wrote.
+    """Reads the tokenizer in a folder that holds `Tokenizer.files`, or a tokenizer.model by its own path.
 
     Raises:
-      UserError: no such file, not a SentencePiece model, or not with our special tokens.
+      UserError: nothing there, or not a tokenizer.
     """
-    if not Path(path).is_file():
-        raise UserError(f"tokenizer {path} does not exist; `maxllm prepare RECIPE` trains one")
-    return from_bytes(Path(path).read_bytes(), str(path))
+    from maxllm.data import bpe, spm
 
-
-def from_bytes(model_bytes: bytes, origin: str) -> Tokenizer:
-    """A tokenizer from a serialized model; `origin` names it in errors."""
-    processor = spm.SentencePieceProcessor()
-    try:
-        processor.load_from_serialized_proto(model_bytes)
-    except RuntimeError:
-        raise UserError(f"{origin} is not a SentencePiece model") from None
-    found = tuple(
-        processor.id_to_piece(i) for i in range(min(len(SPECIAL_TOKENS), processor.get_piece_size()))
-    )
-    if found != SPECIAL_TOKENS:
-        raise UserError(f"{origin} starts with the pieces {found}, where {SPECIAL_TOKENS} are expected")
-    return Tokenizer(model_bytes, processor)
-
-
-def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """Trains on texts, line by line.
-
-    Raises:
-      UserError: the texts cannot support the vocabulary asked for.
-    """
-    written = io.BytesIO()
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=training_lines(texts),
-            model_writer=written,
-            model_type=config.algorithm,
-            vocab_size=config.vocab_size,
-            character_coverage=config.character_coverage,
-            unk_id=UNK,
-            bos_id=BOS,
-            eos_id=EOS,
-            pad_id=PAD,
-            unk_piece=SPECIAL_TOKENS[UNK],
-            pad_piece=SPECIAL_TOKENS[PAD],
-            control_symbols=list(SPECIAL_TOKENS[IM_START : IM_END + 1]),
-            user_defined_symbols=["\n"],  # a line break is one token and no piece crosses it
-            byte_fallback=True,
-            split_digits=True,
-            required_chars="".join(map(chr, range(0x21, 0x7F))),  # ASCII is never left to bytes
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            max_sentence_length=4 * TRAINING_LINE_CHARS,
-            num_threads=1,  # the trained model does not depend on the machine
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"tokenizer.vocab_size={config.vocab_size} cannot be trained on this text: {reason}"
-        ) from None
-    return from_bytes(written.getvalue(), "the trained tokenizer")
-
-
-def training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Non-empty lines, the long ones cut."""
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), TRAINING_LINE_CHARS):
-                yield line[start : start + TRAINING_LINE_CHARS]
+    path = Path(path)
+    if path.is_dir() and (path / FAST_CONFIG_FILE).is_file():
+        return bpe.load(path)
+    file = path / SPM_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"tokenizer {file} does not exist; `maxllm prepare RECIPE` trains one")
+    return spm.from_bytes(file.read_bytes(), str(file))

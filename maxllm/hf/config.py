@@ -1,20 +1,23 @@
-"""Our model configuration as `transformers.LlamaConfig`, and back: lossless or an error."""
+"""Our model configuration as a Hugging Face `config.json`, and back: lossless or an error.
+
+One decoder serves several of their families; a flag or two of ours tells them apart (FAMILIES). Fields that
+we do not read stay in a copy of the original config.json beside the run, and come out again on export.
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from maxllm.config import ModelConfig
-from maxllm.data.tokenizer import BOS, EOS, IM_END, PAD
+from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedConfig
-
-STOP_IDS = [EOS, IM_END]
-"""Generation ends at the end of a document or of a turn."""
+    from transformers import PreTrainedConfig
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -29,65 +32,200 @@ FIELDS = {
     "init_std": "initializer_range",
     "attention_dropout": "attention_dropout",
 }
-"""Ours -> Hugging Face's, where the value is the same; head_dim and the rotary fields are apart."""
+"""Ours -> Hugging Face's, where the value is the same; head_dim, rotary fields and families are apart."""
 
-ROPE_FIELDS = {
+LLAMA3_FIELDS = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
     "original_max_seq_len": "original_max_position_embeddings",
 }
-"""`RopeScaling` -> the llama3 entries of `rope_parameters`."""
+YARN_FIELDS = {
+    "factor": "factor",
+    "original_max_seq_len": "original_max_position_embeddings",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+    "truncate": "truncate",
+}
+ROPE_FIELDS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "dynamic": {"factor": "factor"},
+    "llama3": LLAMA3_FIELDS,
+    "yarn": YARN_FIELDS,
+}
+"""rope_type -> the fields of `RopeScaling` and what `rope_parameters` calls them."""
+
+ROPE_OPTIONAL = {"beta_fast", "beta_slow", "attention_factor", "truncate"}
+"""Entries that have the same default on both sides."""
 
 LOCAL_FIELDS = ("embedding_dropout", "residual_dropout", "dtype", "remat", "scan_unroll")
 """How we compute, not what the model is: Hugging Face has no place for them."""
 
-FIXED: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
+
+# --- families ----------------------------------------------------------------------------------------------
+
+
+def llama_flags(config: PreTrainedConfig) -> dict[str, Any]:
+    """LLaMA 1 to 3, and everything with model_type llama."""
+    return {"attention_bias": "qkvo" if config.attention_bias else "none", "mlp_bias": config.mlp_bias}
+
+
+def mistral_flags(config: PreTrainedConfig) -> dict[str, Any]:
+    """Mistral: a sliding window, in its first version."""
+    return {"sliding_window": config.sliding_window}
+
+
+def qwen2_flags(config: PreTrainedConfig) -> dict[str, Any]:
+    """Qwen2 and 2.5: biases on queries, keys and values."""
+    return {"attention_bias": "qkv", "sliding_window": one_window(config)}
+
+
+def qwen3_flags(config: PreTrainedConfig) -> dict[str, Any]:
+    """Qwen3: normalized queries and keys."""
+    bias = "qkvo" if config.attention_bias else "none"
+    return {"qk_norm": True, "attention_bias": bias, "sliding_window": one_window(config)}
+
+
+def one_window(config: PreTrainedConfig) -> int | None:
+    """The window of every layer.
+
+    Raises:
+      UserError: some layers have one and others do not.
+    """
+    kinds = set(config.layer_types)
+    if kinds == {"full_attention"}:
+        return None
+    if kinds == {"sliding_attention"}:
+        return config.sliding_window
+    raise UserError(
+        f"the Hugging Face configuration mixes {' and '.join(sorted(kinds))} layers "
+        f"(max_window_layers={config.max_window_layers}); ours are all alike"
+    )
+
+
+FAMILIES: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": llama_flags,
+    "mistral": mistral_flags,
+    "qwen2": qwen2_flags,
+    "qwen3": qwen3_flags,
 }
-"""What every model of ours is."""
+"""model_type -> what our flags are, read from its configuration."""
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
-def model_config_to_hf(config: ModelConfig) -> LlamaConfig:
-    """The `LlamaConfig` of a model that uses our special tokens, weights in float32.
+def family_of(config: ModelConfig) -> str:
+    """The model_type that computes what a configuration says.
 
-    LOCAL_FIELDS have no place in it; see `model_config_from_hf`.
+    Raises:
+      UserError: none does.
+    """
+    windowed = config.sliding_window is not None
+    candidates = {
+        "llama": not config.qk_norm and config.attention_bias != "qkv" and not windowed,
+        "mistral": not config.qk_norm and config.attention_bias == "none" and not config.mlp_bias,
+        "qwen2": not config.qk_norm and config.attention_bias == "qkv" and not config.mlp_bias,
+        "qwen3": config.qk_norm and config.attention_bias != "qkv" and not config.mlp_bias,
+    }
+    for family, fits in candidates.items():
+        if fits and not (family == "qwen2" and config.head_dim is not None):
+            return family
+    flags = ("attention_bias", "mlp_bias", "qk_norm", "sliding_window", "head_dim")
+    chosen = ", ".join(f"{name}={getattr(config, name)}" for name in flags)
+    raise UserError(f"no Hugging Face architecture has {chosen}")
+
+
+# --- ours to theirs ----------------------------------------------------------------------------------------
+
+
+def hf_config_of(
+    config: ModelConfig, tokenizer: Tokenizer, dtype: str = "float32", base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """config.json of a model, as a dict.
+
+    Args:
+      config: the model; LOCAL_FIELDS have no place in config.json.
+      tokenizer: names the special ids.
+      dtype: of the weights.
+      base: the config.json the model came with: what we do not set stays as it was.
 
     Raises:
       UserError: Hugging Face refuses the values (n_heads must divide d_model even when head_dim is given).
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
+    family = family_of(config)
+    fields: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    fields |= family_fields(family, config)
+    if family != "qwen2":
+        fields["head_dim"] = config.k_dim
+    fields |= {"hidden_act": "silu", "rope_parameters": rope_parameters(config), "dtype": dtype}
+    fields |= {"bos_token_id": tokenizer.bos, "pad_token_id": tokenizer.pad}
+    fields |= {"eos_token_id": list(tokenizer.stop_tokens), "architectures": [ARCHITECTURES[family]]}
     try:
-        return LlamaConfig(
-            **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
-            head_dim=config.k_dim,
-            hidden_act=FIXED["hidden_act"],
-            attention_bias=FIXED["attention_bias"],
-            mlp_bias=FIXED["mlp_bias"],
-            rope_parameters=rope_parameters(config),
-            bos_token_id=BOS,
-            eos_token_id=STOP_IDS,
-            pad_token_id=PAD,
-            architectures=["LlamaForCausalLM"],
-            dtype="float32",
-        )
+        made = AutoConfig.for_model(family, **fields).to_dict()
     except StrictDataclassError as error:
         raise UserError(
-            f"Hugging Face's LlamaConfig refuses the model: {' '.join(str(error).split())}"
+            f"Hugging Face's configuration refuses the model: {' '.join(str(error).split())}"
         ) from None
+    if base is not None and base.get("model_type") == family:
+        ours = fields | {"model_type": family, "transformers_version": made["transformers_version"]}
+        made = made | dict(base) | with_old_rope(ours, base)
+    else:
+        made = with_old_rope(made, made)
+    return made
+
+
+def family_fields(family: str, config: ModelConfig) -> dict[str, Any]:
+    """What a family's configuration has besides FIELDS."""
+    windowed = config.sliding_window is not None
+    layer_type = "sliding_attention" if windowed else "full_attention"
+    windows = {
+        "use_sliding_window": windowed,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": 0 if windowed else config.n_layers,
+        "layer_types": [layer_type] * config.n_layers,
+    }
+    match family:
+        case "llama":
+            return {"attention_bias": config.attention_bias == "qkvo", "mlp_bias": config.mlp_bias}
+        case "mistral":
+            return {"sliding_window": config.sliding_window}
+        case "qwen2":
+            return windows
+        case _:
+            return windows | {"attention_bias": config.attention_bias == "qkvo"}
 
 
 def rope_parameters(config: ModelConfig) -> dict[str, Any]:
     """The rotary entry of transformers 5."""
-    if config.rope_scaling is None:
+    scaling = config.rope_scaling
+    if scaling is None:
         return {"rope_type": "default", "rope_theta": config.rope_theta}
-    scaling = {theirs: getattr(config.rope_scaling, ours) for ours, theirs in ROPE_FIELDS.items()}
-    return {"rope_type": "llama3", "rope_theta": config.rope_theta, **scaling}
+    fields = {theirs: getattr(scaling, ours) for ours, theirs in ROPE_FIELDS[scaling.type].items()}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    return {"rope_type": scaling.type, "rope_theta": config.rope_theta, **fields}
+
+
+def with_old_rope(fields: dict[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the rotary fields also where transformers 4.x looks for them.
+
+    4.x ignores rope_parameters, and would silently take theta 10000 and no scaling.
+    """
+    rope = dict(fields["rope_parameters"])
+    theta = rope.pop("rope_theta")
+    return fields | {"rope_theta": theta, "rope_scaling": rope if rope["rope_type"] != "default" else None}
+
+
+# --- theirs to ours ----------------------------------------------------------------------------------------
 
 
 def model_config_from_hf(hf_config: PreTrainedConfig, like: ModelConfig | None = None) -> ModelConfig:
@@ -103,22 +241,27 @@ def model_config_from_hf(hf_config: PreTrainedConfig, like: ModelConfig | None =
       UserError: naming every field, with its value, that our model does not have, or that is impossible.
     """
     check_carried(hf_config)
+    flags = FAMILIES[hf_config.model_type](hf_config)
     rope = hf_config.rope_parameters
     scaling = None
-    if rope["rope_type"] == "llama3":
-        scaling = {ours: rope[theirs] for ours, theirs in ROPE_FIELDS.items()}  # validated with the rest
-    d_model, n_heads, head_dim = hf_config.hidden_size, hf_config.num_attention_heads, hf_config.head_dim
+    if rope["rope_type"] != "default":
+        names = ROPE_FIELDS[rope["rope_type"]].items()
+        given = {ours: rope[theirs] for ours, theirs in names if rope.get(theirs) is not None}
+        scaling = {"type": rope["rope_type"], **given}  # validated with the rest
+    d_model, n_heads = hf_config.hidden_size, hf_config.num_attention_heads
+    head_dim = getattr(hf_config, "head_dim", None) or d_model // n_heads  # Qwen2 has no such field
     local = {name: getattr(like, name) for name in LOCAL_FIELDS} if like else {}
     try:
         return ModelConfig.model_validate(
             {ours: getattr(hf_config, theirs) for ours, theirs in FIELDS.items()}
             | {"head_dim": None if head_dim * n_heads == d_model else head_dim}
             | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+            | flags
             | local
         )
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
-        raise UserError(f"the Hugging Face configuration is not one of our LLaMA: {reasons}") from None
+        raise UserError(f"the Hugging Face configuration is not one of our models: {reasons}") from None
 
 
 def check_carried(hf_config: PreTrainedConfig) -> None:
@@ -127,20 +270,40 @@ def check_carried(hf_config: PreTrainedConfig) -> None:
     Raises:
       UserError: naming every such field and its value.
     """
-    if hf_config.model_type != FIXED["model_type"]:  # another model has other fields: stop here
-        raise UserError(f"a Hugging Face model with model_type={hf_config.model_type!r} is not a LLaMA")
-    found = {name: getattr(hf_config, name) for name in FIXED}
-    problems = [f"{name}={value!r}" for name, value in found.items() if value != FIXED[name]]
+    check_family(hf_config.model_type)
+    problems = []
+    if hf_config.hidden_act != "silu":
+        problems.append(f"hidden_act={hf_config.hidden_act!r}")
     if getattr(hf_config, "quantization_config", None):  # present only on quantized models
         problems.append(f"quantization_config={hf_config.quantization_config!r}")
     rope = hf_config.rope_parameters
-    carried = {"rope_type", "rope_theta", "type"}  # `type` is 4.x's older spelling of rope_type
-    if rope["rope_type"] == "llama3":
-        carried |= set(ROPE_FIELDS.values())
-    if rope["rope_type"] not in ("default", "llama3"):
+    if rope["rope_type"] not in ROPE_FIELDS:
         problems.append(f"rope_type={rope['rope_type']!r}")
     else:
-        problems += [f"rope_parameters.{name}={rope[name]!r}" for name in sorted(rope.keys() - carried)]
-        problems += [f"rope_parameters.{name} missing" for name in sorted(carried - rope.keys() - {"type"})]
+        known = set(ROPE_FIELDS[rope["rope_type"]].values())
+        carried = known | {"rope_type", "rope_theta", "type"}  # `type` is 4.x's older spelling of rope_type
+        if rope["rope_type"] == "dynamic":
+            carried.add("original_max_position_embeddings")  # transformers fills it in, and does not read it
+        problems += [
+            f"rope_parameters.{name}={rope[name]!r}"
+            for name in sorted(rope.keys() - carried)
+            if rope[name] is not None and not (name == "partial_rotary_factor" and rope[name] == 1)
+        ]
+        required = known - ROPE_OPTIONAL
+        problems += [f"rope_parameters.{name} missing" for name in sorted(required - rope.keys())]
     if problems:
-        raise UserError(f"the Hugging Face configuration has what our LLaMA does not: {', '.join(problems)}")
+        raise UserError(f"the Hugging Face configuration has what our model does not: {', '.join(problems)}")
+
+
+def check_family(model_type: str) -> None:
+    """Refuses an architecture that is not one of ours.
+
+    Raises:
+      UserError: naming it and the closest one of ours.
+    """
+    if model_type not in FAMILIES:
+        closest = [*difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.5), "llama"][0]
+        raise UserError(
+            f"a Hugging Face model with model_type={model_type!r} is not supported "
+            f"(supported: {', '.join(FAMILIES)}; the closest is {closest})"
+        )

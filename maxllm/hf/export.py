@@ -20,10 +20,10 @@ import numpy as np
 
 from maxllm import __version__
 from maxllm.config import GenerationConfig, ModelConfig
-from maxllm.data.tokenizer import BOS, PAD, Tokenizer
+from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
 from maxllm.hf import mapping
-from maxllm.hf.config import STOP_IDS, model_config_from_hf, model_config_to_hf
+from maxllm.hf.config import hf_config_of, model_config_from_hf
 from maxllm.hf.tokenizer import save_tokenizer
 from maxllm.records import Params
 
@@ -57,7 +57,7 @@ def export(
     Args:
       params: the tree of `Llama`.
       config: its configuration.
-      tokenizer: of as many pieces as the model's vocabulary.
+      tokenizer: of at most as many pieces as the model's vocabulary.
       out_dir: absent, empty, or a former export.
       generation: decoding defaults of the folder; `GenerationConfig()`, greedy, when absent.
       description: a paragraph of Markdown for the model card.
@@ -70,17 +70,19 @@ def export(
     """
     from safetensors.numpy import save_file
 
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} pieces, the model's vocab_size is {config.vocab_size}"
         )
     out_dir = Path(out_dir).absolute()
     with replaced_folder(out_dir) as folder:
-        write_config(config, folder)
+        write_json(hf_config_of(config, tokenizer) | {MARK: __version__}, folder / "config.json")
         tensors = {name: t.astype(np.float32, copy=False) for name, t in mapping.hf_tensors(params, config)}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         save_tokenizer(tokenizer, folder)
-        write_json(generation_config(generation or GenerationConfig()), folder / "generation_config.json")
+        write_json(
+            generation_config(generation or GenerationConfig(), tokenizer), folder / "generation_config.json"
+        )
         parameters = sum(tensor.size for tensor in tensors.values())
         card = model_card(out_dir.name, config, parameters, description)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -124,24 +126,13 @@ def is_replaceable(folder: Path) -> bool:
     return not any(folder.iterdir())
 
 
-def write_config(config: ModelConfig, folder: Path) -> None:
-    """config.json, with the rotary fields also where transformers 4.x looks for them."""
-    fields = model_config_to_hf(config).to_dict()
-    rope = dict(fields["rope_parameters"])
-    # 4.x ignores rope_parameters, and would silently take theta 10000 and no scaling.
-    fields["rope_theta"] = rope.pop("rope_theta")
-    fields["rope_scaling"] = rope if config.rope_scaling else None
-    fields[MARK] = __version__
-    write_json(fields, folder / "config.json")
-
-
-def generation_config(generation: GenerationConfig) -> dict[str, Any]:
+def generation_config(generation: GenerationConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """generation_config.json. Sampling fields are there only when sampling: transformers warns otherwise."""
     sampling = {"temperature": generation.temperature, "top_k": generation.top_k, "top_p": generation.top_p}
     return {
-        "bos_token_id": BOS,
-        "eos_token_id": STOP_IDS,
-        "pad_token_id": PAD,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": list(tokenizer.stop_tokens),
+        "pad_token_id": tokenizer.pad,
         "max_new_tokens": generation.max_new_tokens,
         "do_sample": generation.temperature > 0,
         **(sampling if generation.temperature > 0 else {}),
@@ -279,6 +270,7 @@ def verify_greedy(
     prompts_ids: Sequence[Sequence[int]],
     ours: Sequence[Sequence[int]],
     max_new_tokens: int,
+    tokenizer: Tokenizer,
 ) -> dict[str, Any] | None:
     """Greedy decoding by `transformers` from the folder, in float32, against our own tokens.
 
@@ -287,6 +279,7 @@ def verify_greedy(
       prompts_ids: token ids of each prompt, unpadded.
       ours: generated ids of each prompt, ending with the stop token if one came.
       max_new_tokens: the limit under which `ours` was generated.
+      tokenizer: knows the ids that stop.
 
     Returns:
       {"identical", "prompts", "tokens", "first_difference"}: tokens compared, and a sentence or None. The
@@ -301,7 +294,7 @@ def verify_greedy(
     model = AutoModelForCausalLM.from_pretrained(out_dir, dtype=torch.float32, local_files_only=True).eval()
     first_difference, tokens = None, 0
     for number, (prompt, expected) in enumerate(zip(prompts_ids, ours, strict=True)):
-        found = greedy(model, list(prompt), max_new_tokens)
+        found = greedy(model, list(prompt), max_new_tokens, tokenizer)
         tokens += len(found)
         if first_difference is None and found != list(expected):
             first_difference = difference(model, number, list(prompt), list(expected), found)
@@ -313,7 +306,7 @@ def verify_greedy(
     }
 
 
-def greedy(model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
+def greedy(model: Any, prompt: list[int], max_new_tokens: int, tokenizer: Tokenizer) -> list[int]:
     """The ids `transformers` generates after a prompt, whatever sampling the folder's defaults ask for."""
     import torch
     from transformers import GenerationConfig as HfGenerationConfig
@@ -321,9 +314,9 @@ def greedy(model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
     settings = HfGenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        bos_token_id=BOS,
-        eos_token_id=STOP_IDS,
-        pad_token_id=PAD,
+        bos_token_id=tokenizer.bos,
+        eos_token_id=list(tokenizer.stop_tokens),
+        pad_token_id=tokenizer.pad,
     )
     # generate() takes what `settings` leaves open from the model's defaults: those must not sample either.
     model.generation_config = settings

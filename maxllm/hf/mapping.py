@@ -33,9 +33,32 @@ class Row(NamedTuple):
     """Axes of the Hugging Face tensor, separated by spaces."""
     dims: str
     """Axes of our array, of one layer where `path` is under LAYERS."""
+    present: Callable[[ModelConfig], bool] = lambda config: True
+    """Which models have it."""
 
 
 LAYERS = "decoder/layers/"
+
+
+def has_qkv_bias(config: ModelConfig) -> bool:
+    """Biases on queries, keys and values."""
+    return config.attention_bias != "none"
+
+
+def has_o_bias(config: ModelConfig) -> bool:
+    """A bias on the attention's output."""
+    return config.attention_bias == "qkvo"
+
+
+def has_qk_norm(config: ModelConfig) -> bool:
+    """Norms on query and key heads."""
+    return config.qk_norm
+
+
+def has_mlp_bias(config: ModelConfig) -> bool:
+    """Biases in the feed-forward."""
+    return config.mlp_bias
+
 
 TABLE = (
     Row("model.embed_tokens.weight", "decoder/embedding", "V D", "V D"),
@@ -49,13 +72,22 @@ TABLE = (
     Row("model.layers.{}.mlp.up_proj.weight", LAYERS + "mlp/w_up", "F D", "D F"),
     Row("model.layers.{}.mlp.down_proj.weight", LAYERS + "mlp/w_down", "D F", "F D"),
     Row("model.norm.weight", "decoder/final_norm/scale", "D", "D"),
-    Row("lm_head.weight", "lm_head", "V D", "D V"),
+    Row("lm_head.weight", "lm_head", "V D", "D V", lambda c: not c.tie_embeddings),
+    Row("model.layers.{}.self_attn.q_proj.bias", LAYERS + "attention/q_bias", "HK", "H K", has_qkv_bias),
+    Row("model.layers.{}.self_attn.k_proj.bias", LAYERS + "attention/k_bias", "GK", "G K", has_qkv_bias),
+    Row("model.layers.{}.self_attn.v_proj.bias", LAYERS + "attention/v_bias", "GK", "G K", has_qkv_bias),
+    Row("model.layers.{}.self_attn.o_proj.bias", LAYERS + "attention/o_bias", "D", "D", has_o_bias),
+    Row("model.layers.{}.self_attn.q_norm.weight", LAYERS + "attention/q_norm/scale", "K", "K", has_qk_norm),
+    Row("model.layers.{}.self_attn.k_norm.weight", LAYERS + "attention/k_norm/scale", "K", "K", has_qk_norm),
+    Row("model.layers.{}.mlp.gate_proj.bias", LAYERS + "mlp/gate_bias", "F", "F", has_mlp_bias),
+    Row("model.layers.{}.mlp.up_proj.bias", LAYERS + "mlp/up_bias", "F", "F", has_mlp_bias),
+    Row("model.layers.{}.mlp.down_proj.bias", LAYERS + "mlp/down_bias", "D", "D", has_mlp_bias),
 )
 
 
 def rows(config: ModelConfig) -> Iterator[Row]:
-    """The rows of TABLE that a model has: tied embeddings leave no `lm_head`."""
-    return (row for row in TABLE if not (config.tie_embeddings and row.path == "lm_head"))
+    """The rows of TABLE that a model has."""
+    return (row for row in TABLE if row.present(config))
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:

@@ -1,10 +1,10 @@
-"""The SentencePiece tokenizer as a fast Hugging Face tokenizer: `tokenizer.json` and what belongs beside it.
+"""A tokenizer as Hugging Face's files; a SentencePiece model becomes `tokenizer.json` and what belongs to it.
 
 Loaded with `transformers.AutoTokenizer`, the folder gives the ids of `maxllm.data.tokenizer`:
 
     tokenizer(text)["input_ids"]                   ours.encode(text): no BOS and no EOS added
-    tokenizer.apply_chat_template(messages)        chat.render(ours, messages), BOS included
-      ... with add_generation_prompt=True          chat.render_prompt(ours, messages)
+    tokenizer.apply_chat_template(messages)        render(ours, messages), BOS included
+      ... with add_generation_prompt=True          render_prompt(ours, messages)
     tokenizer.decode(ids, skip_special_tokens=True)    ours.decode(ids)
 
 Three differences remain.
@@ -28,8 +28,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
-from maxllm.data.chat import CHAT_TEMPLATE
-from maxllm.data.tokenizer import BOS, IM_END, PAD, SPECIAL_TOKENS, UNK, WORD_BOUNDARY, Tokenizer
+from maxllm.data.spm import WORD_BOUNDARY, SpmTokenizer
+from maxllm.data.tokenizer import BOS, CHAT_TEMPLATE, IM_END, PAD, SPECIAL_TOKENS, UNK, Tokenizer
 from maxllm.errors import UserError
 
 model_pb2: Any = sentencepiece_model_pb2  # generated at import: type checkers see nothing in it
@@ -37,15 +37,17 @@ Piece = model_pb2.ModelProto.SentencePiece
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and the SentencePiece tokenizer.model into a folder.
+    """Writes tokenizer.json, tokenizer_config.json and, where there is one, the SentencePiece model.
 
     Raises:
       UserError: the SentencePiece model is neither bpe nor unigram, or does not take text as it is.
     """
-    fast_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
-    config = json.dumps(tokenizer_config(), indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
-    (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
+    if isinstance(tokenizer, SpmTokenizer):
+        fast_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+        config = json.dumps(tokenizer_config(), indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
 
 
 def tokenizer_config() -> dict[str, Any]:
@@ -64,7 +66,7 @@ def tokenizer_config() -> dict[str, Any]:
     }
 
 
-def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+def fast_tokenizer(tokenizer: SpmTokenizer) -> tokenizers.Tokenizer:
     """The same segmentation by the `tokenizers` library.
 
     Pieces are written with real spaces instead of SentencePiece's U+2581, so text needs no normalizer and a
@@ -96,7 +98,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def check_takes_text_unchanged(proto: Any) -> None:
-    """Refuses a model that normalizes text: `train_tokenizer` never makes one, another program may have."""
+    """Refuses a model that normalizes text: `spm.train` never makes one, another program may have."""
     spec = proto.normalizer_spec
     wrong = [
         f"{name}={found}"

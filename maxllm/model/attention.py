@@ -6,11 +6,11 @@ import jax.numpy as jnp
 
 from maxllm.config import ModelConfig
 from maxllm.model import rope
-from maxllm.model.layers import dtype_of, matmul, weight
+from maxllm.model.layers import RMSNorm, bias, dtype_of, matmul, weight
 
 
 def attention_mask(
-    query_segments_BT: jax.Array, key_segments_BS: jax.Array, first_slot: jax.Array
+    query_segments_BT: jax.Array, key_segments_BS: jax.Array, first_slot: jax.Array, window: int | None
 ) -> jax.Array:
     """[B, T, S] bool: a query sees the keys of its own segment up to its own slot; padding sees nothing.
 
@@ -18,9 +18,13 @@ def attention_mask(
       query_segments_BT: segment ids, 0 is padding.
       key_segments_BS: the same for keys.
       first_slot: index among the keys of the first query (0 without a cache).
+      window: how many keys it sees at most, its own included; None for all.
     """
     query_slots_T = first_slot + jnp.arange(query_segments_BT.shape[1])
-    causal_TS = jnp.arange(key_segments_BS.shape[1]) <= query_slots_T[:, None]
+    key_slots_S = jnp.arange(key_segments_BS.shape[1])
+    causal_TS = key_slots_S <= query_slots_T[:, None]
+    if window is not None:
+        causal_TS &= key_slots_S > query_slots_T[:, None] - window
     same_BTS = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
     return same_BTS & causal_TS & (query_segments_BT != 0)[:, :, None]
 
@@ -50,9 +54,14 @@ class Attention(nn.Module):
         residual_std = c.init_std / (2 * c.n_layers) ** 0.5
         wo_HKD = weight(self, "wo", (H, K, D), ("heads", "head_dim", "embed"), residual_std)
 
-        q_BTHK = rope.rotate(matmul(x_BTD, wq_DHK), cos, sin)
-        k_BSGK = rope.rotate(matmul(x_BTD, wk_DGK), cos, sin)
-        v_BSGK = matmul(x_BTD, wv_DGK)
+        q_BTHK, k_BSGK, v_BSGK = matmul(x_BTD, wq_DHK), matmul(x_BTD, wk_DGK), matmul(x_BTD, wv_DGK)
+        if c.attention_bias != "none":
+            q_BTHK += bias(self, "q_bias", (H, K), ("heads", "head_dim")).astype(q_BTHK.dtype)
+            k_BSGK += bias(self, "k_bias", (G, K), ("kv_heads", "head_dim")).astype(k_BSGK.dtype)
+            v_BSGK += bias(self, "v_bias", (G, K), ("kv_heads", "head_dim")).astype(v_BSGK.dtype)
+        if c.qk_norm:
+            q_BTHK, k_BSGK = RMSNorm(c, name="q_norm")(q_BTHK), RMSNorm(c, name="k_norm")(k_BSGK)
+        q_BTHK, k_BSGK = rope.rotate(q_BTHK, cos, sin), rope.rotate(k_BSGK, cos, sin)
         q_BTHK = nn.with_logical_constraint(q_BTHK, ("batch", "length", "act_heads", None))
         if cache_length is not None:
             k_BSGK = self._cached("k", k_BSGK, first_slot, cache_length)
@@ -66,7 +75,10 @@ class Attention(nn.Module):
         probs_BGQTS = jax.nn.softmax(scores_BGQTS, axis=-1).astype(dtype_of(c))
         probs_BGQTS = nn.Dropout(c.attention_dropout)(probs_BGQTS, deterministic=deterministic)
         o_BTGQK = jnp.einsum("bgqts,bsgk->btgqk", probs_BGQTS, v_BSGK)
-        return matmul(o_BTGQK.reshape(B, T, H * K), wo_HKD.reshape(H * K, D))
+        y_BTD = matmul(o_BTGQK.reshape(B, T, H * K), wo_HKD.reshape(H * K, D))
+        if c.attention_bias == "qkvo":
+            y_BTD += bias(self, "o_bias", (D,), ("embed",)).astype(y_BTD.dtype)
+        return y_BTD
 
     def _cached(self, name: str, new_BTGK: jax.Array, first_slot: jax.Array, cache_length: int) -> jax.Array:
         """Writes new keys or values at first_slot and returns the whole cache, [B, S, G, K]."""

@@ -22,6 +22,13 @@ def weight(
     return cast(jax.Array, module.param(name, initializer, shape, jnp.float32))
 
 
+def bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+    """Declares a float32 bias, 0 at first; its name ends in _bias, which keeps weight decay from it."""
+    assert name.endswith("_bias")
+    initializer = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+    return cast(jax.Array, module.param(name, initializer, shape, jnp.float32))
+
+
 def matmul(x_BTD: jax.Array, w: jax.Array) -> jax.Array:
     """Contracts x's last axis with w's first, in x's type: [B, T, D] x [D, ...] -> [B, T, ...].
 
@@ -40,9 +47,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D] in the compute type."""
+        """[..., D] -> [..., D] in the compute type; D is whatever the last axis is."""
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale_D = cast(jax.Array, self.param("scale", ones, (self.config.d_model,), jnp.float32))
+        scale_D = cast(jax.Array, self.param("scale", ones, x_BTD.shape[-1:], jnp.float32))
         x_BTD = x_BTD.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_BTD), -1, keepdims=True) + self.config.norm_eps)
         return (x_BTD * inverse * scale_D).astype(dtype_of(self.config))
@@ -62,6 +69,13 @@ class SwiGLU(nn.Module):
         up_DF = weight(self, "w_up", (D, F), ("embed", "mlp"), c.init_std)
         # Residual outputs start smaller with depth (GPT-2): wo and w_down, not w_up.
         down_FD = weight(self, "w_down", (F, D), ("mlp", "embed"), c.init_std / (2 * c.n_layers) ** 0.5)
-        h_BTF = jax.nn.silu(matmul(x_BTD, gate_DF)) * matmul(x_BTD, up_DF)
+        gate_BTF, up_BTF = matmul(x_BTD, gate_DF), matmul(x_BTD, up_DF)
+        if c.mlp_bias:
+            gate_BTF += bias(self, "gate_bias", (F,), ("mlp",)).astype(gate_BTF.dtype)
+            up_BTF += bias(self, "up_bias", (F,), ("mlp",)).astype(up_BTF.dtype)
+        h_BTF = jax.nn.silu(gate_BTF) * up_BTF
         h_BTF = nn.with_logical_constraint(h_BTF, ("batch", "length", "act_mlp"))
-        return matmul(h_BTF, down_FD)
+        y_BTD = matmul(h_BTF, down_FD)
+        if c.mlp_bias:
+            y_BTD += bias(self, "down_bias", (D,), ("embed",)).astype(y_BTD.dtype)
+        return y_BTD

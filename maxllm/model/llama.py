@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         first_slot, key_segments_BS = jnp.int32(0), segment_ids_BT
         if cache_length is not None:
             first_slot, key_segments_BS = self.cached_segments(segment_ids_BT, cache_length)
-        mask_BTS = attention_mask(segment_ids_BT, key_segments_BS, first_slot)
+        mask_BTS = attention_mask(segment_ids_BT, key_segments_BS, first_slot, c.sliding_window)
         cos, sin = rope.angles(c, positions_BT)
         x_BTD, _ = self.layers(x_BTD, mask_BTS, cos, sin, first_slot, deterministic, cache_length)
         return self.final_norm(x_BTD)

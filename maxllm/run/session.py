@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from maxllm.data.tokenizer import Tokenizer, load_tokenizer
 from maxllm.errors import UserError
 from maxllm.parallel import processes, sharding
 from maxllm.parallel.mesh import check_divisible, make_mesh
-from maxllm.run.record import console, write_bytes, write_text
+from maxllm.run.record import console, write_bytes, write_json, write_text
 
-CONFIG, TOKENIZER = "config.yaml", "tokenizer.model"
+CONFIG, HF_CONFIG = "config.yaml", "hf_config.json"
 
 MAY_CHANGE = {"mesh", "run.dir", "run.log_every", "run.eval_every", "run.checkpoint_every"} | {
     "run.keep_checkpoints",
@@ -41,6 +42,8 @@ class Session:
     mesh: Mesh
     tokenizer: Tokenizer
     run_dir: Path
+    hf_config: dict[str, Any] | None = None
+    """config.json of the Hugging Face model that this one descends from, whose other fields export keeps."""
 
 
 def open_session(config: Config) -> Session:
@@ -53,7 +56,10 @@ def open_session(config: Config) -> Session:
     processes.initialize()
     tokenizer_path, model = inherited(config)
     tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.vocab_size != model.vocab_size:
+    # An imported model may have more rows than its tokenizer has pieces; a new one has no reason to.
+    if tokenizer.vocab_size > model.vocab_size or (
+        config.start.policy is None and tokenizer.vocab_size != model.vocab_size
+    ):
         raise UserError(
             f"the vocabulary does not match: tokenizer {tokenizer_path} has {tokenizer.vocab_size} pieces, "
             f"model.vocab_size is {model.vocab_size}"
@@ -68,7 +74,8 @@ def open_session(config: Config) -> Session:
     run_dir = Path(config.run.dir)
     resolved = config.model_copy(update={"model": model})
     check_same_recipe(run_dir, resolved)
-    return Session(resolved, model, mesh, tokenizer, run_dir)
+    hf_config = read_hf_config(Path(config.start.policy)) if config.start.policy else None
+    return Session(resolved, model, mesh, tokenizer, run_dir, hf_config)
 
 
 def say(session: Session, line: str) -> None:
@@ -77,7 +84,7 @@ def say(session: Session, line: str) -> None:
 
 
 def inherited(config: Config) -> tuple[Path, ModelConfig]:
-    """Tokenizer file and model of this run: the recipe's, or those of the run it starts from."""
+    """Where the tokenizer is, and the model of this run: the recipe's, or those of the run it starts from."""
     if config.start.policy is None:
         assert config.model is not None and config.tokenizer is not None, "Config checks this"
         return Path(config.tokenizer.path), config.model
@@ -95,12 +102,12 @@ def inherited(config: Config) -> tuple[Path, ModelConfig]:
                 )
         model = config.model
     if config.tokenizer is not None:
-        given, used = load_tokenizer(config.tokenizer.path), load_tokenizer(parent / TOKENIZER)
-        if given != used:
+        given, used = load_tokenizer(config.tokenizer.path), load_tokenizer(parent)
+        if given.fingerprint != used.fingerprint:
             raise UserError(
                 f"tokenizer.path={config.tokenizer.path} is not the tokenizer that {parent} was trained with"
             )
-    return parent / TOKENIZER, model
+    return parent, model
 
 
 def run_config(run_dir: Path) -> Config:
@@ -136,7 +143,10 @@ def open_run_dir(session: Session) -> None:
     """Creates the run folder with its config and tokenizer: work begins."""
     if processes.is_main():
         session.run_dir.mkdir(parents=True, exist_ok=True)
-        write_bytes(session.run_dir / TOKENIZER, session.tokenizer.model_bytes)
+        for name, content in session.tokenizer.files.items():
+            write_bytes(session.run_dir / name, content)
+        if session.hf_config is not None:
+            write_json(session.run_dir / HF_CONFIG, session.hf_config)
         write_text(session.run_dir / CONFIG, recipe.dump(session.config))
 
 
@@ -202,4 +212,11 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> Session:
     processes.initialize()
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, config.model, config.batch)
-    return Session(config, config.model, mesh, load_tokenizer(run_dir / TOKENIZER), run_dir)
+    tokenizer = load_tokenizer(run_dir)
+    return Session(config, config.model, mesh, tokenizer, run_dir, read_hf_config(run_dir))
+
+
+def read_hf_config(run_dir: Path) -> dict[str, Any] | None:
+    """The Hugging Face config.json that a run folder keeps, if its model was imported."""
+    path = run_dir / HF_CONFIG
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
-from maxllm.data import chat
+from maxllm.data.chat import Message
 from maxllm.data.instruct import pad_prompts
-from maxllm.data.tokenizer import BOS
+from maxllm.data.render import render_prompt
+from maxllm.data.tokenizer import document_start
 from maxllm.errors import UserError
 from maxllm.records import Params
 from maxllm.run.session import Session, reopen
@@ -34,7 +35,7 @@ class Speaker:
         if self.session.config.stage == "reward":
             raise UserError(f"{run_dir} holds a reward model, which gives scores and no text")
         self.params: Params = policy_params(self.session, str(run_dir))
-        self.chats = self.session.config.stage != "pretrain"
+        self.chats = speaks_in_turns(self.session)
         self._respond = cache(lambda: responder(self.session, self.session.config.generation))
         self._turn = 0
 
@@ -46,8 +47,8 @@ class Speaker:
     def prompt_ids(self, prompt: str) -> list[int]:
         """A prompt as this model reads it: a user's turn, or, for a pretrained model, the start of a text."""
         if self.chats:
-            return chat.render_prompt(self.session.tokenizer, [chat.Message(role="user", content=prompt)])
-        return [BOS, *self.session.tokenizer.encode(prompt)]
+            return render_prompt(self.session.tokenizer, [Message(role="user", content=prompt)])
+        return document_start(self.session.tokenizer, prompt)
 
     def reply(self, ids: list[int]) -> dict[str, Any]:
         """Completes token ids.
@@ -68,12 +69,21 @@ class Speaker:
         rows = self.session.mesh.shape["data"] * self.session.mesh.shape["fsdp"]
         key = jax.random.fold_in(jax.random.key(self.session.config.run.seed), self._turn)
         self._turn += 1
-        rollout = jax.device_get(self._respond()(self.params, pad_prompts([ids] * rows, length), key))
+        rollout = jax.device_get(
+            self._respond()(self.params, pad_prompts([ids] * rows, length, self.session.tokenizer.pad), key)
+        )
         return {
             "text": reply_text(self.session.tokenizer, rollout, 0),
             "tokens": response_ids(rollout, 0),
             "finished": bool(rollout.finished_B[0]),
         }
+
+
+def speaks_in_turns(session: Session) -> bool:
+    """Whether the model has learned to answer in a conversation."""
+    if session.config.stage == "convert":
+        return session.tokenizer.chat_template is not None
+    return session.config.stage != "pretrain"
 
 
 def generate(run_dir: Path, prompts: Sequence[str], overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -92,16 +102,16 @@ def converse(
     speaker = Speaker(run_dir, overrides)
     if not speaker.chats:
         raise UserError(f"{run_dir} holds a pretrained model, which has not learned to chat; use generate")
-    messages: list[chat.Message] = []
+    messages: list[Message] = []
     for line in lines:
         if not line.strip():
             continue
-        messages.append(chat.Message(role="user", content=line.strip()))
-        ids = chat.render_prompt(speaker.session.tokenizer, messages)
+        messages.append(Message(role="user", content=line.strip()))
+        ids = render_prompt(speaker.session.tokenizer, messages)
         while len(ids) > speaker.room and len(messages) > 1:
             del messages[:2]
-            ids = chat.render_prompt(speaker.session.tokenizer, messages)
+            ids = render_prompt(speaker.session.tokenizer, messages)
             say("(the conversation is longer than the model's context; its oldest turns are forgotten)")
         text = speaker.reply(ids)["text"]
         say(text)
-        messages.append(chat.Message(role="assistant", content=text))
+        messages.append(Message(role="assistant", content=text))

@@ -62,4 +62,4 @@ def greedy_check(run_dir: Path, out_dir: Path, prompts: Sequence[str]) -> dict[s
     speaker = Speaker(run_dir, ["generation.temperature=0", f"generation.max_new_tokens={CHECK_TOKENS}"])
     ids = [speaker.prompt_ids(prompt) for prompt in prompts]
     ours = [speaker.reply(prompt)["tokens"] for prompt in ids]
-    return hf.verify_greedy(out_dir, ids, ours, CHECK_TOKENS)
+    return hf.verify_greedy(out_dir, ids, ours, CHECK_TOKENS, speaker.session.tokenizer)

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 
 from maxllm.config import Config, GenerationConfig
 from maxllm.data import loader
-from maxllm.data.chat import STOP_TOKENS
 from maxllm.data.instruct import Question, question_of, read_split
-from maxllm.data.tokenizer import PAD, load_tokenizer
+from maxllm.data.tokenizer import load_tokenizer
 from maxllm.errors import UserError
 from maxllm.generate.decode import generate
 from maxllm.losses.policy import kl_k1
@@ -32,7 +31,7 @@ from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Metrics, Params, PromptBatch
 from maxllm.run.checkpoint import load_params
 from maxllm.run.loop import Job, finished, train
-from maxllm.run.session import TOKENIZER, Session, compile_reader, open_session
+from maxllm.run.session import Session, compile_reader, open_session
 from maxllm.stages.shared import (
     abstract_params,
     exact_match,
@@ -61,7 +60,7 @@ def iteration(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     rollout_key, update_key = jax.random.split(key)
     rollout = generate(
-        ppo.policy_model, state.actor.params, prompts, rollout_key, generation, STOP_TOKENS, PAD
+        ppo.policy_model, state.actor.params, prompts, rollout_key, generation, ppo.stop_tokens, ppo.pad
     )
     experience, rollout_metrics = algorithm.experience(ppo, state, frozen, rollout)
     state, update_metrics = algorithm.update_epochs(ppo, state, experience, update_key)
@@ -95,6 +94,8 @@ def job(session: Session) -> Job:
             config.optimizer.model_copy(update={"learning_rate": config.ppo.critic_learning_rate}), updates
         ),
         temperature=config.generation.temperature,
+        stop_tokens=session.tokenizer.stop_tokens,
+        pad=session.tokenizer.pad,
         microbatches=config.batch.microbatches,
     )
     abstract_state = abstract(partial(init_state, ppo), session.mesh)
@@ -108,7 +109,9 @@ def job(session: Session) -> Job:
         abstract_state=abstract_state,
         fresh=lambda: fresh_state(ppo, frozen, abstract_state),
         step=partial(iteration, ppo=ppo, generation=config.generation, seed=config.run.seed),
-        batches=loader.Batches(prompts_of(train_questions, length), config.batch.rows, config.run.seed),
+        batches=loader.Batches(
+            prompts_of(train_questions, length, ppo.pad), config.batch.rows, config.run.seed
+        ),
         evaluate=heldout_evaluator(session, ppo, frozen, heldout, length),
         best=("score", "max"),
         tokens_per_step=per_pass,
@@ -152,7 +155,7 @@ def check_reward_tokenizer(session: Session) -> None:
       UserError: it was trained with another tokenizer.
     """
     reward_dir = Path(session.config.start.reward or "")
-    if load_tokenizer(reward_dir / TOKENIZER) != session.tokenizer:
+    if load_tokenizer(reward_dir).fingerprint != session.tokenizer.fingerprint:
         raise UserError(f"{reward_dir} was trained with another tokenizer than {session.config.start.policy}")
 
 
@@ -168,8 +171,10 @@ def heldout_evaluator(
     greedy = config.generation.model_copy(update={"temperature": 0.0})
 
     def judge(params: Params, prompts: PromptBatch, frozen: Frozen, key: jax.Array) -> tuple[Any, ...]:
-        sampled = generate(ppo.policy_model, params, prompts, key, config.generation, STOP_TOKENS, PAD)
-        best = generate(ppo.policy_model, params, prompts, key, greedy, STOP_TOKENS, PAD)
+        sampled = generate(
+            ppo.policy_model, params, prompts, key, config.generation, ppo.stop_tokens, ppo.pad
+        )
+        best = generate(ppo.policy_model, params, prompts, key, greedy, ppo.stop_tokens, ppo.pad)
         targets_BR = algorithm.response_tokens(sampled)
         logps_BR, ref_logps_BR = (
             token_logps(algorithm.response_logits(ppo.policy_model, p, sampled, ppo.temperature), targets_BR)
@@ -185,7 +190,7 @@ def heldout_evaluator(
         greedy_texts: list[str] = []
         sums = {"score": 0.0, "kl": 0.0, "finished": 0.0}
         for number, (batch, real) in enumerate(
-            loader.in_order(prompts_of(questions, length), config.batch.rows)
+            loader.in_order(prompts_of(questions, length, ppo.pad), config.batch.rows)
         ):
             key = jax.random.fold_in(jax.random.key(config.run.seed), number)
             sampled, best, scores_B, kl_B = jax.device_get(reader(state.actor.params, batch, frozen, key))

@@ -4,7 +4,8 @@
 
 1. read and clean documents, drop duplicates (data/sources, clean, dedup)
 2. split off the held-out documents by a hash of their content
-3. train the tokenizer on the training documents, unless tokenizer.path is there already
+3. train the tokenizer on the training documents, unless tokenizer.path is there already or the run starts
+   from a model, whose tokenizer it is then
 4. tokenize, chunk, pack; write data.prepared_dir, whole or not at all
 """
 
@@ -21,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from maxllm.config import Config, DataConfig
-from maxllm.data import ngram
+from maxllm.config import Config, DataConfig, TokenizerConfig
+from maxllm.data import bpe, ngram, spm
 from maxllm.data.clean import clean_text, reason_to_drop
 from maxllm.data.dedup import drop_duplicates, text_key
 from maxllm.data.pack import chunks, pack
 from maxllm.data.sources import Tally, read_documents
-from maxllm.data.tokenizer import BOS, EOS, PAD, Tokenizer, load_tokenizer, train_tokenizer
+from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start, load_tokenizer
 from maxllm.errors import UserError
 from maxllm.records import LmBatch
 from maxllm.run.record import console, progress, write_bytes, write_json
@@ -38,11 +39,12 @@ SPLITS = ("train", "heldout")
 
 def run(config: Config) -> dict[str, Any]:
     """Prepares what a pretrain recipe needs; returns the manifest. Does nothing when it is done already."""
-    assert config.tokenizer is not None and config.data.prepared_dir is not None, "Config checks this"
+    assert config.data.prepared_dir is not None, "Config checks this"
     out = Path(config.data.prepared_dir)
     wanted = {
         "data": config.data.model_dump(mode="json"),
-        "tokenizer": config.tokenizer.model_dump(mode="json"),
+        "tokenizer": config.tokenizer and config.tokenizer.model_dump(mode="json"),
+        "start": config.start.policy,
         "sequence_length": config.batch.sequence_length,
     }
     if (out / MANIFEST).is_file():
@@ -58,14 +60,14 @@ def run(config: Config) -> dict[str, Any]:
     train, heldout, tallies = split_documents(config.data)
     for tally in tallies:
         terminal.print(f"prepare: {tally.line()}", markup=False, soft_wrap=True)
-    tokenizer_path = Path(config.tokenizer.path)
-    if tokenizer_path.is_file():
-        tokenizer = load_tokenizer(tokenizer_path)
+    if config.tokenizer is None:
+        tokenizer = load_tokenizer(config.start.policy or "")
+    elif Path(config.tokenizer.path).exists():
+        tokenizer = load_tokenizer(config.tokenizer.path)
     else:
         with terminal.status("prepare: training the tokenizer"):
             tokenizer = train_tokenizer(train, config.tokenizer)
-        tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(tokenizer_path, tokenizer.model_bytes)
+        save_tokenizer(tokenizer, Path(config.tokenizer.path))
 
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
@@ -146,14 +148,33 @@ def fit_documents(source: str, data: DataConfig, tally: Tally) -> Iterator[str]:
 
 
 def pack_documents(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> LmBatch:
-    """<s> document </s>, chunked and packed; every token after <s> is a target once."""
+    """BOS document EOS, chunked and packed; every token after the first is a target once."""
 
     def pieces() -> Iterator[Any]:
         for text in progress(texts, "prepare: tokenizing"):
-            ids = [BOS, *tokenizer.encode(text), EOS]
+            ids = [*document_start(tokenizer, text), tokenizer.eos]
             yield from chunks(ids, [1] * len(ids), length)
 
-    return pack(pieces(), length, PAD)
+    return pack(pieces(), length, tokenizer.pad)
+
+
+def train_tokenizer(texts: Sequence[str], config: TokenizerConfig) -> Tokenizer:
+    """Trains the tokenizer that a recipe asks for."""
+    return bpe.train(texts, config) if config.algorithm == "byte_bpe" else spm.train(texts, config)
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Writes a SentencePiece model to its path, a byte-level tokenizer's files into a folder of that name."""
+    if list(tokenizer.files) == [SPM_FILE]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, tokenizer.files[SPM_FILE])
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+    partial.mkdir(parents=True)
+    for name, content in tokenizer.files.items():
+        write_bytes(partial / name, content)
+    partial.rename(path)
 
 
 def write_rows(folder: Path, rows: LmBatch) -> None:

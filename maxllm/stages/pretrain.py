@@ -1,4 +1,4 @@
-"""Pretrain: next-token prediction on the packed corpus, from scratch.
+"""Pretrain: next-token prediction on the packed corpus, from scratch or from a model (start.policy).
 
 maxllm prepare  configs/pretrain/tiny_slice_cpu.yaml
 maxllm pretrain configs/pretrain/tiny_slice_cpu.yaml
@@ -20,7 +20,7 @@ from maxllm.optim import make_optimizer
 from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import Session, open_session
 from maxllm.stages import prepare
-from maxllm.stages.shared import heldout_language, language_job
+from maxllm.stages.shared import heldout_language, language_job, policy_params, start_from
 from maxllm.steps.state import TrainState, abstract, create, initializer
 
 
@@ -37,15 +37,21 @@ def job(session: Session) -> Job:
     prepared = Path(config.data.prepared_dir or "")
     manifest = prepare.read_manifest(prepared)
     check_prepared(session, prepared, manifest)
-    # 2. State: initialized straight into its shardings.
+    # 2. State: initialized, or read, straight into its shardings.
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     init = initializer(Llama(session.model), optimizer)
     abstract_state = abstract(init, session.mesh)
+
+    def fresh() -> TrainState:
+        if config.start.policy is None:
+            return create(init, abstract_state, jax.random.key(config.run.seed))
+        return start_from(policy_params(session, config.start.policy), optimizer, abstract_state)
+
     # 3. Train; the best checkpoint is the one with the fewest held-out bits per byte.
     return language_job(
         session,
         abstract_state=abstract_state,
-        fresh=lambda: create(init, abstract_state, jax.random.key(config.run.seed)),
+        fresh=fresh,
         optimizer=optimizer,
         rows=prepare.read_rows(prepared, "train"),
         evaluate=bits_per_byte(session, prepared, manifest),

@@ -39,6 +39,7 @@ def job(session: Session) -> Job:
     train_pairs, heldout_pairs, tallies = read_split(
         config.data, "preference", config.run.seed, lambda row: pair_ids(session.tokenizer, row, length)
     )
+    pad = session.tokenizer.pad
     # 2. State: the policy's decoder under a new head.
     model = ScalarModel(session.model)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
@@ -56,8 +57,8 @@ def job(session: Session) -> Job:
             seed=config.run.seed,
             microbatches=config.batch.microbatches,
         ),
-        batches=loader.Batches(pad_pairs(train_pairs, length), config.batch.rows, config.run.seed),
-        evaluate=heldout_pairs_evaluator(session, model, pad_pairs(heldout_pairs, length)),
+        batches=loader.Batches(pad_pairs(train_pairs, length, pad), config.batch.rows, config.run.seed),
+        evaluate=heldout_pairs_evaluator(session, model, pad_pairs(heldout_pairs, length, pad)),
         best=("accuracy", "max"),
         tokens_per_step=tokens,
         flops_per_step=tokens * train_flops_per_token(session.model, length),

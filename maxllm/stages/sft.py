@@ -42,15 +42,16 @@ def job(session: Session) -> Job:
     train_rows, heldout_rows, tallies = read_conversations(session)
     questions = [question for _, question in heldout_rows]
     length = config.batch.sequence_length
-    rows = pack_conversations([piece for piece, _ in train_rows], length)
-    heldout = pack_conversations([piece for piece, _ in heldout_rows], length)
+    pad = session.tokenizer.pad
+    rows = pack_conversations([piece for piece, _ in train_rows], length, pad)
+    heldout = pack_conversations([piece for piece, _ in heldout_rows], length, pad)
     # 2. State: the pretrained parameters, a fresh optimizer.
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     abstract_state = abstract(initializer(Llama(session.model), optimizer), session.mesh)
     # 3. Held-out figures: loss on the replies, and greedy exact match.
     loss_of = heldout_language(session, heldout)
     respond = responder(session, config.generation)
-    prompts = prompts_of(questions, length - config.generation.max_new_tokens)
+    prompts = prompts_of(questions, length - config.generation.max_new_tokens, pad)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         texts = replies(respond, session.tokenizer, state.params, prompts, config.batch.rows)

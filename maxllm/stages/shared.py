@@ -14,10 +14,9 @@ import optax
 
 from maxllm.config import GenerationConfig
 from maxllm.data import loader
-from maxllm.data.chat import STOP_TOKENS
 from maxllm.data.instruct import Question, pad_prompts
 from maxllm.data.sources import Tally
-from maxllm.data.tokenizer import EOS, IM_END, PAD, Tokenizer
+from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
 from maxllm.generate.decode import generate
 from maxllm.model.llama import Llama
@@ -101,17 +100,17 @@ def heldout_language(session: Session, rows: LmBatch) -> Callable[[Params], dict
 
 def responder(session: Session, config: GenerationConfig) -> Callable[..., Rollout]:
     """Compiled `(params, PromptBatch, key) -> Rollout` for this session's policy."""
-    model = Llama(session.model)
+    model, tokenizer = Llama(session.model), session.tokenizer
 
     def respond(params: Params, prompts: Any, key: jax.Array) -> Rollout:
-        return generate(model, params, prompts, key, config, STOP_TOKENS, PAD)
+        return generate(model, params, prompts, key, config, tokenizer.stop_tokens, tokenizer.pad)
 
     return compile_reader(session.mesh, respond)
 
 
-def prompts_of(questions: Sequence[Question], length: int) -> PromptBatch:
+def prompts_of(questions: Sequence[Question], length: int, pad: int) -> PromptBatch:
     """All questions as left-padded prompts [N, length]."""
-    return pad_prompts([question.ids for question in questions], length)
+    return pad_prompts([question.ids for question in questions], length, pad)
 
 
 def require_answers(questions: Sequence[Question], what: str) -> None:
@@ -143,7 +142,7 @@ def replies(
 
 def reply_text(tokenizer: Tokenizer, rollout: Rollout, row: int) -> str:
     """The response of one row as text, without its stop token."""
-    return tokenizer.decode([i for i in response_ids(rollout, row) if i not in (EOS, IM_END)])
+    return tokenizer.decode([i for i in response_ids(rollout, row) if i not in tokenizer.stop_tokens])
 
 
 def response_ids(rollout: Rollout, row: int) -> list[int]:

@@ -63,6 +63,10 @@ class Ppo:
     critic_optimizer: optax.GradientTransformation
     temperature: float
     """Logits are divided by it wherever a log-probability of the policy is computed, as in sampling."""
+    stop_tokens: tuple[int, ...]
+    """Ids that end a response."""
+    pad: int
+    """Id written after it."""
     microbatches: int = 1
 
 

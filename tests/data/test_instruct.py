@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxllm.config import DataConfig
-from maxllm.data import chat, tasks
+from maxllm.data import chat, render, tasks
 from maxllm.data.instruct import (
     conversation_piece,
     pack_conversations,
@@ -222,7 +222,7 @@ def test_tasks_are_a_source(kind):
 def test_a_conversation_just_fits_or_does_not(tiny_tokenizer):
     """T inputs hold T + 1 ids. Nothing is cut."""
     row = GOOD[0]
-    ids, _ = chat.render(tiny_tokenizer, chat.messages_of(row))
+    ids, _ = render.render(tiny_tokenizer, chat.messages_of(row))
     piece = conversation_piece(tiny_tokenizer, row, len(ids) - 1)
     assert list(piece.ids) == ids
     with pytest.raises(chat.RowError, match=f"longer than {len(ids) - 2} tokens"):
@@ -231,7 +231,7 @@ def test_a_conversation_just_fits_or_does_not(tiny_tokenizer):
 
 def test_packed_conversations_train_replies_alone(tiny_tokenizer, conversation):
     """The targets of weight 1 are the rows' outputs and their <|im_end|>."""
-    batch = pack_conversations([conversation(row) for row in GOOD[:10]], 64)
+    batch = pack_conversations([conversation(row) for row in GOOD[:10]], 64, PAD)
     trained = sorted(int(token) for token in batch.targets_BT[batch.loss_weights_BT > 0])
     replies = [[*tiny_tokenizer.encode(row["output"]), IM_END] for row in GOOD[:10]]
     assert trained == sorted(token for reply in replies for token in reply)
@@ -242,10 +242,10 @@ def test_packed_conversations_train_replies_alone(tiny_tokenizer, conversation):
 
 def test_pairs_are_right_padded(tiny_tokenizer, pair):
     pairs = [pair(row) for row in PAIRS[:3]]
-    batch = pad_pairs(pairs, 64)
+    batch = pad_pairs(pairs, 64, PAD)
     assert batch.tokens_BCT.shape == (3, 2, 64) and batch.weights_B.tolist() == [1, 1, 1]
     for n, (row, ids) in enumerate(zip(PAIRS, pairs, strict=False)):
-        head = chat.render_prompt(tiny_tokenizer, [{"role": "user", "content": row["prompt"]}])
+        head = render.render_prompt(tiny_tokenizer, [{"role": "user", "content": row["prompt"]}])
         for c, reply in enumerate((row["chosen"], row["rejected"])):
             assert ids[c] == head + tiny_tokenizer.encode(reply) + [IM_END]
             assert batch.lengths_BC[n, c] == len(ids[c])
@@ -253,19 +253,19 @@ def test_pairs_are_right_padded(tiny_tokenizer, pair):
 
 
 def test_prompts_are_left_padded():
-    batch = pad_prompts([[7, 8, 9], [10]], 4)
+    batch = pad_prompts([[7, 8, 9], [10]], 4, PAD)
     np.testing.assert_array_equal(batch.tokens_BP, [[PAD, 7, 8, 9], [PAD, PAD, PAD, 10]])
     np.testing.assert_array_equal(batch.lengths_B, [3, 1])
     assert batch.tokens_BP.dtype == batch.lengths_B.dtype == np.int32
     with pytest.raises(UserError, match="a prompt of 5 tokens does not fit the 4"):
-        pad_prompts([[1] * 5], 4)
+        pad_prompts([[1] * 5], 4, PAD)
 
 
 def test_questions_of_prompt_and_instruction_rows(tiny_tokenizer):
     row = next(iter(tasks.prompt_rows("train", 1, 0)))
     question = question_of(tiny_tokenizer, row, 64)
     assert question.answer == tasks.solve(row["prompt"])
-    assert question.ids == chat.render_prompt(tiny_tokenizer, [{"role": "user", "content": row["prompt"]}])
+    assert question.ids == render.render_prompt(tiny_tokenizer, [{"role": "user", "content": row["prompt"]}])
     same = question_of(tiny_tokenizer, {"instruction": "Sort.", "input": "21", "output": "12"}, 64)
     assert (same.messages, same.answer) == ([{"role": "user", "content": "Sort.\n21"}], "12")
     assert question_of(tiny_tokenizer, {"question": "Why?"}, 64).answer is None

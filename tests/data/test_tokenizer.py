@@ -5,6 +5,7 @@ import random
 import pytest
 
 from maxllm.config import TokenizerConfig
+from maxllm.data.spm import TRAINING_LINE_CHARS, train, training_lines
 from maxllm.data.tokenizer import (
     BOS,
     EOS,
@@ -12,11 +13,8 @@ from maxllm.data.tokenizer import (
     IM_START,
     PAD,
     SPECIAL_TOKENS,
-    TRAINING_LINE_CHARS,
     UNK,
     load_tokenizer,
-    train_tokenizer,
-    training_lines,
 )
 from maxllm.errors import UserError
 
@@ -34,7 +32,7 @@ def settings(**changes):
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def tokenizer(request):
-    return train_tokenizer([TEXT], settings(algorithm=request.param))
+    return train([TEXT], settings(algorithm=request.param))
 
 
 NASTY = {
@@ -116,10 +114,10 @@ def test_encoding_is_a_concatenation_around_newlines(tokenizer):
 
 def test_training_is_deterministic():
     """Same text, same settings: the same model, to the byte."""
-    first, second = (train_tokenizer([TEXT], settings()) for _ in range(2))
+    first, second = (train([TEXT], settings()) for _ in range(2))
     assert first.model_bytes == second.model_bytes and first.fingerprint == second.fingerprint
     assert first == second
-    other = train_tokenizer([TEXT], settings(vocab_size=599))
+    other = train([TEXT], settings(vocab_size=599))
     assert other != first and other.fingerprint != first.fingerprint
 
 
@@ -133,9 +131,9 @@ def test_written_and_read_again(tmp_path, tokenizer):
 def test_long_lines_are_not_skipped():
     """A word that stands only in a line of 60,000 characters is learned all the same."""
     line = "qxzqxzq " * 7500
-    tokenizer = train_tokenizer([TEXT, line], settings())
+    tokenizer = train([TEXT, line], settings())
     assert len(tokenizer.encode("qxzqxzq")) <= 2
-    assert len(train_tokenizer([TEXT], settings()).encode("qxzqxzq")) == 7
+    assert len(train([TEXT], settings()).encode("qxzqxzq")) == 7
 
 
 def test_training_lines_lose_nothing():
@@ -152,7 +150,7 @@ def test_training_lines_lose_nothing():
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
 def test_a_vocabulary_that_the_text_cannot_fill(algorithm):
     with pytest.raises(UserError) as error:
-        train_tokenizer(["ba da ga"], settings(vocab_size=4000, algorithm=algorithm))
+        train(["ba da ga"], settings(vocab_size=4000, algorithm=algorithm))
     sentence = str(error.value)
     assert sentence.startswith("tokenizer.vocab_size=4000 cannot be trained on this text")
     assert "\n" not in sentence
@@ -160,7 +158,7 @@ def test_a_vocabulary_that_the_text_cannot_fill(algorithm):
 
 def test_no_text_at_all():
     with pytest.raises(UserError, match=r"tokenizer\.vocab_size=600"):
-        train_tokenizer([], settings())
+        train([], settings())
 
 
 def test_no_file(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from transformers import AutoConfig, PreTrainedConfig
 
 from maxllm.config import ModelConfig, RopeScaling
 from maxllm.hf import mapping
+from maxllm.hf.config import hf_config_of
 
 TINY = ModelConfig(
     vocab_size=600, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=40, max_seq_len=64, dtype="float32"
@@ -27,3 +30,12 @@ def random_params(config: ModelConfig, seed: int = 0) -> Any:
         (path, (rng.normal(1 if path.endswith("scale") else 0, 0.2, shape)).astype(np.float32))
         for path, shape in mapping.our_shapes(config).items()
     )
+
+
+IDS: Any = SimpleNamespace(bos=1, pad=5, stop_tokens=(2, 4))
+"""All that a configuration wants to know of a tokenizer."""
+
+
+def hf_config(config: ModelConfig) -> PreTrainedConfig:
+    """The configuration in `transformers`."""
+    return AutoConfig.for_model(**hf_config_of(config, IDS))

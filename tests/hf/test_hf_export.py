@@ -13,27 +13,27 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from random_models import SCALING, TINY, random_params, tiny
+from random_models import SCALING, TINY, hf_config, random_params, tiny
 from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig as HfGenerationConfig
 from transformers import GPT2Config, LlamaConfig
 
 from maxllm import __version__
 from maxllm.config import GenerationConfig, RopeScaling, TokenizerConfig
-from maxllm.data.chat import STOP_TOKENS
-from maxllm.data.tokenizer import PAD, Tokenizer, train_tokenizer
+from maxllm.data.spm import SpmTokenizer, train
+from maxllm.data.tokenizer import EOS, IM_END, PAD
 from maxllm.errors import UserError
 from maxllm.hf import export as export_module
 from maxllm.hf import mapping
-from maxllm.hf.config import LOCAL_FIELDS, model_config_from_hf, model_config_to_hf
+from maxllm.hf.config import LOCAL_FIELDS, model_config_from_hf
 from maxllm.hf.export import export, load_hf_folder, verify_greedy
 from maxllm.model.llama import Llama
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer() -> SpmTokenizer:
     texts = [path.read_text() for path in Path(export_module.__file__).parent.glob("*.py")]
-    return train_tokenizer(texts, TokenizerConfig(path="unused", vocab_size=TINY.vocab_size))
+    return train(texts, TokenizerConfig(path="unused", vocab_size=TINY.vocab_size))
 
 
 # --- the table --------------------------------------------------------------------------------------------
@@ -94,25 +94,33 @@ def test_config_round_trip(G: int, tied: bool, scaling: RopeScaling | None, head
         update={"attention_dropout": 0.1, "init_std": 0.03, "norm_eps": 1e-6, "rope_theta": 5e5}
         | {"embedding_dropout": 0.2, "residual_dropout": 0.3, "remat": "full", "scan_unroll": 3}
     )
-    hf_config = model_config_to_hf(config)
-    assert model_config_from_hf(hf_config, like=config) == config
-    reread = LlamaConfig(**hf_config.to_dict())
+    theirs = hf_config(config)
+    assert model_config_from_hf(theirs, like=config) == config
+    reread = LlamaConfig(**theirs.to_dict())
     assert model_config_from_hf(reread, like=config) == config
     carried = config.model_dump(exclude=set(LOCAL_FIELDS))
-    assert model_config_from_hf(hf_config).model_dump(exclude=set(LOCAL_FIELDS)) == carried
+    assert model_config_from_hf(theirs).model_dump(exclude=set(LOCAL_FIELDS)) == carried
 
 
 def test_config_names_its_special_tokens() -> None:
-    hf_config = model_config_to_hf(TINY)
-    assert (hf_config.bos_token_id, hf_config.eos_token_id, hf_config.pad_token_id) == (1, [2, 4], 5)
+    theirs = hf_config(TINY)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, [2, 4], 5)
 
 
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"mlp_bias": True, "hidden_act": "gelu"}, "hidden_act='gelu', mlp_bias=True"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"mlp_bias": True, "hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 64,
+                    "long_factor": [1.0] * 64,
+                }
+            },
+            "rope_type='longrope'",
+        ),
         ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor=0.5"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config={'quant_method': 'gptq'}"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "n_kv_heads=3 does not divide n_heads=4"),
@@ -131,14 +139,14 @@ def test_another_model_type_is_refused() -> None:
 
 def test_heads_that_hugging_face_refuses_are_refused_in_a_sentence() -> None:
     with pytest.raises(UserError, match=r"hidden size \(30\) is not a multiple"):
-        model_config_to_hf(tiny(d_model=30, head_dim=8))
+        hf_config(tiny(d_model=30, head_dim=8))
 
 
 # --- folders ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_round_trip_is_byte_identical(tied: bool, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_round_trip_is_byte_identical(tied: bool, tokenizer: SpmTokenizer, tmp_path: Path) -> None:
     config = tiny(tie_embeddings=tied, rope_scaling=SCALING)
     params = random_params(config)
     summary = export(params, config, tokenizer, tmp_path / "a", description="A test.")
@@ -160,7 +168,7 @@ def test_round_trip_is_byte_identical(tied: bool, tokenizer: Tokenizer, tmp_path
     }
 
 
-def test_folder_holds_what_transformers_reads(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_folder_holds_what_transformers_reads(tokenizer: SpmTokenizer, tmp_path: Path) -> None:
     generation = GenerationConfig(max_new_tokens=9, temperature=0.7, top_k=0, top_p=0.9)
     config = tiny(rope_theta=5e5, rope_scaling=SCALING)
     export(
@@ -183,14 +191,14 @@ def test_folder_holds_what_transformers_reads(tokenizer: Tokenizer, tmp_path: Pa
     assert {name: tensor.shape for name, tensor in names.items()} == mapping.hf_shapes(config)
 
 
-def test_greedy_generation_defaults_have_no_sampling_fields(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_greedy_generation_defaults_have_no_sampling_fields(tokenizer: SpmTokenizer, tmp_path: Path) -> None:
     export(random_params(TINY), TINY, tokenizer, tmp_path / "x")
     fields = json.loads((tmp_path / "x" / "generation_config.json").read_text())
     assert fields["do_sample"] is False and not {"temperature", "top_k", "top_p"} & fields.keys()
 
 
 def test_killed_export_leaves_nothing(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: SpmTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -202,7 +210,7 @@ def test_killed_export_leaves_nothing(
 
 
 def test_killed_export_leaves_the_former_one(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: SpmTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(random_params(TINY), TINY, tokenizer, tmp_path / "x")
     before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
@@ -217,7 +225,7 @@ def test_killed_export_leaves_the_former_one(
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_folder_of_another_program_is_not_replaced(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_folder_of_another_program_is_not_replaced(tokenizer: SpmTokenizer, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="is not a former export"):
@@ -225,14 +233,14 @@ def test_a_folder_of_another_program_is_not_replaced(tokenizer: Tokenizer, tmp_p
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["config.json"]
 
 
-def test_another_tokenizer_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    config = tiny(vocab_size=601)
-    with pytest.raises(UserError, match="600 pieces, the model's vocab_size is 601"):
+def test_another_tokenizer_is_refused(tokenizer: SpmTokenizer, tmp_path: Path) -> None:
+    config = tiny(vocab_size=599)
+    with pytest.raises(UserError, match="600 pieces, the model's vocab_size is 599"):
         export(random_params(config), config, tokenizer, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sharded_bfloat16_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_sharded_bfloat16_folder(tokenizer: SpmTokenizer, tmp_path: Path) -> None:
     params, folder = random_params(TINY), tmp_path / "x"
     export(params, TINY, tokenizer, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -251,7 +259,7 @@ def test_sharded_bfloat16_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
         load_hf_folder(folder)
 
 
-def test_a_folder_with_wrong_tensors_is_one_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_folder_with_wrong_tensors_is_one_error(tokenizer: SpmTokenizer, tmp_path: Path) -> None:
     export(random_params(TINY), TINY, tokenizer, tmp_path / "x")
     tensors = load_file(tmp_path / "x" / "model.safetensors")
     del tensors["model.norm.weight"]
@@ -265,7 +273,7 @@ def test_a_folder_with_wrong_tensors_is_one_error(tokenizer: Tokenizer, tmp_path
         load_hf_folder(tmp_path / "x")
 
 
-def test_folders_that_cannot_be_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_read(tokenizer: SpmTokenizer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
         load_hf_folder(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -297,7 +305,7 @@ def our_greedy(params: Any, prompts: list[list[int]], n: int) -> list[list[int]]
     generated = []
     for prompt in prompts:
         ids = list(prompt)
-        while len(ids) < len(prompt) + n and not (len(ids) > len(prompt) and ids[-1] in STOP_TOKENS):
+        while len(ids) < len(prompt) + n and not (len(ids) > len(prompt) and ids[-1] in (EOS, IM_END)):
             row = np.full((1, length), PAD)
             row[0, : len(ids)] = ids
             logits = apply(jnp.asarray(row), jnp.asarray(np.arange(length) < len(ids), jnp.int32)[None])
@@ -306,7 +314,9 @@ def our_greedy(params: Any, prompts: list[list[int]], n: int) -> list[list[int]]
     return generated
 
 
-def test_verification_tells_a_true_export_from_a_perturbed_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_verification_tells_a_true_export_from_a_perturbed_one(
+    tokenizer: SpmTokenizer, tmp_path: Path
+) -> None:
     pytest.importorskip("torch")
     params = random_params(TINY)
     sampling = GenerationConfig(temperature=1.0, top_k=5)  # must not reach the verification
@@ -314,34 +324,36 @@ def test_verification_tells_a_true_export_from_a_perturbed_one(tokenizer: Tokeni
     rng = np.random.default_rng(0)
     prompts = [rng.integers(6, 600, length).tolist() for length in (3, 8, 5)]
     ours = our_greedy(params, prompts, 12)
-    report = verify_greedy(tmp_path / "x", prompts, ours, 12)
+    report = verify_greedy(tmp_path / "x", prompts, ours, 12, tokenizer)
     tokens = sum(map(len, ours))
     assert report == {"identical": True, "prompts": 3, "tokens": tokens, "first_difference": None}
 
-    shorter = verify_greedy(tmp_path / "x", prompts[:1], [ours[0][:-1]], 12)
+    shorter = verify_greedy(tmp_path / "x", prompts[:1], [ours[0][:-1]], 12, tokenizer)
     assert shorter is not None and not shorter["identical"]
     assert shorter["first_difference"].startswith(f"prompt 0: ours has {len(ours[0]) - 1} tokens")
 
     params["decoder"]["layers"]["mlp"]["w_down"][1] += 5
     export(params, TINY, tokenizer, tmp_path / "x", generation=sampling)
-    report = verify_greedy(tmp_path / "x", prompts, ours, 12)
+    report = verify_greedy(tmp_path / "x", prompts, ours, 12, tokenizer)
     assert report is not None and not report["identical"]
     assert "Hugging Face" in report["first_difference"] and "logit" in report["first_difference"]
 
 
-def test_verification_stops_at_a_stop_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_verification_stops_at_a_stop_token(tokenizer: SpmTokenizer, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     params = random_params(TINY)
     params["lm_head"][:] = 0
-    params["lm_head"][:, STOP_TOKENS[0]] = 1e-3  # every other logit is 0
+    params["lm_head"][:, EOS] = 1e-3  # every other logit is 0
     export(params, TINY, tokenizer, tmp_path / "x")
     prompts = [[7], [8], [9], [10], [11], [12]]
     ours = our_greedy(params, prompts, 4)
-    assert [STOP_TOKENS[0]] in ours  # the hidden states' sum is positive for some prompt
-    report = verify_greedy(tmp_path / "x", prompts, ours, 4)
+    assert [EOS] in ours  # the hidden states' sum is positive for some prompt
+    report = verify_greedy(tmp_path / "x", prompts, ours, 4, tokenizer)
     assert report is not None and report["identical"], report
 
 
-def test_without_torch_nothing_is_verified(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_torch_nothing_is_verified(
+    tokenizer: SpmTokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert verify_greedy(tmp_path, [[1]], [[2]], 1) is None
+    assert verify_greedy(tmp_path, [[1]], [[2]], 1, tokenizer) is None

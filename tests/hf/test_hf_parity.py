@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import SCALING, TINY, random_params, tiny
+from random_models import SCALING, TINY, hf_config, random_params, tiny
 
 from maxllm.config import ModelConfig
 from maxllm.hf import mapping
-from maxllm.hf.config import model_config_to_hf
 from maxllm.model.llama import Llama
 
 torch = pytest.importorskip("torch")
@@ -24,7 +23,7 @@ TOLERANCE = 1e-4
 
 def torch_model(params: Any, config: ModelConfig) -> LlamaForCausalLM:
     """The same model in `transformers`."""
-    model = LlamaForCausalLM(model_config_to_hf(config)).eval()
+    model = LlamaForCausalLM(hf_config(config)).eval()
     tensors = {name: torch.from_numpy(array) for name, array in mapping.to_hf(params, config).items()}
     report = model.load_state_dict(tensors, strict=False)
     assert report.unexpected_keys == []
@@ -186,6 +185,6 @@ def test_parameter_count_without_memory(name: str) -> None:
     abstract = jax.eval_shape(Llama(config).init, jax.random.key(0), ids, ids, ids)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == published
     with torch.device("meta"):
-        model = LlamaForCausalLM(model_config_to_hf(config))
+        model = LlamaForCausalLM(hf_config(config))
     assert sum(weight.numel() for weight in model.parameters()) == published
     assert {n: tuple(w.shape) for n, w in model.named_parameters()} == mapping.hf_shapes(config)

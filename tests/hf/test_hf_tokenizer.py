@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece as spm
+import sentencepiece
 from tokenizers.models import Unigram
 from transformers import AutoTokenizer
 
 import maxllm.hf.tokenizer as hf_tokenizer
 from maxllm.config import TokenizerConfig
-from maxllm.data import chat
-from maxllm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from maxllm.data.chat import Message
+from maxllm.data.render import render, render_prompt
+from maxllm.data.spm import SpmTokenizer, train
+from maxllm.data.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS
 from maxllm.errors import UserError
 from maxllm.hf.tokenizer import fast_tokenizer, save_tokenizer
 
@@ -112,23 +114,25 @@ def strings() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+def both(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SpmTokenizer, Any]:
     """(ours, the exported one as AutoTokenizer loads it)."""
     config = TokenizerConfig(path="", vocab_size=3500, algorithm=request.param)
-    ours = train_tokenizer(training_texts(), config)
+    ours = train(training_texts(), config)
     folder = tmp_path_factory.mktemp(request.param)
     save_tokenizer(ours, folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')  # AutoTokenizer looks here too
     return ours, AutoTokenizer.from_pretrained(folder)
 
 
-def is_tie(ours: Tokenizer, ids: list[int], other: list[int]) -> bool:
+def is_tie(ours: SpmTokenizer, ids: list[int], other: list[int]) -> bool:
     """Whether a unigram model gives two segmentations the same probability."""
     scores = [math.fsum(map(ours.processor.get_score, row)) for row in (ids, other)]
     return math.isclose(*scores, rel_tol=1e-6)
 
 
-def test_same_ids_and_the_text_comes_back(both: tuple[Tokenizer, Any]) -> None:
+def test_same_ids_and_the_text_comes_back(both: tuple[SpmTokenizer, Any]) -> None:
     ours, theirs = both
     unigram = isinstance(theirs.backend_tokenizer.model, Unigram)
     checked = ties = 0
@@ -145,7 +149,7 @@ def test_same_ids_and_the_text_comes_back(both: tuple[Tokenizer, Any]) -> None:
     assert checked > 1000 and ties < checked / 100
 
 
-def test_runs_of_one_character(both: tuple[Tokenizer, Any]) -> None:
+def test_runs_of_one_character(both: tuple[SpmTokenizer, Any]) -> None:
     ours, theirs = both
     unigram = isinstance(theirs.backend_tokenizer.model, Unigram)
     for text in RUNS:
@@ -154,7 +158,7 @@ def test_runs_of_one_character(both: tuple[Tokenizer, Any]) -> None:
         assert theirs.decode(found) == text
 
 
-def test_special_tokens(both: tuple[Tokenizer, Any]) -> None:
+def test_special_tokens(both: tuple[SpmTokenizer, Any]) -> None:
     ours, theirs = both
     assert theirs.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3, 4, 5]
     assert (theirs.bos_token, theirs.eos_token) == ("<s>", "<|im_end|>")
@@ -168,7 +172,7 @@ def test_special_tokens(both: tuple[Tokenizer, Any]) -> None:
     assert theirs.decode(ids) == "<s><|im_start|> hello<|im_end|></s><pad>"
 
 
-CONVERSATIONS: list[list[chat.Message]] = [
+CONVERSATIONS: list[list[Message]] = [
     [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}],
     [
         {"role": "system", "content": "You are terse.\n"},
@@ -181,47 +185,47 @@ CONVERSATIONS: list[list[chat.Message]] = [
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=["short", "long"])
-def test_chat_template_gives_our_ids(both: tuple[Tokenizer, Any], messages: list[chat.Message]) -> None:
+def test_chat_template_gives_our_ids(both: tuple[SpmTokenizer, Any], messages: list[Message]) -> None:
     ours, theirs = both
     whole = theirs.apply_chat_template(messages)["input_ids"]
-    assert whole == chat.render(ours, messages)[0]
+    assert whole == render(ours, messages)[0]
     assert whole == theirs(theirs.apply_chat_template(messages, tokenize=False))["input_ids"]
     prompt = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
-    assert prompt == chat.render_prompt(ours, messages[:-1])
+    assert prompt == render_prompt(ours, messages[:-1])
     assert whole[: len(prompt)] == prompt
 
 
-def test_saving_again_by_transformers_changes_nothing(both: tuple[Tokenizer, Any], tmp_path: Path) -> None:
+def test_saving_again_by_transformers_changes_nothing(both: tuple[SpmTokenizer, Any], tmp_path: Path) -> None:
     ours, theirs = both
     theirs.save_pretrained(tmp_path)
     again: Any = AutoTokenizer.from_pretrained(tmp_path)
     for text in (*HAND_PICKED, *ENGLISH, *CHINESE):
         assert again(text)["input_ids"] == ours.encode(text)
     messages: Any = CONVERSATIONS[1]
-    assert again.apply_chat_template(messages)["input_ids"] == chat.render(ours, messages)[0]
+    assert again.apply_chat_template(messages)["input_ids"] == render(ours, messages)[0]
 
 
 def test_files(tmp_path: Path) -> None:
-    ours = train_tokenizer(training_texts(), TokenizerConfig(path="unused", vocab_size=3500))
+    ours = train(training_texts(), TokenizerConfig(path="unused", vocab_size=3500))
     save_tokenizer(ours, tmp_path)
     assert (tmp_path / "tokenizer.model").read_bytes() == ours.model_bytes
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert config["chat_template"] == chat.CHAT_TEMPLATE
+    assert config["chat_template"] == CHAT_TEMPLATE
     assert config["clean_up_tokenization_spaces"] is False
     assert {path.name for path in tmp_path.iterdir()} == {
         *("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     }
 
 
-def foreign_tokenizer(tmp_path: Path, **settings: Any) -> Tokenizer:
-    """A SentencePiece model that `train_tokenizer` would not make."""
+def foreign_tokenizer(tmp_path: Path, **settings: Any) -> SpmTokenizer:
+    """A SentencePiece model that `spm.train` would not make."""
     text = tmp_path / "text.txt"
     text.write_text("\n".join([*ENGLISH, *CHINESE]), encoding="utf-8")
     prefix = str(tmp_path / "foreign")
     settings = {"vocab_size": 500, "minloglevel": 2, "hard_vocab_limit": False, "pad_id": 5} | settings
-    spm.SentencePieceTrainer.train(input=str(text), model_prefix=prefix, **settings)
-    processor = spm.SentencePieceProcessor(model_file=prefix + ".model")
-    return Tokenizer(Path(prefix + ".model").read_bytes(), processor)
+    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=prefix, **settings)
+    processor = sentencepiece.SentencePieceProcessor(model_file=prefix + ".model")
+    return SpmTokenizer(Path(prefix + ".model").read_bytes(), processor)
 
 
 UNCHANGED_TEXT = {

@@ -15,8 +15,7 @@ import optax
 import pytest
 
 from maxllm.config import GenerationConfig, PpoConfig
-from maxllm.data.chat import STOP_TOKENS
-from maxllm.data.tokenizer import PAD
+from maxllm.data.tokenizer import EOS, IM_END, PAD
 from maxllm.generate.decode import generate
 from maxllm.model.forward import forward
 from maxllm.model.heads import ScalarModel
@@ -51,13 +50,13 @@ def world(tiny_model, params_of):
     config = tiny_model(vocab_size=V, init_std=0.3)
     model, scalar = Llama(config), ScalarModel(config)
     sgd = optax.sgd(0.05)
-    ppo = Ppo(CONFIG, model, scalar, sgd, sgd, TEMPERATURE)
+    ppo = Ppo(CONFIG, model, scalar, sgd, sgd, TEMPERATURE, (EOS, IM_END), PAD)
     actor, other = params_of(model), params_of(model, 1)
     reference = jax.tree.map(lambda a, b: 0.8 * a + 0.2 * b, actor, other)
     frozen = Frozen(reference, params_of(scalar, 2))
     state = PpoState(jnp.int32(0), trainable(actor, sgd), trainable(params_of(scalar, 3), sgd))
     decoding = GenerationConfig(max_new_tokens=R, temperature=TEMPERATURE)
-    respond = jax.jit(partial(generate, model, config=decoding, stop_tokens=STOP_TOKENS, pad=PAD))
+    respond = jax.jit(partial(generate, model, config=decoding, stop_tokens=(EOS, IM_END), pad=PAD))
     prompts = left_padded([6, 1, 3, 6, 2, 5, 4, 1])
     rollout = respond(params=actor, prompts=prompts, key=jax.random.key(4))
     lengths = np.asarray(rollout.mask_BR).sum(1)

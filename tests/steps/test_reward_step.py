@@ -177,7 +177,7 @@ def test_training_separates_the_pairs(scored):
 def test_left_padded_rollouts_score_as_they_do_alone(scored, tiny_model):
     """PPO hands over left-padded prompts with responses that end early; the score is the text's."""
     model, params = scored
-    ppo = Ppo(PpoConfig(), Llama(tiny_model()), model, SGD, SGD, temperature=1.0)
+    ppo = Ppo(PpoConfig(), Llama(tiny_model()), model, SGD, SGD, temperature=1.0, stop_tokens=(2, 4), pad=5)
     P, R = 9, 7
     shapes = [(9, 7), (1, 3), (6, 3), (8, 1), (9, 3)]  # prompt and response tokens
     rows = sequences(*[p + r for p, r in shapes], seed=3)

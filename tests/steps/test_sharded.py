@@ -108,7 +108,16 @@ def run_ppo(config):
     """run_ppo(mesh shape, microbatches): a whole iteration: rollout, four models, one epoch."""
 
     slow = optax.sgd(0.1)
-    ppo = Ppo(PpoConfig(epochs=1), Llama(config), ScalarModel(config), slow, slow, temperature=1.0)
+    ppo = Ppo(
+        PpoConfig(epochs=1),
+        Llama(config),
+        ScalarModel(config),
+        slow,
+        slow,
+        temperature=1.0,
+        stop_tokens=(2, 4),
+        pad=5,
+    )
     decoding = GenerationConfig(max_new_tokens=6, temperature=1.0)
     init = partial(init_state, ppo)
 
