@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     options = parse(arguments)
     quiet_libraries()
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         options.run(options)
     except UserError as error:
@@ -61,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def interrupt(signum: int, frame: Any) -> None:
+    """SIGTERM outside a training loop, which has its own handler, ends like Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -169,12 +176,13 @@ def add_readers(verbs: Any) -> None:
 
     verb = add_verb(verbs, "evaluate", "compute the held-out figures of a run's newest checkpoint", evaluate)
     verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of any stage")
-    add_overrides(verb, "'data.heldout_sources=[\"mine.jsonl\"]'")
+    add_overrides(verb, "'data.heldout_sources=[\"mine.jsonl\"]' (pretrain: data.prepared_dir=…)")
     add_json(verb)
 
     verb = add_verb(verbs, "export", "write a Hugging Face folder, checked against transformers", export)
     verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of pretrain, sft or ppo")
     verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    add_overrides(verb, "mesh.fsdp=4")
     verb.add_argument("--no-verify", action="store_true", help="do not compare greedy decoding (needs torch)")
     add_json(verb)
 
@@ -208,6 +216,9 @@ def train(options: argparse.Namespace) -> None:
     if config.stage != wanted:
         raise UserError(f"{options.recipe} is a recipe for the stage {config.stage}, not {wanted}")
     if options.print_config:
+        from maxllm.run.session import resolved
+
+        config = resolved(config)
         print(json.dumps(config.model_dump(mode="json")) if options.json else recipe.dump(config), end="")
         return
     from maxllm.stages import ppo, prepare, pretrain, reward, sft
@@ -261,7 +272,9 @@ def export(options: argparse.Namespace) -> None:
     """maxllm export"""
     from maxllm.stages import export as stage
 
-    result = stage.run(options.run_dir, options.out, verify=not options.no_verify)
+    result = stage.run(
+        options.run_dir, options.out, verify=not options.no_verify, overrides=options.overrides
+    )
     show(options, result, "maxllm export")
     if result["greedy_identical"] is None and not options.json:
         why = "--no-verify was given" if options.no_verify else "torch is not installed"

@@ -6,15 +6,25 @@ A recipe is a YAML file with these sections; `key=value` words on the command li
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 class Section(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, validate_default=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None, "validators of fields know their field"
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"was given {value}, which is neither a number nor a text")
+        return value
 
 
 class RopeScaling(Section):
@@ -127,11 +137,18 @@ class RunConfig(Section):
     eval_every: int = Field(100, gt=0, description="Steps between two evaluations on held-out data.")
     checkpoint_every: int = Field(100, gt=0, description="Steps between two checkpoints.")
     keep_checkpoints: int = Field(
-        2, gt=0, description="Latest checkpoints kept; the best by held-out loss is kept besides."
+        2, gt=0, description="Latest checkpoints kept; the best evaluated one is kept besides."
     )
     max_nonfinite_steps: int = Field(
         5, ge=0, description="Consecutive skipped (non-finite) updates after which the run fails."
     )
+
+    @field_validator("dir")
+    @classmethod
+    def _local(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(f"{value} is not a local path; mount the bucket (gcsfuse) and give its folder")
+        return value
 
 
 class StartConfig(Section):
@@ -143,13 +160,17 @@ class StartConfig(Section):
         "any: a converted one).",
     )
     reward: str | None = Field(None, description="Run folder of the reward model (PPO).")
+    checkpoint: Literal["latest", "best"] = Field(
+        "latest",
+        description="Which checkpoint of those runs: the newest, or the best by its held-out figure.",
+    )
 
 
 class TokenizerConfig(Section):
     """The SentencePiece tokenizer."""
 
     path: str = Field(
-        description="A tokenizer.model, or a folder with tokenizer.json; `prepare` trains it there when absent."
+        description="A tokenizer.model, or a folder with tokenizer.json; `prepare` trains it if absent."
     )
     vocab_size: int = Field(4096, ge=512, description="Pieces to train, special tokens included.")
     algorithm: Literal["bpe", "unigram", "byte_bpe"] = Field(
@@ -327,8 +348,40 @@ class Config(Section):
             raise ValueError(
                 f"batch.microbatches={self.batch.microbatches} does not divide batch.rows={self.batch.rows}"
             )
-        if self.stage == "ppo" and self.batch.rows % self.ppo.minibatches:
+        return self
+
+    @model_validator(mode="after")
+    def _schedule(self) -> Self:
+        updates = self.updates
+        if self.optimizer.warmup_steps >= updates and self.optimizer.warmup_steps > 0:
             raise ValueError(
-                f"ppo.minibatches={self.ppo.minibatches} does not divide batch.rows={self.batch.rows}"
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is not less than the run's {updates} "
+                "updates, so the peak learning rate is never reached"
             )
         return self
+
+    @model_validator(mode="after")
+    def _ppo(self) -> Self:
+        if self.stage != "ppo":
+            return self
+        if self.batch.rows % (self.ppo.minibatches * self.batch.microbatches):
+            raise ValueError(
+                f"ppo.minibatches={self.ppo.minibatches} x batch.microbatches={self.batch.microbatches} "
+                f"does not divide batch.rows={self.batch.rows}"
+            )
+        generation = self.generation
+        if generation.temperature == 0:
+            raise ValueError("generation.temperature=0 is greedy; PPO learns from sampled responses")
+        if generation.top_k or generation.top_p < 1:
+            raise ValueError(
+                "generation.top_k and generation.top_p would sample from another distribution than the one "
+                "PPO updates; leave them at 0 and 1"
+            )
+        return self
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        if self.stage != "ppo":
+            return self.run.steps
+        return self.run.steps * self.ppo.epochs * self.ppo.minibatches

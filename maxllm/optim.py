@@ -25,7 +25,8 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
     """Weight decay applies to matrices. Names decide, not ndim: scanned norm scales are [L, D]."""
-    return not any(str(key.key) == "scale" or str(key.key).endswith("_bias") for key in path)
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return not any(name == "scale" or name.endswith("_bias") for name in names)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

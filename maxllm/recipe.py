@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,7 @@ def explain(error: ErrorDetails) -> str:
     where = ".".join(str(part) for part in error["loc"])
     match error["type"]:
         case "extra_forbidden":
-            nearest = difflib.get_close_matches(where, field_names(Config), n=1, cutoff=0.0)
-            return f"unknown key {where!r}; the nearest is {nearest[0]!r}"
+            return f"unknown key {where!r}; the nearest is {nearest_key(where)!r}"
         case "missing":
             return f"{where} is required and was not given"
         case "value_error":
@@ -117,6 +116,22 @@ def explain(error: ErrorDetails) -> str:
     field = field_at(error["loc"])
     meaning = f" ({field.description})" if field and field.description else ""
     return f"{where} was given {error['input']!r}: {allowed}{meaning}"
+
+
+def nearest_key(where: str) -> str:
+    """The known key most like an unknown one: within its section if that exists, else anywhere."""
+    names = field_names(Config)
+    section, dot, leaf = where.rpartition(".")
+    siblings = {name[len(section) + 1 :]: name for name in names if name.rpartition(".")[0] == section}
+    if dot and siblings:
+        close = difflib.get_close_matches(leaf, [*siblings, *initials(siblings)], n=1, cutoff=0.0)[0]
+        return siblings.get(close) or siblings[initials(siblings)[close]]
+    return difflib.get_close_matches(where, names, n=1, cutoff=0.0)[0]
+
+
+def initials(names: Iterable[str]) -> dict[str, str]:
+    """`lr` for learning_rate: what people type for short."""
+    return {"".join(word[0] for word in name.split("_")): name for name in names if "_" in name}
 
 
 def field_names(section: type[BaseModel], prefix: str = "") -> list[str]:

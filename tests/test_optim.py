@@ -131,3 +131,25 @@ def test_adamw_equals_torch():
         np.testing.assert_allclose(params["w"], w.detach().numpy(), rtol=0, atol=1e-6)
         np.testing.assert_allclose(params["norm"]["scale"], scale.detach().numpy(), rtol=0, atol=1e-6)
     assert any(clipped) and not all(clipped)
+
+
+def test_biases_are_not_decayed(tiny_model, params_of):
+    """Scanned biases are [L, H, K]: their names keep decay away, boxed with logical axes or not."""
+    from maxllm.model.llama import Llama
+    from maxllm.optim import is_matrix
+    from maxllm.steps.state import init_params
+
+    model = Llama(tiny_model(attention_bias="qkvo", mlp_bias=True, qk_norm=True))
+    boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    for params in (params_of(model), boxed):
+        decayed = {
+            jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+            for path, _ in jax.tree_util.tree_leaves_with_path(params)
+            if is_matrix(path, None)
+        }
+        layers = "decoder/layers/"
+        assert decayed == {
+            *("decoder/embedding", "lm_head"),
+            *(f"{layers}attention/{name}" for name in ("wq", "wk", "wv", "wo")),
+            *(f"{layers}mlp/{name}" for name in ("w_gate", "w_up", "w_down")),
+        }

@@ -42,6 +42,9 @@ def base(tmp_path):
     return write(tmp_path / "base.yaml", TREE)
 
 
+PPO = ("stage=ppo", "start={policy: a, reward: b}", "generation={max_new_tokens: 8, temperature: 1.0}")
+
+
 def sentence_of(base, *overrides):
     """What the user reads: always one line."""
     with pytest.raises(UserError) as error:
@@ -57,7 +60,8 @@ def sentence_of(base, *overrides):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("optimizer.lr=3e-4", "unknown key 'optimizer.lr'; the nearest is 'optimizer"),
+        ("optimizer.lr=3e-4", "unknown key 'optimizer.lr'; the nearest is 'optimizer.learning_rate'"),
+        ("batch.length=8", "unknown key 'batch.length'; the nearest is 'batch.sequence_length'"),
         (
             "optimizer.learning_rat=1",
             "unknown key 'optimizer.learning_rat'; the nearest is 'optimizer.learning_rate'",
@@ -66,7 +70,7 @@ def sentence_of(base, *overrides):
         ("model.dmodel=8", "unknown key 'model.dmodel'; the nearest is 'model.d_model'"),
         (
             "model.rope_scaling.factr=8",
-            "unknown key 'model.rope_scaling.factr'; the nearest is 'model.rope_sc",
+            "unknown key 'model.rope_scaling.factr'; the nearest is 'model.rope_scaling.factor'",
         ),
         ("data.clean.min_char=1", "unknown key 'data.clean.min_char'; the nearest is 'data.clean.min_chars'"),
         ("optimiser.eps=1", "unknown key 'optimiser'; the nearest is 'optimizer'"),
@@ -83,6 +87,9 @@ def test_an_unknown_key_names_the_nearest(base, override, sentence):
         ("run.steps=many", ["run.steps was given 'many'", "valid integer", "Optimizer steps"]),
         ("run.steps=1.5", ["run.steps was given 1.5", "integer"]),
         ("run.steps=0", ["run.steps was given 0", "greater than 0"]),
+        ("run.steps=true", ["run.steps", "was given True, which is neither a number"]),
+        ("optimizer.learning_rate=true", ["optimizer.learning_rate", "was given True"]),
+        ("run.dir=gs://bucket/x", ["run.dir", "gs://bucket/x is not a local path"]),
         ("run.seed=-1", ["run.seed was given -1", "greater than or equal to 0"]),
         ("optimizer.learning_rate=fast", ["optimizer.learning_rate was given 'fast'", "Peak learning rate"]),
         ("optimizer.learning_rate=.nan", ["optimizer.learning_rate was given nan", "finite"]),
@@ -123,8 +130,26 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(base, override, par
             "generation.max_new_tokens=64 leaves no room for a prompt in batch.sequence_length=64",
         ),
         (
-            ["stage=ppo", "start={policy: a, reward: b}", "ppo.minibatches=3", "generation.max_new_tokens=8"],
-            "ppo.minibatches=3 does not divide batch.rows=8",
+            [*PPO, "ppo.minibatches=3"],
+            "ppo.minibatches=3 x batch.microbatches=1 does not divide batch.rows=8",
+        ),
+        (
+            [*PPO, "ppo.minibatches=4", "batch.microbatches=4"],
+            "ppo.minibatches=4 x batch.microbatches=4 does not divide batch.rows=8",
+        ),
+        (
+            [*PPO, "generation.temperature=0"],
+            "generation.temperature=0 is greedy; PPO learns from sampled responses",
+        ),
+        (
+            [*PPO, "generation.top_k=5"],
+            "generation.top_k and generation.top_p would sample from another distribution than the one PPO "
+            "updates; leave them at 0 and 1",
+        ),
+        (
+            ["run.steps=3", "optimizer.warmup_steps=3"],
+            "optimizer.warmup_steps=3 is not less than the run's 3 updates, so the peak learning rate is "
+            "never reached",
         ),
         (
             ["model.rope_scaling={low_freq_factor: 4, high_freq_factor: 4}"],
@@ -177,6 +202,7 @@ def test_overrides_apply_in_order_and_have_yaml_types(base):
             'data.sources=["b.txt", "c.txt"]',
             "model.tie_embeddings=true",
             "model.head_dim=null",
+            "run.dir=2024",
             "run.dir=runs/a=b",
             "model.rope_scaling.factor=4",
         ],

@@ -48,16 +48,46 @@ def messages_of(row: dict[str, Any]) -> list[Message]:
 def preference_of(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     """(prompt, chosen reply, rejected reply) of a `{"prompt", "chosen", "rejected"}` row.
 
-    The prompt is text (one user turn) or a list of messages. `question` is accepted for `prompt`.
+    The prompt is text (one user turn) or a list of messages; `question` is accepted for it. A reply is text,
+    or a list of messages that ends with it; the messages before it are the prompt where none is given.
 
     Raises:
       RowError: naming the field, or for two equal replies.
     """
-    prompt = prompt_of(row)
-    chosen, rejected = text_field(row, "chosen"), text_field(row, "rejected")
+    before, chosen = reply_of(row, "chosen")
+    other, rejected = reply_of(row, "rejected")
+    if "prompt" in row or "question" in row:
+        prompt = prompt_of(row)
+    elif before and before == other:
+        prompt = before
+    else:
+        raise RowError("field 'prompt' is missing")
     if chosen == rejected:
         raise RowError("'chosen' and 'rejected' are equal")
     return prompt, chosen, rejected
+
+
+def reply_of(row: dict[str, Any], name: str) -> tuple[list[Message], str]:
+    """(turns before it, text) of the field `chosen` or `rejected`.
+
+    Raises:
+      RowError: naming the field.
+    """
+    if not isinstance(row.get(name), list):
+        return [], text_field(row, name)
+    *before, last = read_turns(row[name], name)
+    if last["role"] != "assistant":
+        raise RowError(f"field {name!r} does not end with the assistant's turn")
+    return before, last["content"]
+
+
+def prompt_key(row: dict[str, Any]) -> Any:
+    """What is asked in a row, whatever the answer: rows that share it belong on one side of a split."""
+    for name in ("messages", "conversations", "chosen"):
+        if isinstance(row.get(name), list) and "prompt" not in row:
+            return row[name][:-1]
+    asked = {name: row[name] for name in ("prompt", "question", "instruction", "input") if name in row}
+    return asked or row
 
 
 def prompt_of(row: dict[str, Any]) -> list[Message]:

@@ -64,7 +64,7 @@ def read_split(
     """(training rows, held-out rows, counts by source), each row through `parse`.
 
     `parse` raises `chat.RowError` for a row that cannot be used. Without data.heldout_sources, a hash of a
-    row's content decides whether it is held out.
+    row's prompt decides whether it is held out, so no prompt stands on both sides.
 
     Raises:
       UserError: a source is missing or empty, too large a share of it is unusable, or a side stays empty.
@@ -98,13 +98,14 @@ def parse_sources(
     max_bad_share: float,
     parse: Callable[[dict[str, Any]], Parsed],
 ) -> tuple[list[tuple[int, Parsed]], list[Tally]]:
-    """(64-bit content hash, parsed row) of every usable row, and the counts of each source."""
+    """(64-bit hash of what is asked, parsed row) of every usable row, and the counts of each source."""
     parsed, tallies = [], []
     for source in sources:
         tally = Tally(source)
         for where, row in rows_of(source, kind, seed, tally):
             try:
-                key = hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=8).digest()
+                asked = json.dumps(chat.prompt_key(row), sort_keys=True).encode()
+                key = hashlib.blake2b(asked, digest_size=8).digest()
                 parsed.append((int.from_bytes(key, "big"), parse(row)))
             except chat.RowError as error:
                 tally.drop(str(error), f"{where}: {error}")

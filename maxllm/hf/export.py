@@ -12,7 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ def export(
     *,
     generation: GenerationConfig | None = None,
     description: str = "",
+    base: Mapping[str, Any] | None = None,
+    verify: Callable[[Path], None] = lambda folder: None,
 ) -> dict[str, Any]:
     """Writes a folder that `transformers` loads, and returns its numbers.
 
@@ -61,6 +63,8 @@ def export(
       out_dir: absent, empty, or a former export.
       generation: decoding defaults of the folder; `GenerationConfig()`, greedy, when absent.
       description: a paragraph of Markdown for the model card.
+      base: config.json of the model that this one descends from, whose other fields stay.
+      verify: looks at the finished folder before it takes its place; what it raises, nothing is left of.
 
     Returns:
       {"path", "parameters", "tensors", "bytes"}: bytes are those of the weights' file.
@@ -76,7 +80,7 @@ def export(
         )
     out_dir = Path(out_dir).absolute()
     with replaced_folder(out_dir) as folder:
-        write_json(hf_config_of(config, tokenizer) | {MARK: __version__}, folder / "config.json")
+        write_json(hf_config_of(config, tokenizer, base=base) | {MARK: __version__}, folder / "config.json")
         tensors = {name: t.astype(np.float32, copy=False) for name, t in mapping.hf_tensors(params, config)}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         save_tokenizer(tokenizer, folder)
@@ -86,6 +90,7 @@ def export(
         parameters = sum(tensor.size for tensor in tensors.values())
         card = model_card(out_dir.name, config, parameters, description)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        verify(folder)
     size = (out_dir / WEIGHTS).stat().st_size
     return {"path": str(out_dir), "parameters": parameters, "tensors": len(tensors), "bytes": size}
 

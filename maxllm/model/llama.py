@@ -152,5 +152,5 @@ class Llama(nn.Module):
         if last_only:
             x_BTD = x_BTD[:, -1:]
         w_DV = self.decoder.embedding_VD.T if self.config.tie_embeddings else self.lm_head_DV
-        logits_BTV = matmul(x_BTD, w_DV).astype(jnp.float32)
+        logits_BTV = matmul(x_BTD, w_DV, jnp.dtype(jnp.float32))
         return nn.with_logical_constraint(logits_BTV, ("batch", "length", "act_vocab"))

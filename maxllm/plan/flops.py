@@ -15,18 +15,21 @@ PEAK_FLOPS = {
 """`jax.Device.device_kind` -> peak FLOP/s. A device that is not here has no MFU."""
 
 
-def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters that every token is multiplied with: all but the embedding lookup and the norms."""
+def matmul_parameters(config: ModelConfig, head: int) -> int:
+    """Parameters that every token is multiplied with: all but the embedding lookup, norms and biases.
+
+    `head` is the output's width: the vocabulary, or 1 for a scalar model.
+    """
     D, H, G, K, F = config.d_model, config.n_heads, config.n_kv_heads, config.k_dim, config.d_ff
     per_layer = D * H * K + 2 * D * G * K + H * K * D + 3 * D * F
-    return config.n_layers * per_layer + D * config.vocab_size
+    return config.n_layers * per_layer + D * head
 
 
-def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+def train_flops_per_token(config: ModelConfig, sequence_length: int, head: int | None = None) -> float:
     """Forward and backward: 6 per matmul parameter, plus causal attention.
 
     Attention's q k^T and p v cost 2 * 2 * H * K * T forward per token and layer, half of it under the causal
     mask, three times that with the backward pass (Chowdhery et al. 2022, appendix B, halved for causality).
     """
     attention = 6 * config.n_layers * config.n_heads * config.k_dim * sequence_length
-    return 6.0 * matmul_parameters(config) + attention
+    return 6.0 * matmul_parameters(config, config.vocab_size if head is None else head) + attention

@@ -1,15 +1,20 @@
 """Checkpoints through Orbax: the parameters that other stages read, and the rest that only resuming needs.
 
 A checkpoint has two items. `params` is what the next stage starts from; `rest` is the state without it (step,
-optimizer state, the critic of PPO). A restore that does not fit is an error, never a fresh start.
+optimizer state, the critic of PPO). Those taken where the run was evaluated also carry a rank, larger is
+better. A restore that does not fit is an error, never a fresh start.
+
+A training run writes through `Checkpoints`; whoever only reads uses the functions below it, which never touch
+the folder.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -37,24 +42,19 @@ AnyState = TypeVar("AnyState", bound=State)
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, run_dir: Path, keep: int, best_mode: str) -> None:
-        """Opens `run_dir/checkpoints`.
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        """Opens `run_dir/checkpoints` for writing; no other process may have it open so.
 
         Args:
           run_dir: the run folder.
-          keep: latest checkpoints to keep; the best one is kept besides.
-          best_mode: "min" or "max" of the number given to `save`.
+          keep: latest checkpoints to keep; the one of the highest rank is kept besides.
         """
-        best = BestN(
-            get_metric_fn=lambda metrics: metrics["best"],
-            reverse=best_mode == "min",
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        best = BestN(get_metric_fn=rank_of, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
             (run_dir / FOLDER).absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+                best_fn=rank_of,  # writes the ranks down, so that a resumed run knows them
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,  # what a kill left half-written
             ),
@@ -64,13 +64,13 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: State, best: float) -> None:
-        """Starts saving in the background; `best` is the held-out figure that ranks the checkpoint."""
+    def save(self, step: int, state: State, rank: float | None) -> None:
+        """Starts saving in the background; `rank` is None where the state was not evaluated."""
         params, rest = state.detach()
         self._manager.save(
             step,
             args=ocp.args.Composite(params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)),
-            metrics={"best": best},
+            metrics=None if rank is None else {"rank": rank},
         )
 
     def restore(self, step: int, abstract_state: AnyState) -> AnyState:
@@ -79,13 +79,7 @@ class Checkpoints:
         Raises:
           RunFailed: it cannot be read; nothing is changed.
         """
-        params, rest = abstract_state.detach()
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest)
-        )
-        with readable(Path(self._manager.directory) / str(step)):
-            restored = self._manager.restore(step, args=items)
-        return restored["rest"].attach(restored["params"])
+        return restore(Path(self._manager.directory) / str(step), abstract_state)
 
     def close(self) -> None:
         """Waits for the save under way."""
@@ -93,25 +87,84 @@ class Checkpoints:
         self._manager.close()
 
 
-def load_params(run_dir: Path, abstract_params: Params) -> Params:
-    """The newest parameters of another run, in the shardings of `abstract_params`.
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def latest_step(run_dir: Path) -> int | None:
+    """The step of a run's newest complete checkpoint."""
+    folder = (run_dir / FOLDER).absolute()
+    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.is_dir() else None
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The step of a run's checkpoint with the highest rank."""
+    folder = (run_dir / FOLDER).absolute()
+    ranks = {}
+    for step in ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []:
+        file = folder / str(step) / "metrics" / "metrics"
+        if file.is_file():
+            ranks[step] = rank_of(json.loads(file.read_text(encoding="utf-8")))
+    return max(ranks, key=lambda step: ranks[step], default=None)
+
+
+def rank_of(metrics: dict[str, float]) -> float:
+    """What orders checkpoints: larger is better."""
+    return metrics["rank"]
+
+
+def find(run_dir: Path, which: Literal["latest", "best"] = "latest") -> Path:
+    """The folder of a run's newest or best checkpoint.
 
     Raises:
-      UserError: no checkpoint there, or one of another model.
+      UserError: there is none.
     """
-    folder = run_dir / FOLDER
-    steps = ocp.utils.checkpoint_steps(folder.absolute()) if folder.is_dir() else []
-    if not steps:
-        raise UserError(f"{run_dir} holds no checkpoint; train that stage first")
-    path = folder.absolute() / str(max(steps)) / "params"
-    # The handler, not a Checkpointer: `params` is one item of a checkpoint, not a checkpoint of its own.
-    handler = ocp.StandardCheckpointHandler()
-    with readable(path.parent):
-        problems = differences(handler.metadata(path).tree, abstract_params)
+    step = latest_step(run_dir) if which == "latest" else best_step(run_dir)
+    if step is None:
+        raise UserError(f"{run_dir} holds no {which} checkpoint; train that stage first")
+    return (run_dir / FOLDER).absolute() / str(step)
+
+
+def restore(checkpoint: Path, abstract_state: AnyState) -> AnyState:
+    """A whole training state from one checkpoint's folder, in the shardings of `abstract_state`.
+
+    Raises:
+      RunFailed: it cannot be read.
+    """
+    params, rest = abstract_state.detach()
+    restored = read_items(checkpoint, params=params, rest=rest)
+    return restored["rest"].attach(restored["params"])
+
+
+def read_items(checkpoint: Path, **abstract: Any) -> Any:
+    """Some items of a checkpoint, each in the shardings and types of its abstract tree."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+    with readable(checkpoint), ocp.CheckpointManager(checkpoint.parent, options=options) as manager:
+        return manager.restore(int(checkpoint.name), args=ocp.args.Composite(**items))
+
+
+def check_params(checkpoint: Path, abstract_params: Params) -> None:
+    """Looks at a checkpoint's shapes without reading it.
+
+    Raises:
+      UserError: it is of another model.
+    """
+    with readable(checkpoint):
+        saved = ocp.StandardCheckpointHandler().metadata(checkpoint / "params").tree
+    problems = differences(saved, abstract_params)
     if problems:
-        raise UserError(f"{path.parent} is a checkpoint of another model: {'; '.join(problems[:5])}")
-    with readable(path.parent):
-        return handler.restore(path, args=ocp.args.StandardRestore(abstract_params))
+        raise UserError(f"{checkpoint} is a checkpoint of another model: {'; '.join(problems[:5])}")
+
+
+def load_params(checkpoint: Path, abstract_params: Params) -> Params:
+    """The parameters in a checkpoint's folder, in the shardings and types of `abstract_params`.
+
+    Raises:
+      UserError: it is of another model.
+      RunFailed: it cannot be read.
+    """
+    check_params(checkpoint, abstract_params)
+    return read_items(checkpoint, params=abstract_params)["params"]
 
 
 @contextmanager

@@ -10,6 +10,9 @@ from types import FrameType
 import jax
 import numpy as np
 
+AGREE_EVERY = 10
+"""Steps between two moments at which several processes agree whether to stop."""
+
 
 class StopRequest:
     """Whether this process was asked to stop."""
@@ -23,10 +26,15 @@ class StopRequest:
             raise KeyboardInterrupt
         self.asked = True
 
-    def anywhere(self) -> bool:
-        """Whether any process was asked: all must stop at the same step to save together."""
+    def anywhere(self, step: int) -> bool:
+        """Whether any process was asked: all must stop at the same step to save together.
+
+        Several processes ask each other only every AGREE_EVERY steps, because asking waits for the devices.
+        """
         if jax.process_count() == 1:
             return self.asked
+        if step % AGREE_EVERY:
+            return False
         from jax.experimental import multihost_utils
 
         return bool(np.any(multihost_utils.process_allgather(np.array(self.asked))))

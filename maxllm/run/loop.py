@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -17,9 +18,9 @@ from maxllm.errors import Interrupted, RunFailed
 from maxllm.parallel import processes, sharding
 from maxllm.plan.flops import PEAK_FLOPS
 from maxllm.records import Metrics
-from maxllm.run.checkpoint import Checkpoints
+from maxllm.run.checkpoint import FOLDER, Checkpoints, latest_step
 from maxllm.run.faults import StopRequest, stop_on_signals
-from maxllm.run.record import SUMMARY, Recorder, hardware, peak_rss_bytes, read_summary, write_json
+from maxllm.run.record import METRICS, SUMMARY, Recorder, hardware, peak_rss_bytes, read_summary, write_json
 from maxllm.run.session import Session, compile_step, open_run_dir
 
 
@@ -67,26 +68,42 @@ def train(session: Session, job: Job) -> dict[str, Any]:
       2. metrics.jsonl is cut back to that step;
       3. the next batch is the one of that step, for a batch is a function of (seed, step).
 
+    Nothing is written before the first state is there: what cannot start leaves no folder behind.
+
     Raises:
       Interrupted: SIGTERM or Ctrl-C came; the state is saved.
-      RunFailed: too many consecutive updates were not finite.
+      RunFailed: too many consecutive updates were not finite, or the run's checkpoints are gone.
+      UserError: another process is training in the same folder.
     """
-    open_run_dir(session)
-    run = session.config.run
-    checkpoints = Checkpoints(session.run_dir, run.keep_checkpoints, job.best[1])
-    try:
-        first = checkpoints.latest()
-        title = session.config.stage
-        with (
-            stop_on_signals() as stop,
-            Recorder(session.run_dir, title, run.steps, first, processes.is_main()) as recorder,
-        ):
-            summary = _Loop(session, job, checkpoints, recorder, stop).run(first)
-    finally:
-        checkpoints.close()
-    if processes.is_main():
-        write_json(session.run_dir / SUMMARY, summary)
+    run, title = session.config.run, session.config.stage
+    with stop_on_signals() as stop:
+        first = latest_step(session.run_dir)
+        check_not_lost(session.run_dir, first)
+        state = job.fresh() if first is None else None
+        with open_run_dir(session):
+            checkpoints = Checkpoints(session.run_dir, run.keep_checkpoints)
+            try:
+                with Recorder(session.run_dir, title, run.steps, first, processes.is_main()) as recorder:
+                    if state is None:
+                        assert first is not None, "else there is a fresh state"
+                        state = checkpoints.restore(first, job.abstract_state)
+                        recorder.say(f"continues from the checkpoint of step {first}")
+                    summary = _Loop(session, job, checkpoints, recorder, stop).run(state, first or 0)
+            finally:
+                checkpoints.close()
+            if processes.is_main():
+                write_json(session.run_dir / SUMMARY, summary)
     return summary
+
+
+def check_not_lost(run_dir: Path, step: int | None) -> None:
+    """A folder with metrics had a checkpoints folder from its first moment on.
+
+    Raises:
+      RunFailed: it is gone, and starting anew would overwrite what the run recorded.
+    """
+    if step is None and (run_dir / METRICS).is_file() and not (run_dir / FOLDER).is_dir():
+        raise RunFailed(f"{run_dir} has metrics but no {FOLDER}/; remove the folder to start the run anew")
 
 
 class _Loop:
@@ -102,36 +119,34 @@ class _Loop:
         self.skipped_in_a_row = 0
         self.pending: tuple[int, Metrics] | None = None
 
-    def run(self, first: int | None) -> dict[str, Any]:
-        """From the checkpoint of step `first` (None: from the start) to the last step."""
+    def run(self, state: Any, first: int) -> dict[str, Any]:
+        """From the state after step `first` to the last step."""
         job, run = self.job, self.session.config.run
-        if first is None:
-            state = job.fresh()
-            heldout = self.evaluate(state, 0)
-        else:
-            state = self.checkpoints.restore(first, job.abstract_state)
-            heldout = next(r["heldout"] for r in reversed(self.recorder.records) if "heldout" in r)
-            self.recorder.say(f"continues from the checkpoint of step {first}")
+        self.tell_size()
+        if first == 0:
+            self.evaluate(state, 0)
         rows = sharding.batch_sharding(self.session.mesh)
         step_fn, compile_seconds = compile_step(
             self.session.mesh, job.step, job.abstract_state, job.batches.at(0), *job.frozen
         )
         self.recorder.say(f"compiled the step in {compile_seconds:.1f} s")
 
+        if self.stop.anywhere(0):
+            raise Interrupted(f"stopped before step {first + 1}; the same command continues")
+
         self.window.restart()
-        for step in range((first or 0) + 1, run.steps + 1):
+        for step in range(first + 1, run.steps + 1):
             batch = processes.to_global(job.batches.at(step - 1), rows)
             state, metrics = step_fn(state, batch, *job.frozen)
             # Reading numbers waits for the device; reading the former step's keeps it busy meanwhile.
             self.note_pending()
             self.pending = (step, metrics)
             evaluating = due(step, run.eval_every, run.steps)
-            stopping = self.stop.anywhere()
+            stopping = self.stop.anywhere(step)
             saving = stopping or due(step, run.checkpoint_every, run.steps)
             if evaluating or saving:
                 self.note_pending()
-            if evaluating:
-                heldout = self.evaluate(state, step)
+            heldout = self.evaluate(state, step) if evaluating else None
             if saving:
                 self.save(step, state, heldout)
             if stopping:
@@ -139,6 +154,18 @@ class _Loop:
                     f"stopped after step {step} of {run.steps} and saved; the same command continues"
                 )
         return self.summary(state, compile_seconds)
+
+    def tell_size(self) -> None:
+        """Says how large the work is."""
+        steps, tokens = self.session.config.run.steps, self.job.tokens_per_step
+        self.recorder.say(
+            f"{self.parameters():,} parameters; {steps:,} steps of {tokens:,} tokens, "
+            f"{steps * self.job.flops_per_step:.3g} FLOPs in all"
+        )
+
+    def parameters(self) -> int:
+        """Parameters of the exported model."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.job.abstract_state.detach()[0]))
 
     def seconds(self) -> float:
         """Seconds this run has taken so far, earlier sittings included."""
@@ -182,10 +209,12 @@ class _Loop:
         self.window.paused(time.perf_counter() - started)
         return heldout
 
-    def save(self, step: int, state: Any, heldout: dict[str, float]) -> None:
-        """Starts saving in the background, ranked by the newest held-out figure."""
+    def save(self, step: int, state: Any, heldout: dict[str, float] | None) -> None:
+        """Starts saving in the background, ranked by its own held-out figure where it has one."""
         started = time.perf_counter()
-        self.checkpoints.save(step, state, heldout[self.job.best[0]])
+        name, better = self.job.best
+        rank = None if heldout is None else heldout[name] * (1 if better == "max" else -1)
+        self.checkpoints.save(step, state, rank)
         self.window.paused(time.perf_counter() - started)
 
     def summary(self, state: Any, compile_seconds: float) -> dict[str, Any]:
@@ -196,7 +225,7 @@ class _Loop:
         return {
             "stage": self.session.config.stage,
             "steps": self.session.config.run.steps,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.job.abstract_state.detach()[0])),
+            "parameters": self.parameters(),
             "tokens": self.session.config.run.steps * self.job.tokens_per_step,
             "seconds": self.seconds(),
             "compile_seconds": round(compile_seconds, 2),
@@ -228,7 +257,7 @@ class _Window:
         self._paused += seconds
 
     def add(self, sums: dict[str, tuple[float, float]]) -> None:
-        """Adds one step's (sum, count) pairs; a skipped step counts only as skipped."""
+        """Adds one step's (sum, count) pairs, those that are finite."""
         self._steps += 1
         for name, (total, count) in sums.items():
             if math.isfinite(total):

@@ -1,12 +1,13 @@
 """The run folder's text files: metrics.jsonl (one JSON object a line), summary.json; and the console.
 
-Nothing here is read back by training except `summary.json`'s existence (the run is complete) and the seconds
-already spent.
+Training reads back `summary.json`'s existence (the run is complete), the records up to the step it continues
+from, and with them the seconds already spent; none of it changes a number that is trained.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -41,7 +42,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Plain data with null for every number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_records(run_dir: Path) -> Iterator[dict[str, Any]]:
@@ -129,12 +139,11 @@ class Recorder:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
             console=self._console,
             transient=True,
             disable=not (main and self._console.is_terminal),
         )
-        self._task = self._progress.add_task(title, total=steps, completed=first_step or 0, note="")
+        self._task = self._progress.add_task(title, total=steps, completed=first_step or 0)
         self._title = title
 
     def __enter__(self) -> Self:
@@ -151,11 +160,11 @@ class Recorder:
         self.records.append(record)
         if self._main:
             with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
+                stream.write(json.dumps(finite(record), allow_nan=False) + "\n")
 
-    def advance(self, step: int, note: str = "") -> None:
+    def advance(self, step: int) -> None:
         """Moves the progress bar."""
-        self._progress.update(self._task, completed=step, note=note)
+        self._progress.update(self._task, completed=step)
 
     def say(self, line: str) -> None:
         """One console line above the progress bar."""

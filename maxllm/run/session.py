@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +26,16 @@ from maxllm.parallel import processes, sharding
 from maxllm.parallel.mesh import check_divisible, make_mesh
 from maxllm.run.record import console, write_bytes, write_json, write_text
 
-CONFIG, HF_CONFIG = "config.yaml", "hf_config.json"
+CONFIG, HF_CONFIG, LOCK = "config.yaml", "hf_config.json", ".lock"
 
 MAY_CHANGE = {"mesh", "run.dir", "run.log_every", "run.eval_every", "run.checkpoint_every"} | {
     "run.keep_checkpoints",
     "run.max_nonfinite_steps",
 }
 """Settings that a resumed run may change: they alter neither its data nor its arithmetic."""
+
+PATHS = {"start.policy", "start.reward", "tokenizer.path", "data.prepared_dir"}
+"""Settings that may be spelled differently, as long as they mean the same place."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,13 @@ def open_session(config: Config) -> Session:
     return Session(resolved, model, mesh, tokenizer, run_dir, hf_config)
 
 
+def resolved(config: Config) -> Config:
+    """The recipe with the model it will train: its own, or that of start.policy if that run is there."""
+    if config.model is None and config.start.policy and (Path(config.start.policy) / CONFIG).is_file():
+        return config.model_copy(update={"model": run_config(Path(config.start.policy)).model})
+    return config
+
+
 def say(session: Session, line: str) -> None:
     """One console line before the loop begins."""
     console(processes.is_main()).print(f"{session.config.stage}: {line}", markup=False, soft_wrap=True)
@@ -91,15 +104,8 @@ def inherited(config: Config) -> tuple[Path, ModelConfig]:
     parent = Path(config.start.policy)
     model = run_config(parent).model
     assert model is not None, "a run folder's config is resolved"
-    # How it computes may differ between stages; what the checkpoint's shapes and function rest on may not.
     if config.model is not None:
-        free = {"dtype", "remat", "scan_unroll", "embedding_dropout", "attention_dropout", "residual_dropout"}
-        for name in sorted(set(ModelConfig.model_fields) - free):
-            ours, theirs = getattr(config.model, name), getattr(model, name)
-            if ours != theirs:
-                raise UserError(
-                    f"model.{name}={ours}, but the checkpoint in {parent} is of a model with {theirs}"
-                )
+        check_same_model(config.model, parent)
         model = config.model
     if config.tokenizer is not None:
         given, used = load_tokenizer(config.tokenizer.path), load_tokenizer(parent)
@@ -108,6 +114,22 @@ def inherited(config: Config) -> tuple[Path, ModelConfig]:
                 f"tokenizer.path={config.tokenizer.path} is not the tokenizer that {parent} was trained with"
             )
     return parent, model
+
+
+def check_same_model(model: ModelConfig, run_dir: Path) -> None:
+    """How a model computes may differ between stages; what its shapes and function rest on may not.
+
+    Raises:
+      UserError: naming the first setting in which the model of `run_dir` is another.
+    """
+    other = run_config(run_dir).model
+    free = {"dtype", "remat", "scan_unroll", "embedding_dropout", "attention_dropout", "residual_dropout"}
+    for name in sorted(set(ModelConfig.model_fields) - free):
+        ours, theirs = getattr(model, name), getattr(other, name)
+        if ours != theirs:
+            raise UserError(
+                f"model.{name}={ours}, but the checkpoint in {run_dir} is of a model with {theirs}"
+            )
 
 
 def run_config(run_dir: Path) -> Config:
@@ -132,6 +154,8 @@ def check_same_recipe(run_dir: Path, config: Config) -> None:
     former, now = flat(recipe.read_yaml(run_dir / CONFIG)), flat(yaml.safe_load(recipe.dump(config)))
     for key in sorted(former.keys() | now.keys()):
         fixed = not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+        if key in PATHS and former.get(key) and now.get(key):
+            fixed = Path(former[key]).resolve() != Path(now[key]).resolve()
         if fixed and former.get(key) != now.get(key):
             raise UserError(
                 f"{run_dir} holds a run with {key}={former.get(key)}, not {now.get(key)}; "
@@ -139,15 +163,29 @@ def check_same_recipe(run_dir: Path, config: Config) -> None:
             )
 
 
-def open_run_dir(session: Session) -> None:
-    """Creates the run folder with its config and tokenizer: work begins."""
-    if processes.is_main():
-        session.run_dir.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def open_run_dir(session: Session) -> Iterator[None]:
+    """Creates the run folder with its config and tokenizer, and keeps other processes out while it is open.
+
+    Raises:
+      UserError: another process is training in it.
+    """
+    if not processes.is_main():
+        yield
+        return
+    session.run_dir.mkdir(parents=True, exist_ok=True)
+    with (session.run_dir / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {session.run_dir}") from None
+        check_same_recipe(session.run_dir, session.config)  # it may have come since the session was opened
         for name, content in session.tokenizer.files.items():
             write_bytes(session.run_dir / name, content)
         if session.hf_config is not None:
             write_json(session.run_dir / HF_CONFIG, session.hf_config)
         write_text(session.run_dir / CONFIG, recipe.dump(session.config))
+        yield
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -199,17 +237,37 @@ def compile_reader(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., An
     return call
 
 
-def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> Session:
+def reopen(run_dir: Path, overrides: Sequence[str] = (), may_change: Sequence[str] = ()) -> Session:
     """An existing run, for reading: nothing in its folder changes.
+
+    A run that was trained on another number of devices is read with as many as are here, each with the whole
+    model, unless `mesh.…` says otherwise.
 
     Args:
       run_dir: the run folder, wherever it has been moved to.
       overrides: `key=value` words on top of its configuration.
+      may_change: the sections or fields that overrides may touch, besides mesh.
+
+    Raises:
+      UserError: an override would make it another run.
     """
     run_config(run_dir)  # says clearly when this is no run folder
-    config = recipe.apply_overrides(recipe.read_yaml(run_dir / CONFIG), [*overrides, f"run.dir={run_dir}"])
-    assert config.model is not None, "a run folder's config is resolved"
+    allowed = ("mesh", *may_change)
+    for word in overrides:
+        key = word.partition("=")[0]
+        if not any(key == name or key.startswith(f"{name}.") for name in allowed):
+            raise UserError(f"{key} is part of what {run_dir} is; here one may set {', '.join(allowed)}")
+    words = [*overrides, f"run.dir={run_dir}"]
     processes.initialize()
+    if not any(word.startswith("mesh") for word in overrides):
+        saved = run_config(run_dir).mesh
+        sizes = [size for size in (saved.data, saved.fsdp, saved.tensor) if size != -1]
+        if jax.device_count() % math.prod(sizes) or (
+            len(sizes) == 3 and math.prod(sizes) != jax.device_count()
+        ):
+            words += ["mesh.data=-1", "mesh.fsdp=1", "mesh.tensor=1"]
+    config = recipe.apply_overrides(recipe.read_yaml(run_dir / CONFIG), words)
+    assert config.model is not None, "a run folder's config is resolved"
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, config.model, config.batch)
     tokenizer = load_tokenizer(run_dir)

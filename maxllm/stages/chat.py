@@ -30,11 +30,11 @@ class Speaker:
     """A policy ready to answer."""
 
     def __init__(self, run_dir: Path, overrides: Sequence[str] = ()) -> None:
-        """Loads the newest parameters of a run; `overrides` may change `generation.*`."""
-        self.session: Session = reopen(run_dir, overrides)
+        """Loads the newest parameters of a run; `overrides` may change generation, run.seed, model.dtype."""
+        self.session: Session = reopen(run_dir, overrides, ("generation", "run.seed", "model.dtype"))
         if self.session.config.stage == "reward":
             raise UserError(f"{run_dir} holds a reward model, which gives scores and no text")
-        self.params: Params = policy_params(self.session, str(run_dir))
+        self.params: Params = policy_params(self.session, run_dir)
         self.chats = speaks_in_turns(self.session)
         self._respond = cache(lambda: responder(self.session, self.session.config.generation))
         self._turn = 0

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from maxllm.errors import UserError
-from maxllm.run.checkpoint import Checkpoints
+from maxllm.run.checkpoint import find, restore
 from maxllm.run.loop import Job
-from maxllm.run.session import Session, reopen
+from maxllm.run.session import Session, reopen, run_config
 from maxllm.stages import ppo, pretrain, reward, sft
 
 JOBS: dict[str, Callable[[Session], Job]] = {
@@ -25,15 +25,16 @@ JOBS: dict[str, Callable[[Session], Job]] = {
 
 
 def run(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Restores the newest checkpoint and evaluates it as training does."""
-    session = reopen(run_dir, overrides)
-    job = JOBS[session.config.stage](session)
-    checkpoints = Checkpoints(run_dir, session.config.run.keep_checkpoints, job.best[1])
-    try:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"{run_dir} holds no checkpoint yet")
-        state = checkpoints.restore(step, job.abstract_state)
-    finally:
-        checkpoints.close()
-    return {"run": str(run_dir), "stage": session.config.stage, "step": step, **job.evaluate(state)}
+    """Restores the newest checkpoint and evaluates it as training does.
+
+    Pretrain's held-out text was packed by `prepare`: another one is another data.prepared_dir.
+    """
+    stage = run_config(run_dir).stage
+    if stage not in JOBS:
+        raise UserError(f"{run_dir} holds a {stage} run, which has no held-out figures")
+    data = "data.prepared_dir" if stage == "pretrain" else "data"
+    session = reopen(run_dir, overrides, ("generation", "batch.rows", data))
+    checkpoint = find(run_dir)
+    job = JOBS[stage](session)
+    figures = job.evaluate(restore(checkpoint, job.abstract_state))
+    return {"run": str(run_dir), "stage": stage, "step": int(checkpoint.name), **figures}

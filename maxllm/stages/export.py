@@ -24,32 +24,42 @@ CHECK_PROMPTS = ("Hello", "To be, or not to be", "春眠不觉晓", "What is the
 
 
 def run(
-    run_dir: Path, out_dir: Path, prompts: Sequence[str] = CHECK_PROMPTS, verify: bool = True
+    run_dir: Path,
+    out_dir: Path,
+    prompts: Sequence[str] = CHECK_PROMPTS,
+    verify: bool = True,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Writes the folder, then compares greedy decoding of ours and of `transformers` token for token.
+    """Writes the folder, after comparing greedy decoding of ours and of `transformers` token for token.
 
     Returns:
       What `hf.export` returns, and `greedy_identical`: True, or None where it was not checked because torch
       is missing or `verify` is False.
 
     Raises:
-      RunFailed: the two do not agree.
+      RunFailed: the two do not agree; nothing is left at out_dir.
     """
-    session = reopen(run_dir)
+    session = reopen(run_dir, overrides)
     if session.config.stage == "reward":
         raise UserError(f"{run_dir} holds a reward model; exporting it is not there yet")
-    params = jax.device_get(policy_params(session, str(run_dir)))
+    params = jax.device_get(policy_params(session, run_dir))
+    check: dict[str, Any] | None = None
+
+    def compare(folder: Path) -> None:
+        nonlocal check
+        check = greedy_check(run_dir, folder, prompts, overrides) if verify else None
+        if check is not None and not check["identical"]:
+            raise RunFailed(f"{run_dir} does not decode in transformers as here: {check['first_difference']}")
+
     written = hf.export(
         params,
         session.model,
         session.tokenizer,
         out_dir,
-        generation=session.config.generation,
         description=f"Trained with `maxllm {session.config.stage}`.",
+        base=session.hf_config,
+        verify=compare,
     )
-    check = greedy_check(run_dir, out_dir, prompts) if verify else None
-    if check is not None and not check["identical"]:
-        raise RunFailed(f"{out_dir} does not decode as the checkpoint does: {check['first_difference']}")
     return written | {
         "greedy_identical": None if check is None else True,
         "greedy_prompts": 0 if check is None else check["prompts"],
@@ -57,9 +67,15 @@ def run(
     }
 
 
-def greedy_check(run_dir: Path, out_dir: Path, prompts: Sequence[str]) -> dict[str, Any] | None:
-    """Greedy replies of the checkpoint against those of the exported folder; None where torch is missing."""
-    speaker = Speaker(run_dir, ["generation.temperature=0", f"generation.max_new_tokens={CHECK_TOKENS}"])
+def greedy_check(
+    run_dir: Path, folder: Path, prompts: Sequence[str], overrides: Sequence[str]
+) -> dict[str, Any] | None:
+    """Greedy replies of the checkpoint against those of the exported folder; None where torch is missing.
+
+    Both compute in float32: in bfloat16 two right implementations differ by more than many a tie is wide.
+    """
+    settings = ["model.dtype=float32", "generation.temperature=0"]
+    speaker = Speaker(run_dir, [*overrides, *settings, f"generation.max_new_tokens={CHECK_TOKENS}"])
     ids = [speaker.prompt_ids(prompt) for prompt in prompts]
     ours = [speaker.reply(prompt)["tokens"] for prompt in ids]
-    return hf.verify_greedy(out_dir, ids, ours, CHECK_TOKENS, speaker.session.tokenizer)
+    return hf.verify_greedy(folder, ids, ours, CHECK_TOKENS, speaker.session.tokenizer)

@@ -31,14 +31,13 @@ from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Metrics, Params, PromptBatch
 from maxllm.run.checkpoint import load_params
 from maxllm.run.loop import Job, finished, train
-from maxllm.run.session import Session, compile_reader, open_session
+from maxllm.run.session import Session, check_same_model, compile_reader, open_session
 from maxllm.stages.shared import (
     abstract_params,
     exact_match,
-    policy_params,
     prompts_of,
     reply_text,
-    require_answers,
+    start_checkpoint,
     start_from,
     told,
 )
@@ -76,22 +75,24 @@ def run(config: Config) -> dict[str, Any]:
 def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
     config = session.config
-    check_reward_tokenizer(session)
-    # 1. Data: prompts. Answers are for the held-out check alone; training never sees them.
+    policy, scalar = Llama(session.model), ScalarModel(session.model)
+    start = start_checkpoint(session, config.start.policy, policy)
+    judge = start_checkpoint(session, config.start.reward, scalar)
+    check_reward_fits(session)
+    # 1. Data: prompts. Answers, where rows have them, are for the held-out check; training never sees them.
     length = config.batch.sequence_length - config.generation.max_new_tokens
     train_questions, heldout, tallies = read_split(
         config.data, "prompt", config.run.seed, lambda row: question_of(session.tokenizer, row, length)
     )
-    require_answers(heldout, "held-out")
     # 2. The algorithm and its four models.
-    updates = config.run.steps * config.ppo.epochs * config.ppo.minibatches
     ppo = Ppo(
         config=config.ppo,
-        policy_model=Llama(session.model),
-        scalar_model=ScalarModel(session.model),
-        actor_optimizer=make_optimizer(config.optimizer, updates),
+        policy_model=policy,
+        scalar_model=scalar,
+        actor_optimizer=make_optimizer(config.optimizer, config.updates),
         critic_optimizer=make_optimizer(
-            config.optimizer.model_copy(update={"learning_rate": config.ppo.critic_learning_rate}), updates
+            config.optimizer.model_copy(update={"learning_rate": config.ppo.critic_learning_rate}),
+            config.updates,
         ),
         temperature=config.generation.temperature,
         stop_tokens=session.tokenizer.stop_tokens,
@@ -100,8 +101,8 @@ def job(session: Session) -> Job:
     )
     abstract_state = abstract(partial(init_state, ppo), session.mesh)
     frozen = Frozen(
-        reference=policy_params(session, config.start.policy or ""),
-        reward=load_params(Path(config.start.reward or ""), abstract_params(session, ppo.scalar_model)),
+        reference=load_params(start, abstract_params(session, policy)),
+        reward=load_params(judge, abstract_params(session, scalar)),
     )
     # 3. Train; the best checkpoint is the one with the highest held-out score.
     per_pass = config.batch.rows * config.batch.sequence_length
@@ -142,21 +143,25 @@ def fresh_state(ppo: Ppo, frozen: Frozen, abstract_state: PpoState) -> PpoState:
 def iteration_flops(session: Session, tokens: int) -> float:
     """Model FLOPs of an iteration: a backward pass costs two forwards; decoding counts as one forward.
 
-    Forwards: rollout, actor, reference, critic, reward = 5. Each epoch: actor and critic, 3 each.
+    Forwards of the policy: rollout, actor, reference; of the scalar model: critic, reward. Each epoch trains
+    one of each, 3 forwards.
     """
-    forward = train_flops_per_token(session.model, session.config.batch.sequence_length) / 3
-    return tokens * forward * (5 + 6 * session.config.ppo.epochs)
+    length, epochs = session.config.batch.sequence_length, session.config.ppo.epochs
+    policy = train_flops_per_token(session.model, length) / 3
+    scalar = train_flops_per_token(session.model, length, head=1) / 3
+    return tokens * (policy * (3 + 3 * epochs) + scalar * (2 + 3 * epochs))
 
 
-def check_reward_tokenizer(session: Session) -> None:
-    """The reward model must read the same token ids as the policy.
+def check_reward_fits(session: Session) -> None:
+    """The reward model must read the same token ids, and be the same kind of model, as the policy.
 
     Raises:
-      UserError: it was trained with another tokenizer.
+      UserError: it was trained with another tokenizer, or with other settings that shapes do not show.
     """
     reward_dir = Path(session.config.start.reward or "")
     if load_tokenizer(reward_dir).fingerprint != session.tokenizer.fingerprint:
         raise UserError(f"{reward_dir} was trained with another tokenizer than {session.config.start.policy}")
+    check_same_model(session.model, reward_dir)
 
 
 def heldout_evaluator(
@@ -164,8 +169,9 @@ def heldout_evaluator(
 ) -> Callable[[PpoState], dict[str, float]]:
     """Held-out prompts answered by sampling as in training, and greedily.
 
-    Figures: `score` of the reward model, `kl` to the reference in nats per response (k1), `exact_match` with
-    the true answers (which no model was shown), the same for greedy replies, `finished` share.
+    Figures: `score` of the reward model, `kl` to the reference in nats per response (k1), `finished` share;
+    where every question has its answer, `exact_match` with it (which no model was shown), and the same for
+    greedy replies.
     """
     config = session.config
     greedy = config.generation.model_copy(update={"temperature": 0.0})
@@ -199,6 +205,8 @@ def heldout_evaluator(
             for name, values in (("score", scores_B), ("kl", kl_B), ("finished", sampled.finished_B)):
                 sums[name] += float(values[:real].sum())
         means = {name: total / len(questions) for name, total in sums.items()}
+        if any(question.answer is None for question in questions):
+            return means
         return means | {
             "exact_match": exact_match(texts, questions),
             "exact_match_greedy": exact_match(greedy_texts, questions),

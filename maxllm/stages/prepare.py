@@ -32,6 +32,7 @@ from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start, load_toke
 from maxllm.errors import UserError
 from maxllm.records import LmBatch
 from maxllm.run.record import console, progress, write_bytes, write_json
+from maxllm.run.session import flat
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
@@ -41,19 +42,12 @@ def run(config: Config) -> dict[str, Any]:
     """Prepares what a pretrain recipe needs; returns the manifest. Does nothing when it is done already."""
     assert config.data.prepared_dir is not None, "Config checks this"
     out = Path(config.data.prepared_dir)
-    wanted = {
-        "data": config.data.model_dump(mode="json"),
-        "tokenizer": config.tokenizer and config.tokenizer.model_dump(mode="json"),
-        "start": config.start.policy,
-        "sequence_length": config.batch.sequence_length,
-    }
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
-        if manifest["settings"] != wanted:
-            raise UserError(
-                f"{out} was prepared with other settings; remove it or give another data.prepared_dir"
-            )
+        check_settings(config, out, manifest)
         return manifest
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} holds something else than a prepared corpus; give another data.prepared_dir")
 
     started = time.perf_counter()
     terminal = console()
@@ -64,6 +58,11 @@ def run(config: Config) -> dict[str, Any]:
         tokenizer = load_tokenizer(config.start.policy or "")
     elif Path(config.tokenizer.path).exists():
         tokenizer = load_tokenizer(config.tokenizer.path)
+        if tokenizer.vocab_size != config.tokenizer.vocab_size:
+            raise UserError(
+                f"tokenizer {config.tokenizer.path} is there already with {tokenizer.vocab_size} pieces, "
+                f"tokenizer.vocab_size is {config.tokenizer.vocab_size}; remove it to train another"
+            )
     else:
         with terminal.status("prepare: training the tokenizer"):
             tokenizer = train_tokenizer(train, config.tokenizer)
@@ -74,7 +73,7 @@ def run(config: Config) -> dict[str, Any]:
     train_counts, heldout_counts = ngram.ByteCounts(train), ngram.ByteCounts(heldout)
     unigram, bigram = ngram.bits_per_byte(train_counts, heldout_counts)
     manifest = {
-        "settings": wanted,
+        "settings": settings_of(config),
         "tokenizer_sha256": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "sources": [tally.report() for tally in tallies],
@@ -95,9 +94,30 @@ def run(config: Config) -> dict[str, Any]:
     manifest["seconds"] = round(time.perf_counter() - started, 3)
     write_json(temporary / MANIFEST, manifest)
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out, ignore_errors=True)  # without a manifest it is what a kill left behind
     os.replace(temporary, out)
     return manifest
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What a prepared corpus depends on. Where it stands, and where its tokenizer does, is not part of it."""
+    tokenizer = config.tokenizer and config.tokenizer.model_dump(mode="json", exclude={"path"})
+    settings = {"data": config.data.model_dump(mode="json", exclude={"prepared_dir", "max_bad_share"})}
+    return settings | {"tokenizer": tokenizer, "batch": {"sequence_length": config.batch.sequence_length}}
+
+
+def check_settings(config: Config, prepared: Path, manifest: dict[str, Any]) -> None:
+    """A prepared corpus must be the one that a recipe describes.
+
+    Raises:
+      UserError: naming the first setting that differs.
+    """
+    former, now = flat(manifest["settings"]), flat(settings_of(config))
+    for key in sorted(former.keys() | now.keys()):
+        if former.get(key) != now.get(key):
+            raise UserError(
+                f"{prepared} was prepared with {key}={former.get(key)}, not {now.get(key)}; "
+                "remove it, or give another data.prepared_dir"
+            )
 
 
 def split_documents(data: DataConfig) -> tuple[list[str], list[str], list[Tally]]:

@@ -17,10 +17,17 @@ from maxllm.config import Config
 from maxllm.errors import UserError
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
+from maxllm.run.checkpoint import load_params
 from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import Session, open_session
 from maxllm.stages import prepare
-from maxllm.stages.shared import heldout_language, language_job, policy_params, start_from
+from maxllm.stages.shared import (
+    abstract_params,
+    heldout_language,
+    language_job,
+    start_checkpoint,
+    start_from,
+)
 from maxllm.steps.state import TrainState, abstract, create, initializer
 
 
@@ -39,13 +46,16 @@ def job(session: Session) -> Job:
     check_prepared(session, prepared, manifest)
     # 2. State: initialized, or read, straight into its shardings.
     optimizer = make_optimizer(config.optimizer, config.run.steps)
-    init = initializer(Llama(session.model), optimizer)
+    model = Llama(session.model)
+    init = initializer(model, optimizer)
     abstract_state = abstract(init, session.mesh)
 
+    start = start_checkpoint(session, config.start.policy, model) if config.start.policy else None
+
     def fresh() -> TrainState:
-        if config.start.policy is None:
+        if start is None:
             return create(init, abstract_state, jax.random.key(config.run.seed))
-        return start_from(policy_params(session, config.start.policy), optimizer, abstract_state)
+        return start_from(load_params(start, abstract_params(session, model)), optimizer, abstract_state)
 
     # 3. Train; the best checkpoint is the one with the fewest held-out bits per byte.
     return language_job(
@@ -87,13 +97,8 @@ def check_prepared(session: Session, prepared: Path, manifest: dict[str, Any]) -
     """The rows must fit the session.
 
     Raises:
-      UserError: they were made with another tokenizer or row length.
+      UserError: they were made with another tokenizer, from other data or with another row length.
     """
     if manifest["tokenizer_sha256"] != session.tokenizer.fingerprint:
         raise UserError(f"{prepared} was prepared with another tokenizer than {session.config.tokenizer}")
-    length = manifest["settings"]["sequence_length"]
-    if length != session.config.batch.sequence_length:
-        raise UserError(
-            f"{prepared} was prepared with rows of {length} tokens, "
-            f"batch.sequence_length is {session.config.batch.sequence_length}"
-        )
+    prepare.check_settings(session.config, prepared, manifest)

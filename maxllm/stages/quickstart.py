@@ -10,6 +10,7 @@ stage that is complete is not run again, one that was interrupted continues: run
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from maxllm import recipe
 from maxllm.config import Config
 from maxllm.data import tasks
-from maxllm.run.record import hardware, read_summary, write_json
+from maxllm.run.record import SUMMARY, hardware, read_summary, write_json
 from maxllm.stages import export, ppo, prepare, pretrain, reward, sft
 from maxllm.stages.chat import generate
 
@@ -48,9 +49,9 @@ def run(out: Path, fast: bool = False) -> dict[str, Any]:
     ):
         summaries[stage] = run_stage(configs[stage])
         seconds[stage] = summaries[stage]["seconds"]
-    finished = read_summary(out)
-    if finished is not None and (out / "hf" / "config.json").is_file():
-        return finished
+    former = read_summary(out) or {}
+    if former.get("runs") == fingerprint(out) and (out / "hf" / "config.json").is_file():
+        return former
     started = time.perf_counter()
     rows = list(tasks.prompt_rows("heldout", SAMPLE_TASKS, seed=configs["ppo"].run.seed))
     exported = export.run(out / "ppo", out / "hf", [row["prompt"] for row in rows])
@@ -58,8 +59,15 @@ def run(out: Path, fast: bool = False) -> dict[str, Any]:
     seconds["export"] = round(time.perf_counter() - started, 3)
     seconds["total"] = round(sum(seconds.values()), 3)
     summary = figures(summaries, exported) | {"fast": fast, "seconds": seconds, "hardware": hardware()}
+    summary["runs"] = fingerprint(out)
     write_json(out / "summary.json", summary)
     return summary
+
+
+def fingerprint(out: Path) -> str:
+    """sha256 over the stages' summaries: a stage that was run again makes what came after it stale."""
+    contents = b"".join((out / stage / SUMMARY).read_bytes() for stage in RECIPES)
+    return hashlib.sha256(contents).hexdigest()
 
 
 def stage_config(stage: str, out: Path, fast: bool) -> Config:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,12 +16,14 @@ from maxllm.config import Config
 from maxllm.data import loader
 from maxllm.data.instruct import pad_pairs, pair_ids, read_split
 from maxllm.model.heads import ScalarModel
+from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import PairBatch, Params
+from maxllm.run.checkpoint import load_params
 from maxllm.run.loop import Job, finished, mean_over, train
 from maxllm.run.session import Session, compile_reader, open_session
-from maxllm.stages.shared import policy_params, start_from, told
+from maxllm.stages.shared import abstract_params, start_checkpoint, start_from, told
 from maxllm.steps import reward
 from maxllm.steps.state import TrainState, abstract, create, init_params, initializer
 
@@ -42,13 +45,14 @@ def job(session: Session) -> Job:
     pad = session.tokenizer.pad
     # 2. State: the policy's decoder under a new head.
     model = ScalarModel(session.model)
+    start = start_checkpoint(session, config.start.policy, Llama(session.model))
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     abstract_state = abstract(initializer(model, optimizer), session.mesh)
     tokens = 2 * config.batch.rows * length
     # 3. Train; the best checkpoint is the one that orders most held-out pairs right.
     return Job(
         abstract_state=abstract_state,
-        fresh=lambda: start_from(with_new_head(session, model), optimizer, abstract_state),
+        fresh=lambda: start_from(with_new_head(session, model, start), optimizer, abstract_state),
         step=partial(
             reward.train_step,
             model=model,
@@ -61,16 +65,16 @@ def job(session: Session) -> Job:
         evaluate=heldout_pairs_evaluator(session, model, pad_pairs(heldout_pairs, length, pad)),
         best=("accuracy", "max"),
         tokens_per_step=tokens,
-        flops_per_step=tokens * train_flops_per_token(session.model, length),
+        flops_per_step=tokens * train_flops_per_token(session.model, length, head=1),
         facts={"heldout_items": len(heldout_pairs), "sources": told(session, tallies)},
     )
 
 
-def with_new_head(session: Session, model: ScalarModel) -> Params:
+def with_new_head(session: Session, model: ScalarModel, start: Path) -> Params:
     """Scalar-model parameters whose decoder is the policy's."""
     init = partial(init_params, model)
     params = create(init, abstract(init, session.mesh), jax.random.key(session.config.run.seed))
-    policy = policy_params(session, session.config.start.policy or "")
+    policy = load_params(start, abstract_params(session, Llama(session.model)))
     return params | {"decoder": policy["decoder"]}
 
 

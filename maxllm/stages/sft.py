@@ -5,24 +5,31 @@ maxllm sft configs/sft/tiny_tasks_cpu.yaml
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from maxllm.config import Config
-from maxllm.data.instruct import Question, conversation_piece, pack_conversations, question_of, read_split
+from maxllm.data.chat import Message, messages_of
+from maxllm.data.instruct import Question, conversation_piece, pack_conversations, read_split
 from maxllm.data.pack import Piece
+from maxllm.data.render import render_prompt
 from maxllm.data.sources import Tally
+from maxllm.errors import UserError
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
+from maxllm.run.checkpoint import load_params
 from maxllm.run.loop import Job, finished, train
-from maxllm.run.session import Session, open_session
+from maxllm.run.session import Session, open_session, say
 from maxllm.stages.shared import (
+    abstract_params,
     exact_match,
     heldout_language,
     language_job,
-    policy_params,
     prompts_of,
     replies,
     responder,
+    start_checkpoint,
     start_from,
     told,
 )
@@ -39,19 +46,25 @@ def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
     config = session.config
     # 1. Data: conversations packed with their loss masks.
-    train_rows, heldout_rows, tallies = read_conversations(session)
-    questions = [question for _, question in heldout_rows]
-    length = config.batch.sequence_length
-    pad = session.tokenizer.pad
-    rows = pack_conversations([piece for piece, _ in train_rows], length, pad)
-    heldout = pack_conversations([piece for piece, _ in heldout_rows], length, pad)
-    # 2. State: the pretrained parameters, a fresh optimizer.
+    train_talks, heldout_talks, tallies = read_conversations(session)
+    length, pad = config.batch.sequence_length, session.tokenizer.pad
+    rows = pack_conversations([talk.piece for talk in train_talks], length, pad)
+    heldout = pack_conversations([talk.piece for talk in heldout_talks], length, pad)
+    # 2. State: the parameters to start from, a fresh optimizer.
+    model = Llama(session.model)
+    start = start_checkpoint(session, config.start.policy, model)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
-    abstract_state = abstract(initializer(Llama(session.model), optimizer), session.mesh)
+    abstract_state = abstract(initializer(model, optimizer), session.mesh)
+
+    def fresh() -> TrainState:
+        return start_from(load_params(start, abstract_params(session, model)), optimizer, abstract_state)
+
     # 3. Held-out figures: loss on the replies, and greedy exact match.
     loss_of = heldout_language(session, heldout)
     respond = responder(session, config.generation)
-    prompts = prompts_of(questions, length - config.generation.max_new_tokens, pad)
+    room = length - config.generation.max_new_tokens
+    questions = last_questions(session, heldout_talks, room)
+    prompts = prompts_of(questions, room, pad)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         texts = replies(respond, session.tokenizer, state.params, prompts, config.batch.rows)
@@ -60,27 +73,58 @@ def job(session: Session) -> Job:
     return language_job(
         session,
         abstract_state=abstract_state,
-        fresh=lambda: start_from(
-            policy_params(session, config.start.policy or ""), optimizer, abstract_state
-        ),
+        fresh=fresh,
         optimizer=optimizer,
         rows=rows,
         evaluate=evaluate,
         best=("loss", "min"),
-        facts={"heldout_items": len(questions), "sources": told(session, tallies)},
+        facts={
+            "heldout_items": len(questions),
+            "heldout_conversations": len(heldout_talks),
+            "sources": told(session, tallies),
+        },
     )
 
 
-def read_conversations(
-    session: Session,
-) -> tuple[list[tuple[Piece, Question]], list[tuple[Piece, Question]], list[Tally]]:
-    """(training, held-out) conversations: each as a piece to pack, and as a question with its answer."""
-    config = session.config
-    length = config.batch.sequence_length
-    prompt_length = length - config.generation.max_new_tokens
+@dataclass(frozen=True)
+class Talk:
+    """A conversation, as it is said and as it is packed."""
 
-    def parse(row: dict[str, Any]) -> tuple[Piece, Question]:
-        piece = conversation_piece(session.tokenizer, row, length)
-        return piece, question_of(session.tokenizer, row, prompt_length)
+    messages: list[Message]
+    piece: Piece
 
-    return read_split(config.data, "instruction", config.run.seed, parse)
+
+def read_conversations(session: Session) -> tuple[list[Talk], list[Talk], list[Tally]]:
+    """(training conversations, held-out ones, counts by source)."""
+    length = session.config.batch.sequence_length
+
+    def parse(row: dict[str, Any]) -> Talk:
+        return Talk(messages_of(row), conversation_piece(session.tokenizer, row, length))
+
+    return read_split(session.config.data, "instruction", session.config.run.seed, parse)
+
+
+def last_questions(session: Session, talks: Sequence[Talk], room: int) -> list[Question]:
+    """Each conversation up to its last reply, which is the right answer; prompts over `room` are left out.
+
+    Raises:
+      UserError: none is short enough.
+    """
+    questions = []
+    for talk in talks:
+        ids = render_prompt(session.tokenizer, talk.messages[:-1])
+        if len(ids) <= room:
+            questions.append(Question(talk.messages[:-1], talk.messages[-1]["content"], ids))
+    reply = session.config.generation.max_new_tokens
+    if not questions:
+        raise UserError(
+            f"no held-out prompt fits into the {room} tokens that generation.max_new_tokens={reply} leaves "
+            f"of batch.sequence_length={room + reply}"
+        )
+    if len(questions) < len(talks):
+        say(
+            session,
+            f"exact match over {len(questions):,} of {len(talks):,} held-out conversations: the prompts of "
+            f"the others leave no room for a reply of {reply} tokens",
+        )
+    return questions

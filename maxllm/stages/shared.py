@@ -17,15 +17,15 @@ from maxllm.data import loader
 from maxllm.data.instruct import Question, pad_prompts
 from maxllm.data.sources import Tally
 from maxllm.data.tokenizer import Tokenizer
-from maxllm.errors import UserError
 from maxllm.generate.decode import generate
 from maxllm.model.llama import Llama
 from maxllm.parallel import sharding
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import LmBatch, Params, PromptBatch, Rollout
-from maxllm.run.checkpoint import load_params
+from maxllm.run.checkpoint import check_params, find, load_params
 from maxllm.run.loop import Job, mean_over
-from maxllm.run.session import Session, compile_reader, say
+from maxllm.run.record import read_summary
+from maxllm.run.session import Session, compile_reader, run_config, say
 from maxllm.steps import language
 from maxllm.steps.state import TrainState, abstract, init_params
 
@@ -53,9 +53,24 @@ def abstract_params(session: Session, model: Any) -> Params:
     return abstract(partial(init_params, model), session.mesh)
 
 
-def policy_params(session: Session, run_dir: str) -> Params:
-    """The language-model parameters in a run folder, on this session's mesh."""
-    return load_params(Path(run_dir), abstract_params(session, Llama(session.model)))
+def policy_params(session: Session, run_dir: Path) -> Params:
+    """The newest language-model parameters in a run folder, on this session's mesh."""
+    return load_params(find(run_dir), abstract_params(session, Llama(session.model)))
+
+
+def start_checkpoint(session: Session, run_dir: str | None, model: Any) -> Path:
+    """The checkpoint that a run starts from, looked at and named on the console; nothing is read yet.
+
+    Raises:
+      UserError: there is none, or it is of another model.
+    """
+    assert run_dir is not None, "Config checks that the stage's start is given"
+    checkpoint = find(Path(run_dir), session.config.start.checkpoint)
+    check_params(checkpoint, abstract_params(session, model))
+    parent = run_config(Path(run_dir))
+    unfinished = f" of {parent.run.steps}: that run is not finished" * (read_summary(Path(run_dir)) is None)
+    say(session, f"starts from {run_dir}, step {checkpoint.name}{unfinished}")
+    return checkpoint
 
 
 def language_job(
@@ -113,17 +128,6 @@ def prompts_of(questions: Sequence[Question], length: int, pad: int) -> PromptBa
     return pad_prompts([question.ids for question in questions], length, pad)
 
 
-def require_answers(questions: Sequence[Question], what: str) -> None:
-    """Exact match needs to know the answers.
-
-    Raises:
-      UserError: a question has none.
-    """
-    for number, question in enumerate(questions, start=1):
-        if question.answer is None:
-            raise UserError(f"{what} prompt {number} has no 'answer', which exact match needs")
-
-
 def replies(
     respond: Callable[..., Rollout],
     tokenizer: Tokenizer,
@@ -153,8 +157,8 @@ def response_ids(rollout: Rollout, row: int) -> list[int]:
 
 def exact_match(texts: Sequence[str], questions: Sequence[Question]) -> float:
     """Share of replies equal to the known answer, white space around both ignored."""
-    right = [
-        text.strip() == (question.answer or "").strip()
-        for text, question in zip(texts, questions, strict=True)
-    ]
-    return sum(right) / len(right)
+    right = 0
+    for text, question in zip(texts, questions, strict=True):
+        assert question.answer is not None, "whoever asks knows the answers"
+        right += text.strip() == question.answer.strip()
+    return right / len(questions)

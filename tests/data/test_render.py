@@ -198,7 +198,7 @@ def test_preference_rows():
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are equal"),
         ({"prompt": "q", "chosen": "a"}, "field 'rejected' is missing"),
         ({"prompt": "q", "chosen": "", "rejected": "a"}, "field 'chosen' is not text or is empty"),
-        ({"chosen": "a", "rejected": "b"}, "field 'question' is missing"),
+        ({"chosen": "a", "rejected": "b"}, "field 'prompt' is missing"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "field 'prompt' is not text or is empty"),
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "field 'prompt' is not a list of turns"),
     ],

@@ -10,7 +10,7 @@ LLAMA2_7B = ModelConfig(
 
 def test_matmul_parameters_of_llama2_7b() -> None:
     # 32 layers of 4 * 4096^2 + 3 * 4096 * 11008, and the output projection 4096 * 32000
-    assert matmul_parameters(LLAMA2_7B) == 6_607_077_376
+    assert matmul_parameters(LLAMA2_7B, 32_000) == 6_607_077_376
 
 
 def test_training_costs_six_per_parameter_and_causal_attention() -> None:
@@ -21,4 +21,4 @@ def test_training_costs_six_per_parameter_and_causal_attention() -> None:
 def test_grouped_queries_save_projections() -> None:
     grouped = LLAMA2_7B.model_copy(update={"n_kv_heads": 8})
     saved = 32 * 2 * 4096 * (4096 - 1024)
-    assert matmul_parameters(LLAMA2_7B) - matmul_parameters(grouped) == saved
+    assert matmul_parameters(LLAMA2_7B, 32_000) - matmul_parameters(grouped, 32_000) == saved

@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 import maxllm
 
@@ -28,6 +30,7 @@ def command(folder: Path, corpus: Path) -> list[str]:
     data = [f"data.prepared_dir={corpus / 'corpus'}", f"tokenizer.path={corpus / 'tokenizer.model'}"]
     data += [f"data.sources=['{corpus / 'text.txt'}']", "tokenizer.vocab_size=600", "data.heldout_share=0.2"]
     batch = ["batch.rows=4", "batch.microbatches=2", "batch.sequence_length=32", "run.log_every=4"]
+    batch += ["optimizer.warmup_steps=4"]
     return [
         sys.executable,
         "-m",
@@ -70,8 +73,6 @@ def uninterrupted(corpus: Path) -> Path:
 
 def final_state(folder: Path) -> dict[str, np.ndarray]:
     """Every array of the last checkpoint, parameters and optimizer."""
-    import jax
-
     last = folder / "checkpoints" / str(STEPS)
     with ocp.StandardCheckpointer() as checkpointer:
         trees = {item: checkpointer.restore((last / item).absolute()) for item in ("params", "rest")}
@@ -169,3 +170,54 @@ def test_best_and_latest_checkpoints_are_kept(uninterrupted: Path) -> None:
     kept = sorted(int(p.name) for p in (uninterrupted / "checkpoints").glob("*") if p.name.isdigit())
     assert kept[-2:] == [STEPS - 6, STEPS]
     assert len(kept) <= 3
+
+
+def test_the_best_evaluated_checkpoint_outlives_newer_ones(tmp_path: Path) -> None:
+    """Ranks count only where the state was evaluated, and a resumed run still knows the former ones."""
+    import jax.numpy as jnp
+
+    from maxllm.run import checkpoint
+    from maxllm.steps.state import TrainState
+
+    def save(ranks: dict[int, float | None]) -> None:
+        checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+        for step, rank in ranks.items():
+            state = TrainState(jnp.int32(step), {"w": jnp.full(3, float(step))}, {"m": jnp.zeros(3)})
+            checkpoints.save(step, state, rank)
+        checkpoints.close()
+
+    save({1: -0.5, 2: None, 3: -0.1, 4: None, 5: -0.4})
+    save({6: None, 7: -0.3, 8: None})
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert kept == [3, 7, 8]
+    assert (checkpoint.latest_step(tmp_path), checkpoint.best_step(tmp_path)) == (8, 3)
+    shapes = {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=SingleDeviceSharding(jax.devices()[0]))}
+    best = checkpoint.load_params(checkpoint.find(tmp_path, "best"), shapes)
+    np.testing.assert_array_equal(best["w"], np.full(3, 3.0))
+
+
+def test_two_processes_do_not_train_in_one_folder(corpus: Path) -> None:
+    folder = corpus / "twice"
+    words = verb([*command(folder, corpus), "run.steps=2000"], "pretrain")
+    first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_DEVICE)
+    try:
+        wait_for(folder, 6, first)
+        second = subprocess.run(words, capture_output=True, text=True, env=ONE_DEVICE)
+        assert second.returncode == 2
+        assert f"another process is training in {folder}" in second.stderr
+        assert first.poll() is None, "the second one must not disturb the first"
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_checkpoints_that_are_gone_are_an_error(corpus: Path, uninterrupted: Path) -> None:
+    folder = corpus / "gone"
+    subprocess.run(["cp", "-r", str(uninterrupted), str(folder)], check=True)
+    (folder / "summary.json").unlink()
+    subprocess.run(["rm", "-r", str(folder / "checkpoints")], check=True)
+    before = (folder / "metrics.jsonl").read_bytes()
+    words = [word.replace("uninterrupted", "gone") for word in command(uninterrupted, corpus)]
+    result = subprocess.run(verb(words, "pretrain"), capture_output=True, text=True, env=ONE_DEVICE)
+    assert result.returncode == 1 and "has metrics but no checkpoints/" in result.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before

@@ -68,7 +68,7 @@ def test_again_is_the_same_and_free(tmp_path: Path, source: Path) -> None:
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path, source: Path) -> None:
     prepare.run(config(tmp_path, source))
-    with pytest.raises(UserError, match="prepared with other settings"):
+    with pytest.raises(UserError, match=r"prepared with data.clean.min_chars=20, not 50"):
         prepare.run(config(tmp_path, source, "data.clean.min_chars=50"))
 
 
@@ -87,7 +87,23 @@ def test_heldout_sources_are_never_trained_on(tmp_path: Path, source: Path) -> N
 
 
 def test_what_a_kill_left_behind_is_replaced(tmp_path: Path, source: Path) -> None:
-    (tmp_path / "corpus" / "train").mkdir(parents=True)
-    (tmp_path / "corpus" / "train" / "tokens_BT.npy").write_bytes(b"half")
+    (tmp_path / ".corpus.partial" / "train").mkdir(parents=True)
+    (tmp_path / ".corpus.partial" / "train" / "tokens_BT.npy").write_bytes(b"half")
     manifest = prepare.run(config(tmp_path, source))
     assert len(prepare.read_rows(tmp_path / "corpus", "train").tokens_BT) == manifest["train"]["rows"]
+
+
+def test_a_folder_of_the_users_is_never_replaced(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else than a prepared corpus"):
+        prepare.run(config(tmp_path, source))
+    assert [path.name for path in (tmp_path / "corpus").iterdir()] == ["mine.txt"]
+
+
+def test_a_corpus_prepared_from_other_data_is_refused(tmp_path: Path, source: Path) -> None:
+    prepare.run(config(tmp_path, source))
+    with pytest.raises(UserError, match=r"was prepared with data.heldout_share=.* not 0.3"):
+        prepare.run(config(tmp_path, source, "data.heldout_share=0.3"))
+    elsewhere = f"{tmp_path}/../{tmp_path.name}/corpus"  # the same place, spelled differently
+    prepare.run(config(tmp_path, source, f"data.prepared_dir={elsewhere}"))
