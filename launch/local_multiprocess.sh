@@ -34,7 +34,7 @@ for _ in "${pids[@]}"; do
   # A signal interrupts `wait` (codes over 128) before any process has ended: wait again.
   while :; do
     status=0
-    wait -n "${pids[@]}" || status=$?
+    wait -n || status=$?
     [ $status -gt 128 ] && [ -n "$(jobs -rp)" ] && [ $code -eq 0 ] || break
   done
   if [ $status -ne 0 ] && [ $code -eq 0 ]; then

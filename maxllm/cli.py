@@ -6,16 +6,18 @@ Exit codes: 0 done; 1 the run failed; 2 bad input, one sentence on stderr; 75 in
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import maxllm
-from maxllm.errors import Interrupted, RunFailed, UserError
+from maxllm.errors import Interrupted, RunFailed, UserError, leave
 
 EPILOG = """\
 A recipe is a YAML file, or the name of one under configs/ (pretrain/tiny_slice_cpu). Any of its fields can be
@@ -43,12 +45,34 @@ TRAINERS = {
     "ppo": "improve the policy against the reward model",
 }
 
+CONTINUES = {"quickstart", "export", *TRAINERS}
+"""Verbs that go on where they were interrupted: launchers retry exit code 75."""
+
+
+def entry() -> NoReturn:
+    """The `maxllm` command. Outside a training loop, which has its own handlers, a signal ends it at once."""
+    if CONTINUES & set(sys.argv):
+        code, sentence = 75, "interrupted; the same command continues from what was saved"
+    else:
+        code, sentence = 130, "interrupted"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: leave(code, sentence))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    code = main()
+    if code in (1, 2):
+        # Reads and writes under way in libraries' threads would print tracebacks while Python shuts down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     options = parse(arguments)
     quiet_libraries()
-    signal.signal(signal.SIGTERM, interrupt)
     try:
         options.run(options)
     except UserError as error:
@@ -57,17 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(options, error, 1)
     except Interrupted as error:
         return fail(options, error, 75)
-    except KeyboardInterrupt:
-        return fail(options, Interrupted("interrupted; the same command continues from what was saved"), 75)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        sentence = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        failure = UserError(sentence)
+        failure.__cause__ = error
+        return fail(options, failure, 1 if is_full(error) else 2)
     return 0
 
 
-def interrupt(signum: int, frame: Any) -> None:
-    """SIGTERM outside a training loop, which has its own handler, ends like Ctrl-C."""
-    raise KeyboardInterrupt
+def is_full(error: OSError) -> bool:
+    """Whether the disk is full: the same command may work once there is room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -237,7 +264,7 @@ def generate(options: argparse.Namespace) -> None:
     """maxllm generate"""
     from maxllm.stages import chat as stage
 
-    replies = stage.generate(options.run_dir, options.prompt, options.overrides)
+    replies = stage.generate(options.run_dir, [utf8(prompt) for prompt in options.prompt], options.overrides)
     if options.json:
         print(json.dumps(replies, ensure_ascii=False))
         return
@@ -253,12 +280,32 @@ def chat(options: argparse.Namespace) -> None:
 
 
 def typed_lines() -> Iterator[str]:
-    """Lines from the terminal with a prompt sign, or from a pipe without."""
+    """Lines from the terminal with a prompt sign, or from a pipe without.
+
+    Raises:
+      UserError: a line is not UTF-8.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError:
+            raise UserError("what was typed is not UTF-8 text") from None
+
+
+def utf8(word: str) -> str:
+    """A word of the command line as the text it is, whatever the locale.
+
+    Raises:
+      UserError: it is not UTF-8.
+    """
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{word!r} is not UTF-8 text") from None
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -316,4 +363,4 @@ def flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

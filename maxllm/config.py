@@ -6,9 +6,20 @@ A recipe is a YAML file with these sections; `key=value` words on the command li
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+Name = Annotated[str, StringConstraints(min_length=1)]
+"""The name of a file, folder or source."""
 
 
 class Section(BaseModel):
@@ -128,7 +139,7 @@ class ModelConfig(Section):
 class RunConfig(Section):
     """One run of one stage: its folder, length and cadence."""
 
-    dir: str = Field(description="Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/.")
+    dir: Name = Field(description="Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/.")
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seeds initialization, data order, dropout and sampling."
     )
@@ -154,12 +165,12 @@ class RunConfig(Section):
 class StartConfig(Section):
     """Run folders this stage starts from."""
 
-    policy: str | None = Field(
+    policy: Name | None = Field(
         None,
         description="Run folder of the language model to start from (SFT: pretrain's; RM and PPO: SFT's; "
         "any: a converted one).",
     )
-    reward: str | None = Field(None, description="Run folder of the reward model (PPO).")
+    reward: Name | None = Field(None, description="Run folder of the reward model (PPO).")
     checkpoint: Literal["latest", "best"] = Field(
         "latest",
         description="Which checkpoint of those runs: the newest, or the best by its held-out figure.",
@@ -169,7 +180,7 @@ class StartConfig(Section):
 class TokenizerConfig(Section):
     """The SentencePiece tokenizer."""
 
-    path: str = Field(
+    path: Name = Field(
         description="A tokenizer.model, or a folder with tokenizer.json; `prepare` trains it if absent."
     )
     vocab_size: int = Field(4096, ge=512, description="Pieces to train, special tokens included.")
@@ -202,18 +213,18 @@ class CleanConfig(Section):
 class DataConfig(Section):
     """Where the stage's data comes from."""
 
-    sources: tuple[str, ...] = Field(
+    sources: tuple[Name, ...] = Field(
         (),
         description="Files, folders, slice:NAME, tfds:NAME@SPLIT; after pretrain JSONL, tasks:SPLIT:COUNT.",
     )
-    heldout_sources: tuple[str, ...] = Field(
+    heldout_sources: tuple[Name, ...] = Field(
         (), description="Held-out data of the same form; empty: a share of `sources` is held out."
     )
     heldout_share: float = Field(
         0.05, gt=0, lt=0.5, description="Share of documents or rows held out when heldout_sources is empty."
     )
     text_field: str = Field("text", description="Field that holds a document in JSONL and TFDS rows.")
-    prepared_dir: str | None = Field(
+    prepared_dir: Name | None = Field(
         None, description="Folder of the packed corpus that `prepare` writes and `pretrain` reads."
     )
     clean: CleanConfig = Field(default_factory=CleanConfig, description="Document filters (pretrain).")
@@ -368,14 +379,6 @@ class Config(Section):
             raise ValueError(
                 f"ppo.minibatches={self.ppo.minibatches} x batch.microbatches={self.batch.microbatches} "
                 f"does not divide batch.rows={self.batch.rows}"
-            )
-        generation = self.generation
-        if generation.temperature == 0:
-            raise ValueError("generation.temperature=0 is greedy; PPO learns from sampled responses")
-        if generation.top_k or generation.top_p < 1:
-            raise ValueError(
-                "generation.top_k and generation.top_p would sample from another distribution than the one "
-                "PPO updates; leave them at 0 and 1"
             )
         return self
 

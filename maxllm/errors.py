@@ -1,5 +1,8 @@
 """The ways a command ends badly. `cli.py` turns each into one sentence on stderr and an exit code."""
 
+import os
+from typing import NoReturn
+
 
 class UserError(Exception):
     """Bad input: one sentence that names the file, line or field and says what to do. Exit code 2."""
@@ -11,3 +14,13 @@ class RunFailed(Exception):
 
 class Interrupted(Exception):
     """A run that was asked to stop and has saved its state; the same command continues it. Exit code 75."""
+
+
+def leave(code: int, sentence: str) -> NoReturn:
+    """Ends the process from a signal handler, now.
+
+    An exception instead would be lost when the signal falls into a callback of a library, and shutting the
+    interpreter down while compiled programs run can crash. What is on disk is whole or absent at any moment.
+    """
+    os.write(2, f"maxllm: {sentence}\n".encode())
+    os._exit(code)

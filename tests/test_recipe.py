@@ -138,15 +138,6 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(base, override, par
             "ppo.minibatches=4 x batch.microbatches=4 does not divide batch.rows=8",
         ),
         (
-            [*PPO, "generation.temperature=0"],
-            "generation.temperature=0 is greedy; PPO learns from sampled responses",
-        ),
-        (
-            [*PPO, "generation.top_k=5"],
-            "generation.top_k and generation.top_p would sample from another distribution than the one PPO "
-            "updates; leave them at 0 and 1",
-        ),
-        (
             ["run.steps=3", "optimizer.warmup_steps=3"],
             "optimizer.warmup_steps=3 is not less than the run's 3 updates, so the peak learning rate is "
             "never reached",

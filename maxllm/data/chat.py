@@ -96,7 +96,7 @@ def prompt_of(row: dict[str, Any]) -> list[Message]:
     Raises:
       RowError: naming the field.
     """
-    name = "prompt" if "prompt" in row else "question"
+    name = "question" if "question" in row and "prompt" not in row else "prompt"
     if isinstance(row.get(name), list):
         return read_turns(row[name], name)
     return [Message(role="user", content=text_field(row, name))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -49,7 +50,7 @@ def rows_of(source: str, kind: Kind, seed: int, tally: Tally) -> Iterator[tuple[
         return
     _, _, words = source.partition(":")
     split, _, count = words.partition(":")
-    if split not in ("train", "heldout") or not count.isdigit():
+    if split not in ("train", "heldout") or not re.fullmatch("[0-9]+", count):
         raise UserError(f"source {source!r} is not tasks:train:COUNT or tasks:heldout:COUNT")
     if split == "heldout" and int(count) > tasks.heldout_count():
         raise UserError(f"source {source!r}: there are only {tasks.heldout_count()} held-out questions")

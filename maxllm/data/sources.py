@@ -199,6 +199,15 @@ def read_documents(source: str | Path, text_field: str, tally: Tally) -> Iterato
     return (text for file in files for text in _documents_of_file(file, text_field, tally))
 
 
+def source_bytes(source: str) -> int | None:
+    """Size of a source's files; None for what is no file, or is not here (any more)."""
+    if source.startswith("tfds:"):
+        return None
+    if source.startswith("slice:"):
+        return sum(file.stat().st_size for file in _slice_files(source.removeprefix("slice:")))
+    return sum(file.stat().st_size for file in _files_of(Path(source))) if Path(source).exists() else None
+
+
 def _slice_files(name: str) -> list[Path]:
     if name not in (*SLICES, "all"):
         raise UserError(f"slice:{name} does not exist; there are slice:{', slice:'.join((*SLICES, 'all'))}")

@@ -11,8 +11,7 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from maxllm import __version__
 from maxllm.config import GenerationConfig, ModelConfig
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
+from maxllm.files import whole_folder, write_json
 from maxllm.hf import mapping
 from maxllm.hf.config import hf_config_of, model_config_from_hf
 from maxllm.hf.tokenizer import save_tokenizer
@@ -79,14 +79,13 @@ def export(
             f"the tokenizer has {tokenizer.vocab_size} pieces, the model's vocab_size is {config.vocab_size}"
         )
     out_dir = Path(out_dir).absolute()
-    with replaced_folder(out_dir) as folder:
-        write_json(hf_config_of(config, tokenizer, base=base) | {MARK: __version__}, folder / "config.json")
+    with whole_folder(out_dir, is_replaceable) as folder:
+        write_json(folder / "config.json", hf_config_of(config, tokenizer, base=base) | {MARK: __version__})
         tensors = {name: t.astype(np.float32, copy=False) for name, t in mapping.hf_tensors(params, config)}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         save_tokenizer(tokenizer, folder)
-        write_json(
-            generation_config(generation or GenerationConfig(), tokenizer), folder / "generation_config.json"
-        )
+        defaults = generation_config(generation or GenerationConfig(), tokenizer)
+        write_json(folder / "generation_config.json", defaults)
         parameters = sum(tensor.size for tensor in tensors.values())
         card = model_card(out_dir.name, config, parameters, description)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -95,40 +94,10 @@ def export(
     return {"path": str(out_dir), "parameters": parameters, "tensors": len(tensors), "bytes": size}
 
 
-@contextlib.contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of `target` if the body succeeds.
-
-    Between the two renames of a replacement neither folder stands at `target`; the former one is then beside
-    it as `.NAME.former`.
-
-    Raises:
-      UserError: target is neither absent, nor empty, nor a former export.
-    """
-    if target.exists() and not (target.is_dir() and is_replaceable(target)):
-        raise UserError(f"{target} exists and is not a former export; remove it or choose another folder")
-    partial = target.with_name(f".{target.name}.partial")
-    former = target.with_name(f".{target.name}.former")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    if target.exists():
-        shutil.rmtree(former, ignore_errors=True)
-        target.rename(former)
-    partial.rename(target)
-    shutil.rmtree(former, ignore_errors=True)
-
-
 def is_replaceable(folder: Path) -> bool:
-    """Whether a folder is empty or a former export: another program's model is not ours to remove."""
+    """Whether a folder is a former export: another program's model is not ours to remove."""
     config = folder / "config.json"
-    if config.is_file():
-        return f'"{MARK}"' in config.read_text(encoding="utf-8")
-    return not any(folder.iterdir())
+    return config.is_file() and f'"{MARK}"' in config.read_text(encoding="utf-8")
 
 
 def generation_config(generation: GenerationConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -142,11 +111,6 @@ def generation_config(generation: GenerationConfig, tokenizer: Tokenizer) -> dic
         "do_sample": generation.temperature > 0,
         **(sampling if generation.temperature > 0 else {}),
     }
-
-
-def write_json(value: dict[str, Any], path: Path) -> None:
-    """One JSON object, sorted and indented, so that two exports can be compared by eye and by byte."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def model_card(name: str, config: ModelConfig, parameters: int, description: str) -> str:

@@ -19,12 +19,14 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """
     devices = jax.device_count()
     sizes = [config.data, config.fsdp, config.tensor]
+    given = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
+        if devices % rest:
+            raise UserError(f"mesh {given}: {rest} does not divide the {devices} devices that are here")
         sizes[sizes.index(-1)] = devices // rest
     if math.prod(sizes) != devices:
-        given = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise UserError(f"mesh {given} needs another number of devices than the {devices} that are here")
+        raise UserError(f"mesh {given} is {math.prod(sizes)} devices; {devices} are here")
     # Auto, because under Explicit axes (make_mesh's default) the lookup in an FSDP-sharded table is an error.
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

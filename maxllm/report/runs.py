@@ -150,7 +150,7 @@ def read_run(path: Path) -> Run:
     settings, summary = parsed(config), summary_of(path)
     planned = settings.get("run")
     steps = summary.get("steps") or (planned.get("steps") if isinstance(planned, dict) else None)
-    records = (r for r in read_records(path) if isinstance(r, dict) and isinstance(r.get("step"), int))
+    records = (r for r in read_records(path) if isinstance(r["step"], int))
     return Run(
         name=path.resolve().name,
         stage=str(settings.get("stage") or summary.get("stage") or path.resolve().name),

@@ -10,7 +10,7 @@ the folder.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +21,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from maxllm.errors import RunFailed, UserError
+from maxllm.files import read_json
 from maxllm.records import Params
 
 FOLDER = "checkpoints"
+
+UNRANKED = -math.inf
+"""The rank of a state that was not evaluated."""
 
 
 class State(Protocol):
@@ -67,11 +71,14 @@ class Checkpoints:
     def save(self, step: int, state: State, rank: float | None) -> None:
         """Starts saving in the background; `rank` is None where the state was not evaluated."""
         params, rest = state.detach()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)),
-            metrics=None if rank is None else {"rank": rank},
-        )
+        with writable(Path(self._manager.directory)):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)
+                ),
+                metrics={"rank": UNRANKED if rank is None else rank},
+            )
 
     def restore(self, step: int, abstract_state: AnyState) -> AnyState:
         """The state saved at `step`, in the shardings of `abstract_state`.
@@ -83,7 +90,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the save under way."""
-        self._manager.wait_until_finished()
+        with writable(Path(self._manager.directory)):
+            self._manager.wait_until_finished()
         self._manager.close()
 
 
@@ -103,7 +111,9 @@ def best_step(run_dir: Path) -> int | None:
     for step in ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []:
         file = folder / str(step) / "metrics" / "metrics"
         if file.is_file():
-            ranks[step] = rank_of(json.loads(file.read_text(encoding="utf-8")))
+            rank = rank_of(read_json(file))
+            if rank > UNRANKED:
+                ranks[step] = rank
     return max(ranks, key=lambda step: ranks[step], default=None)
 
 
@@ -137,10 +147,13 @@ def restore(checkpoint: Path, abstract_state: AnyState) -> AnyState:
 
 def read_items(checkpoint: Path, **abstract: Any) -> Any:
     """Some items of a checkpoint, each in the shardings and types of its abstract tree."""
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-    with readable(checkpoint), ocp.CheckpointManager(checkpoint.parent, options=options) as manager:
-        return manager.restore(int(checkpoint.name), args=ocp.args.Composite(**items))
+    # The handler, not a Checkpointer: an item of a checkpoint is not a checkpoint of its own.
+    handler = ocp.StandardCheckpointHandler()
+    with readable(checkpoint):
+        return {
+            name: handler.restore(checkpoint / name, args=ocp.args.StandardRestore(tree))
+            for name, tree in abstract.items()
+        }
 
 
 def check_params(checkpoint: Path, abstract_params: Params) -> None:
@@ -168,6 +181,19 @@ def load_params(checkpoint: Path, abstract_params: Params) -> Params:
 
 
 @contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Turns whatever Orbax raises while writing into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise RunFailed(
+            f"a checkpoint cannot be written to {folder} ({type(error).__name__}: {reason}); the same "
+            "command continues from the last complete one"
+        ) from error
+
+
+@contextmanager
 def readable(checkpoint: Path) -> Iterator[None]:
     """Turns whatever Orbax raises while reading into one sentence."""
     try:
@@ -175,8 +201,8 @@ def readable(checkpoint: Path) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:300]
         raise RunFailed(
-            f"checkpoint {checkpoint} cannot be restored ({type(error).__name__}: {reason}); nothing was "
-            "changed: remove it to continue from the one before, or remove the run folder to start anew"
+            f"checkpoint {checkpoint} cannot be restored ({type(error).__name__}: {reason}); remove that "
+            "folder to use the checkpoint before it"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from types import FrameType
 
 import jax
 import numpy as np
+
+from maxllm.errors import leave
 
 AGREE_EVERY = 10
 """Steps between two moments at which several processes agree whether to stop."""
@@ -23,7 +26,9 @@ class StopRequest:
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler; a second Ctrl-C stops at once, without saving."""
         if self.asked and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+            leave(75, "stopped at once; the same command continues from the last checkpoint")
+        if not self.asked:
+            os.write(2, b"maxllm: stopping after this step, then saving; Ctrl-C again stops at once\n")
         self.asked = True
 
     def anywhere(self, step: int) -> bool:

@@ -13,15 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxllm.data.loader import Batches
-from maxllm.errors import Interrupted, RunFailed
+from maxllm.data.loader import Batches, fingerprint
+from maxllm.errors import Interrupted, RunFailed, UserError
+from maxllm.files import read_json, write_json
 from maxllm.parallel import processes, sharding
 from maxllm.plan.flops import PEAK_FLOPS
 from maxllm.records import Metrics
 from maxllm.run.checkpoint import FOLDER, Checkpoints, latest_step
 from maxllm.run.faults import StopRequest, stop_on_signals
-from maxllm.run.record import METRICS, SUMMARY, Recorder, hardware, peak_rss_bytes, read_summary, write_json
+from maxllm.run.record import METRICS, SUMMARY, Recorder, hardware, peak_rss_bytes, read_summary
 from maxllm.run.session import Session, compile_step, open_run_dir
+
+DATA = "data.json"
+"""Which data a run is made of; see `check_same_data`."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def train(session: Session, job: Job) -> dict[str, Any]:
         check_not_lost(session.run_dir, first)
         state = job.fresh() if first is None else None
         with open_run_dir(session):
+            check_same_data(session.run_dir, job.batches, first)
             checkpoints = Checkpoints(session.run_dir, run.keep_checkpoints)
             try:
                 with Recorder(session.run_dir, title, run.steps, first, processes.is_main()) as recorder:
@@ -93,7 +98,27 @@ def train(session: Session, job: Job) -> dict[str, Any]:
                 checkpoints.close()
             if processes.is_main():
                 write_json(session.run_dir / SUMMARY, summary)
+        if stop.anywhere(0):
+            raise Interrupted(f"{title} is complete; stopped as asked, the same command continues after it")
     return summary
+
+
+def check_same_data(run_dir: Path, batches: Batches, step: int | None) -> None:
+    """A run goes on with the data it began with.
+
+    Raises:
+      UserError: the data is another.
+    """
+    now = fingerprint(batches.rows)
+    if step is not None and (run_dir / DATA).is_file():
+        former = read_json(run_dir / DATA)
+        if former != now:
+            raise UserError(
+                f"the training data of {run_dir} has changed since the run began ({former['rows']} rows "
+                f"then, {now['rows']} now); put it back, or give another run.dir"
+            )
+    if processes.is_main():
+        write_json(run_dir / DATA, now)
 
 
 def check_not_lost(run_dir: Path, step: int | None) -> None:

@@ -7,7 +7,6 @@ from, and with them the seconds already spent; none of it changes a number that 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import resource
@@ -22,54 +21,49 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 
 import maxllm
+from maxllm.errors import UserError
+from maxllm.files import finite, read_json, write_text
 
 Item = TypeVar("Item")
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON, whole or not at all."""
-    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """Plain data with null for every number that is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def read_records(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl; a line that a kill cut short ends it."""
+    """The lines of metrics.jsonl; a last line that a kill cut short is left out.
+
+    Raises:
+      UserError: another line is damaged.
+    """
     path = run_dir / METRICS
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+            record = json.loads(line)
+            if not isinstance(record, dict) or not {"step", "seconds"} <= record.keys():
+                raise ValueError("it is no record of a step")
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise UserError(f"{path} line {number} is damaged: {error}") from None
+        yield record
+
+
+def line_of(record: dict[str, Any]) -> str:
+    """A record as a line of metrics.jsonl."""
+    return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """summary.json of a complete run, or None."""
+    """summary.json of a complete run, or None.
+
+    Raises:
+      UserError: it is damaged.
+    """
     path = run_dir / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def hardware() -> dict[str, Any]:
@@ -132,7 +126,9 @@ class Recorder:
         self.seconds_before: float = max((record["seconds"] for record in kept), default=0.0)
         self.records = kept
         if main:
-            write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_text(
+                self._path, "".join(json.dumps(finite(record), allow_nan=False) + "\n" for record in kept)
+            )
         self._console = console(main)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -160,7 +156,7 @@ class Recorder:
         self.records.append(record)
         if self._main:
             with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(finite(record), allow_nan=False) + "\n")
+                stream.write(line_of(record))
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +22,10 @@ from maxllm import recipe
 from maxllm.config import Config, ModelConfig
 from maxllm.data.tokenizer import Tokenizer, load_tokenizer
 from maxllm.errors import UserError
+from maxllm.files import read_json, write_bytes, write_json, write_text
 from maxllm.parallel import processes, sharding
 from maxllm.parallel.mesh import check_divisible, make_mesh
-from maxllm.run.record import console, write_bytes, write_json, write_text
+from maxllm.run.record import console
 
 CONFIG, HF_CONFIG, LOCK = "config.yaml", "hf_config.json", ".lock"
 
@@ -155,7 +156,7 @@ def check_same_recipe(run_dir: Path, config: Config) -> None:
     for key in sorted(former.keys() | now.keys()):
         fixed = not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
         if key in PATHS and former.get(key) and now.get(key):
-            fixed = Path(former[key]).resolve() != Path(now[key]).resolve()
+            fixed = not same_place(former, now, key)
         if fixed and former.get(key) != now.get(key):
             raise UserError(
                 f"{run_dir} holds a run with {key}={former.get(key)}, not {now.get(key)}; "
@@ -186,6 +187,13 @@ def open_run_dir(session: Session) -> Iterator[None]:
             write_json(session.run_dir / HF_CONFIG, session.hf_config)
         write_text(session.run_dir / CONFIG, recipe.dump(session.config))
         yield
+
+
+def same_place(former: dict[str, Any], now: dict[str, Any], key: str) -> bool:
+    """Whether two spellings of a path mean one place, or one that moved together with the run folder."""
+    if Path(former[key]).resolve() == Path(now[key]).resolve():
+        return True
+    return os.path.relpath(former[key], former["run.dir"]) == os.path.relpath(now[key], now["run.dir"])
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -277,4 +285,4 @@ def reopen(run_dir: Path, overrides: Sequence[str] = (), may_change: Sequence[st
 def read_hf_config(run_dir: Path) -> dict[str, Any] | None:
     """The Hugging Face config.json that a run folder keeps, if its model was imported."""
     path = run_dir / HF_CONFIG
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None

@@ -75,6 +75,7 @@ def run(config: Config) -> dict[str, Any]:
 def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
     config = session.config
+    check_sampling(config.generation)
     policy, scalar = Llama(session.model), ScalarModel(session.model)
     start = start_checkpoint(session, config.start.policy, policy)
     judge = start_checkpoint(session, config.start.reward, scalar)
@@ -120,6 +121,21 @@ def job(session: Session) -> Job:
         frozen=(frozen,),
         facts={"heldout_items": len(heldout), "sources": told(session, tallies)},
     )
+
+
+def check_sampling(generation: GenerationConfig) -> None:
+    """The policy that samples must be the policy that is updated, and it must explore.
+
+    Raises:
+      UserError: it would be greedy, or cut off.
+    """
+    if generation.temperature == 0:
+        raise UserError("generation.temperature=0 is greedy; PPO learns from sampled responses: give 1.0")
+    if generation.top_k or generation.top_p < 1:
+        raise UserError(
+            "generation.top_k and generation.top_p would sample from another distribution than the one PPO "
+            "updates; leave them at 0 and 1"
+        )
 
 
 def init_state(ppo: Ppo, key: jax.Array) -> PpoState:

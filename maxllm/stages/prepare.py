@@ -12,9 +12,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,11 +24,12 @@ from maxllm.data import bpe, ngram, spm
 from maxllm.data.clean import clean_text, reason_to_drop
 from maxllm.data.dedup import drop_duplicates, text_key
 from maxllm.data.pack import chunks, pack
-from maxllm.data.sources import Tally, read_documents
+from maxllm.data.sources import Tally, read_documents, source_bytes
 from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start, load_tokenizer
 from maxllm.errors import UserError
+from maxllm.files import read_json, whole_folder, write_bytes, write_json
 from maxllm.records import LmBatch
-from maxllm.run.record import console, progress, write_bytes, write_json
+from maxllm.run.record import console, progress
 from maxllm.run.session import flat
 
 MANIFEST = "manifest.json"
@@ -45,34 +43,26 @@ def run(config: Config) -> dict[str, Any]:
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
         check_settings(config, out, manifest)
+        console().print(f"prepare: {out} is prepared already", markup=False, soft_wrap=True)
         return manifest
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} holds something else than a prepared corpus; give another data.prepared_dir")
 
+    with whole_folder(out) as folder:
+        manifest = prepare(config, folder)
+        write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def prepare(config: Config, folder: Path) -> dict[str, Any]:
+    """Fills a folder with packed rows; returns what the manifest says of them."""
     started = time.perf_counter()
     terminal = console()
     train, heldout, tallies = split_documents(config.data)
     for tally in tallies:
         terminal.print(f"prepare: {tally.line()}", markup=False, soft_wrap=True)
-    if config.tokenizer is None:
-        tokenizer = load_tokenizer(config.start.policy or "")
-    elif Path(config.tokenizer.path).exists():
-        tokenizer = load_tokenizer(config.tokenizer.path)
-        if tokenizer.vocab_size != config.tokenizer.vocab_size:
-            raise UserError(
-                f"tokenizer {config.tokenizer.path} is there already with {tokenizer.vocab_size} pieces, "
-                f"tokenizer.vocab_size is {config.tokenizer.vocab_size}; remove it to train another"
-            )
-    else:
-        with terminal.status("prepare: training the tokenizer"):
-            tokenizer = train_tokenizer(train, config.tokenizer)
-        save_tokenizer(tokenizer, Path(config.tokenizer.path))
-
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
+    tokenizer = the_tokenizer(config, train)
     train_counts, heldout_counts = ngram.ByteCounts(train), ngram.ByteCounts(heldout)
     unigram, bigram = ngram.bits_per_byte(train_counts, heldout_counts)
-    manifest = {
+    manifest: dict[str, Any] = {
         "settings": settings_of(config),
         "tokenizer_sha256": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
@@ -82,7 +72,7 @@ def run(config: Config) -> dict[str, Any]:
     }
     for name, texts, counts in (("train", train, train_counts), ("heldout", heldout, heldout_counts)):
         rows = pack_documents(tokenizer, texts, config.batch.sequence_length)
-        write_rows(temporary / name, rows)
+        write_rows(folder / name, rows)
         tokens = int(rows.loss_weights_BT.sum())
         manifest[name] = {
             "documents": len(texts),
@@ -91,17 +81,34 @@ def run(config: Config) -> dict[str, Any]:
             "rows": len(rows.tokens_BT),
             "fill": tokens / rows.tokens_BT.size,
         }
-    manifest["seconds"] = round(time.perf_counter() - started, 3)
-    write_json(temporary / MANIFEST, manifest)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(temporary, out)
-    return manifest
+    return manifest | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def the_tokenizer(config: Config, texts: Sequence[str]) -> Tokenizer:
+    """The tokenizer of the model that the run starts from, or the one at tokenizer.path, or a new one."""
+    if config.tokenizer is None:
+        return load_tokenizer(config.start.policy or "")
+    path = Path(config.tokenizer.path)
+    if path.exists():
+        tokenizer = load_tokenizer(path)
+        if tokenizer.vocab_size != config.tokenizer.vocab_size:
+            raise UserError(
+                f"tokenizer {path} is there already with {tokenizer.vocab_size} pieces, "
+                f"tokenizer.vocab_size is {config.tokenizer.vocab_size}; remove it to train another"
+            )
+        return tokenizer
+    with console().status("prepare: training the tokenizer"):
+        tokenizer = train_tokenizer(texts, config.tokenizer)
+    save_tokenizer(tokenizer, path)
+    return tokenizer
 
 
 def settings_of(config: Config) -> dict[str, Any]:
     """What a prepared corpus depends on. Where it stands, and where its tokenizer does, is not part of it."""
     tokenizer = config.tokenizer and config.tokenizer.model_dump(mode="json", exclude={"path"})
     settings = {"data": config.data.model_dump(mode="json", exclude={"prepared_dir", "max_bad_share"})}
+    sources = [*config.data.sources, *config.data.heldout_sources]
+    settings["bytes"] = {source: source_bytes(source) for source in sources}  # an edited file is another one
     return settings | {"tokenizer": tokenizer, "batch": {"sequence_length": config.batch.sequence_length}}
 
 
@@ -113,7 +120,8 @@ def check_settings(config: Config, prepared: Path, manifest: dict[str, Any]) -> 
     """
     former, now = flat(manifest["settings"]), flat(settings_of(config))
     for key in sorted(former.keys() | now.keys()):
-        if former.get(key) != now.get(key):
+        gone = key.startswith("bytes.") and now.get(key) is None  # the corpus outlives its sources
+        if former.get(key) != now.get(key) and not gone:
             raise UserError(
                 f"{prepared} was prepared with {key}={former.get(key)}, not {now.get(key)}; "
                 "remove it, or give another data.prepared_dir"
@@ -189,12 +197,9 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, tokenizer.files[SPM_FILE])
         return
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-    partial.mkdir(parents=True)
-    for name, content in tokenizer.files.items():
-        write_bytes(partial / name, content)
-    partial.rename(path)
+    with whole_folder(path) as folder:
+        for name, content in tokenizer.files.items():
+            write_bytes(folder / name, content)
 
 
 def write_rows(folder: Path, rows: LmBatch) -> None:
@@ -205,9 +210,16 @@ def write_rows(folder: Path, rows: LmBatch) -> None:
 
 
 def read_rows(prepared: Path, split: str) -> LmBatch:
-    """Packed rows [N, T], memory-mapped."""
-    names = [field.name for field in dataclasses.fields(LmBatch)]
-    return LmBatch(*(np.load(prepared / split / f"{name}.npy", mmap_mode="r") for name in names))
+    """Packed rows [N, T], memory-mapped.
+
+    Raises:
+      UserError: an array is missing or cut short.
+    """
+    files = [prepared / split / f"{field.name}.npy" for field in dataclasses.fields(LmBatch)]
+    try:
+        return LmBatch(*(np.load(file, mmap_mode="r") for file in files))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{prepared} is damaged ({error}); remove it and prepare it anew") from None
 
 
 def read_manifest(prepared: Path) -> dict[str, Any]:
@@ -219,4 +231,7 @@ def read_manifest(prepared: Path) -> dict[str, Any]:
     path = prepared / MANIFEST
     if not path.is_file():
         raise UserError(f"{prepared} is not prepared; run `maxllm prepare RECIPE` first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
+    if not {"settings", "tokenizer_sha256", *SPLITS} <= manifest.keys():
+        raise UserError(f"{path} is damaged; remove {prepared} and prepare it anew")
+    return manifest

@@ -18,7 +18,8 @@ from typing import Any
 from maxllm import recipe
 from maxllm.config import Config
 from maxllm.data import tasks
-from maxllm.run.record import SUMMARY, hardware, read_summary, write_json
+from maxllm.files import write_json
+from maxllm.run.record import SUMMARY, hardware, read_summary
 from maxllm.stages import export, ppo, prepare, pretrain, reward, sft
 from maxllm.stages.chat import generate
 

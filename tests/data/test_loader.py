@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maxllm.data.loader import Batches, in_order, row_count
+from maxllm.data.loader import Batches, fingerprint, in_order, row_count
 from maxllm.records import PairBatch, PromptBatch
 
 
@@ -71,3 +71,12 @@ def test_in_order_covers_all_rows_once(rows, batch):
         assert part.weights_B.sum() == real and not part.weights_B[real:].any()
     assert len(found) == -(-rows // batch)
     np.testing.assert_array_equal(np.concatenate(found), tokens)
+
+
+def test_a_fingerprint_tells_data_apart():
+    rows = {"a": np.arange(3000).reshape(1000, 3), "b": np.ones(1000, np.float32)}
+    same = fingerprint({name: array.copy() for name, array in rows.items()})
+    assert fingerprint(rows) == same and same["rows"] == 1000
+    shorter = {name: array[:-1] for name, array in rows.items()}
+    other = rows | {"a": rows["a"] + 1}
+    assert len({fingerprint(each)["sha256"] for each in (rows, shorter, other)}) == 3

@@ -228,7 +228,7 @@ def test_killed_export_leaves_the_former_one(
 def test_a_folder_of_another_program_is_not_replaced(tokenizer: SpmTokenizer, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="is not a former export"):
+    with pytest.raises(UserError, match="is not ours to replace"):
         export(random_params(TINY), TINY, tokenizer, tmp_path / "x")
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["config.json"]
 

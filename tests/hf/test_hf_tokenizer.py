@@ -118,7 +118,7 @@ def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[SpmTokenizer, Any]:
     """(ours, the exported one as AutoTokenizer loads it)."""
-    config = TokenizerConfig(path="", vocab_size=3500, algorithm=request.param)
+    config = TokenizerConfig(path="unused", vocab_size=3500, algorithm=request.param)
     ours = train(training_texts(), config)
     folder = tmp_path_factory.mktemp(request.param)
     save_tokenizer(ours, folder)

@@ -317,7 +317,7 @@ def test_unfinished_quickstart(tmp_path: Path) -> None:
     sft = [{"loss": 9.9, "exact_match": 0.0}, {"loss": 1.5, "exact_match": 0.07}]
     make_run(folder / "sft", "sft", sft, finished=False)
     with (folder / "sft" / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 45, "loss": 1.0}\n')
+        stream.write('{"step": 45, "seconds": 9.0, "loss": 1.0}\n')
     page = Page(write_report(folder))
     assert_self_contained(page)
     assert "Complete: pretrain; begun: sft (unfinished, at step 45 of 40); not there yet:" in page.text

@@ -96,7 +96,7 @@ def test_what_a_kill_left_behind_is_replaced(tmp_path: Path, source: Path) -> No
 def test_a_folder_of_the_users_is_never_replaced(tmp_path: Path, source: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds something else than a prepared corpus"):
+    with pytest.raises(UserError, match="exists and is not ours to replace"):
         prepare.run(config(tmp_path, source))
     assert [path.name for path in (tmp_path / "corpus").iterdir()] == ["mine.txt"]
 

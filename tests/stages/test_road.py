@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
@@ -57,13 +61,15 @@ def summary(road: Path) -> dict:
     return json.loads((road / "summary.json").read_text(encoding="utf-8"))
 
 
+FIGURES = (
+    *("bits_per_byte", "bits_per_byte_unigram", "bits_per_byte_bigram", "reward_pair_accuracy"),
+    *("sft_exact_match_before", "sft_exact_match_after", "ppo_score_before", "ppo_score_after"),
+    *("ppo_exact_match_before", "ppo_exact_match_after", "ppo_kl"),
+)
+
+
 def test_every_figure_is_there(summary: dict) -> None:
-    figures = {
-        *("bits_per_byte", "bits_per_byte_unigram", "bits_per_byte_bigram", "reward_pair_accuracy"),
-        *("sft_exact_match_before", "sft_exact_match_after", "ppo_score_before", "ppo_score_after"),
-        *("ppo_exact_match_before", "ppo_exact_match_after", "ppo_kl"),
-    }
-    assert all(isinstance(summary[name], float) for name in figures)
+    assert all(isinstance(summary[name], float) for name in FIGURES)
     assert set(summary["seconds"]) == {"prepare", *STAGES, "export", "total"}
     assert summary["heldout_items"]["sft_exact_match"] == 64
     assert summary["heldout_items"]["ppo"] == 64
@@ -118,8 +124,8 @@ def test_evaluate_repeats_the_figures_of_training(road: Path, stage: str) -> Non
 
 
 def test_chat_answers_each_line(road: Path) -> None:
-    answers = ok("chat", road / "sft", stdin="What is the last digit?\n\nhello\n").splitlines()
-    assert len(answers) >= 2
+    answers = ok("chat", road / "sft", stdin="What is the last digit?\n\nhello\n")
+    assert answers.count("\n") == 2 and answers.strip()
 
 
 def test_kill_9_in_every_stage_then_the_same_end(road: Path, summary: dict, tmp_path: Path) -> None:
@@ -139,8 +145,74 @@ def test_kill_9_in_every_stage_then_the_same_end(road: Path, summary: dict, tmp_
         assert not (out / "summary.json").exists()
     again = json.loads(ok("quickstart", "--fast", "--out", out, "--json"))
     for name, value in summary.items():
-        if name not in ("seconds", "hardware"):
+        if name not in ("seconds", "hardware", "runs"):
             assert again[name] == value, name
+    for stage in STAGES:
+        undisturbed, killed = final_arrays(road / stage), final_arrays(out / stage)
+        assert undisturbed.keys() == killed.keys()
+        for name, array in undisturbed.items():
+            np.testing.assert_array_equal(killed[name], array, err_msg=f"{stage} {name}")
+
+
+def final_arrays(run: Path) -> dict[str, np.ndarray]:
+    """Every array of a run's last checkpoint: parameters, optimizer, PPO's critic."""
+    last = max(
+        (run / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        trees = {item: checkpointer.restore((last / item).absolute()) for item in ("params", "rest")}
+    leaves = jax.tree_util.tree_leaves_with_path(trees)
+    assert len(leaves) > 20
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_ppo_moves_its_models(road: Path) -> None:
+    """Else nothing above could see PPO break."""
+    before, after = final_arrays(road / "sft"), final_arrays(road / "ppo")
+    name = "['params']['decoder']['layers']['mlp']['w_up']"
+    assert 1e-4 < np.abs(after[name] - before[name]).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["tokenizing", "pretrain: step 40/40", "sft: step 0 held out", "sft: compiled", "ppo: step 4/4", "hf"],
+)
+def test_ctrl_c_ends_the_road_at_once_wherever_it_comes(
+    moment: str, road: Path, summary: dict, tmp_path: Path
+) -> None:
+    """Exit 75 before another stage begins, and the same command continues."""
+    out = tmp_path / "quickstart"
+    stage = {"pretrain": 0, "sft": 1, "ppo": 3, "hf": 4, "tokenizing": -1}[moment.partition(":")[0]]
+    done = ["corpus", "tokenizer.model", *STAGES[:stage]] if stage >= 0 else []
+    for name in done:  # what stands before the moment, as the undisturbed road left it
+        copy = shutil.copytree if (road / name).is_dir() else shutil.copy
+        out.mkdir(exist_ok=True)
+        copy(road / name, out / name)
+    words = [sys.executable, "-m", "maxllm.cli", "quickstart", "--fast", "--out", str(out), "--json"]
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    assert process.stderr is not None
+    said = ""
+    if moment in ("tokenizing", "hf"):
+        while not (out / (".corpus.partial" if moment == "tokenizing" else ".hf.partial")).exists():
+            assert process.poll() is None
+            time.sleep(0.005)
+    else:
+        for line in process.stderr:
+            said += line
+            if moment in line:
+                break
+    process.send_signal(signal.SIGINT)
+    said += process.stderr.read()
+    assert process.wait() == 75, said
+    assert "Traceback" not in said and "the same command continues" in said
+    assert not (out / "summary.json").exists()
+    following = STAGES[stage + 1 :] if moment not in ("hf", "tokenizing") else ()
+    assert not any((out / name).exists() for name in following)
+    if moment == "sft: compiled":  # one of them to its end: the kills above show the others
+        again = json.loads(ok("quickstart", "--fast", "--out", out, "--json"))
+        assert {name: again[name] for name in FIGURES} == {name: summary[name] for name in FIGURES}
 
 
 # --- bad input ----------------------------------------------------------------------------------------------
@@ -212,3 +284,98 @@ def test_a_reward_model_does_not_speak(road: Path, tmp_path: Path) -> None:
     assert "reward model" in refused("generate", road / "reward", "--prompt", "hello")
     assert "reward model" in refused("export", road / "reward", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_stage_that_cannot_start_leaves_nothing(road: Path, tmp_path: Path) -> None:
+    words = ("sft", "sft/tiny_tasks_cpu_fast", f"run.dir={tmp_path / 'x'}")
+    assert "is a checkpoint of another model" in refused(*words, f"start.policy={road / 'reward'}")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate", "export", "report"])
+def test_readers_change_nothing(road: Path, tmp_path: Path, verb: str) -> None:
+    """Not even a save that another process has under way."""
+    run = tmp_path / "sft"
+    shutil.copytree(road / "sft", run)
+    (run / "checkpoints" / "70.orbax-checkpoint-tmp").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    more = {"generate": ("--prompt", "hello"), "export": (tmp_path / "hf", "--no-verify")}
+    ok(verb, run, *more.get(verb, ()))
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != "report.html"}
+    before.pop(run, None), after.pop(run, None)  # report.html stands there
+    assert after == before
+
+
+def test_evaluate_refuses_what_would_be_another_run(road: Path) -> None:
+    assert "model.rope_theta is part of what" in refused("evaluate", road / "sft", "model.rope_theta=5")
+    sentence = refused("evaluate", road / "pretrain", "data.heldout_sources=['x.jsonl']")
+    assert "data.heldout_sources is part of what" in sentence and "data.prepared_dir" in sentence
+
+
+def test_ppo_refuses_what_it_cannot_learn_with(road: Path, tmp_path: Path) -> None:
+    words = (
+        "ppo",
+        "ppo/tiny_tasks_cpu_fast",
+        f"start.policy={road / 'sft'}",
+        f"start.reward={road / 'reward'}",
+    )
+    for setting, part in (("temperature=0", "is greedy"), ("top_k=5", "another distribution")):
+        assert part in refused(*words, f"run.dir={tmp_path / 'x'}", f"generation.{setting}")
+    assert not (tmp_path / "x").exists()
+
+
+def test_sft_on_rows_that_also_have_a_prompt(road: Path, tmp_path: Path) -> None:
+    """UltraChat's form: the question is the one in `messages`, and long prompts stay in training."""
+    talk = [{"role": "user", "content": "What is the last digit?\n12"}, {"role": "assistant", "content": "2"}]
+    long = [{"role": "user", "content": "word " * 90}, {"role": "assistant", "content": "no"}]
+    rows = [{"prompt": f"{n}", "prompt_id": n, "messages": long if n % 2 else talk} for n in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = (
+        "sft",
+        "sft/tiny_tasks_cpu_fast",
+        f"start.policy={road / 'pretrain'}",
+        f"run.dir={tmp_path / 'x'}",
+    )
+    figures = json.loads(
+        ok(
+            *words,
+            *(
+                f"data.sources=['{file}']",
+                f"data.heldout_sources=['{file}']",
+                "run.steps=5",
+                "run.eval_every=5",
+                "optimizer.warmup_steps=0",
+            ),
+            *("generation.max_new_tokens=128", "--json"),
+        )
+    )
+    assert figures["sources"][0]["kept"] == 40
+    assert (figures["heldout_conversations"], figures["heldout_items"]) == (40, 20)
+    assert figures["heldout_last"]["exact_match"] < 1
+
+
+def test_a_moved_quickstart_continues(road: Path, summary: dict, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(road, moved)
+    assert json.loads(ok("quickstart", "--fast", "--out", moved, "--json")) == summary
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]"])
+def test_a_damaged_summary_is_named(road: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(road / "sft", tmp_path / "sft")
+    (tmp_path / "sft" / "summary.json").write_text(damage)
+    sentence = refused(
+        "reward", "reward/tiny_tasks_cpu_fast", f"start.policy={tmp_path / 'sft'}", "run.dir=x"
+    )
+    assert "summary.json is damaged" in sentence
+
+
+def test_files_where_folders_should_be(road: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    start = f"start.policy={road / 'pretrain'}"
+    assert str(tmp_path / "file") in refused(
+        "sft", "sft/tiny_tasks_cpu_fast", start, f"run.dir={tmp_path / 'file'}"
+    )
+    assert str(tmp_path / "file") in refused("quickstart", "--fast", "--out", tmp_path / "file")
+    assert str(tmp_path / "file") in refused("export", road / "sft", tmp_path / "file" / "x", "--no-verify")
