@@ -45,7 +45,7 @@ TRAINERS = {
     "ppo": "improve the policy against the reward model",
 }
 
-CONTINUES = {"quickstart", "export", *TRAINERS}
+CONTINUES = {"quickstart", "export", "convert", *TRAINERS}
 """Verbs that go on where they were interrupted: launchers retry exit code 75."""
 
 
@@ -139,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_quickstart(verbs)
     for verb, description in TRAINERS.items():
         add_trainer(verbs, verb, description)
+    add_convert(verbs)
     add_readers(verbs)
     return parser
 
@@ -184,6 +185,33 @@ def add_trainer(verbs: Any, name: str, description: str) -> None:
     verb.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of one under configs/")
     add_overrides(verb, "run.steps=100")
     verb.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    add_json(verb)
+
+
+def add_convert(verbs: Any) -> None:
+    """convert."""
+    verb = add_verb(
+        verbs, "convert", "convert between Hugging Face folders, GGUF files and run folders", convert
+    )
+    verb.add_argument(
+        "direction",
+        choices=("from-hf", "from-gguf", "to-hf"),
+        help="from-hf FOLDER RUN; from-gguf FILE RUN; to-hf RUN FOLDER",
+    )
+    verb.add_argument("source", metavar="SRC", help="folder, file or (with --hub) the name of a repository")
+    verb.add_argument("target", metavar="DST", type=Path, help="folder to write")
+    verb.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
+    verb.add_argument("--hub", action="store_true", help="from-hf: download SRC from the Hugging Face hub")
+    verb.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="from-hf: read .bin and .pth, with torch's safe loader",
+    )
+    verb.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="to-hf: of the weights (default: kept)",
+    )
     add_json(verb)
 
 
@@ -258,6 +286,24 @@ def train(options: argparse.Namespace) -> None:
         "ppo": ppo.run,
     }
     show(options, stages[options.verb](config), f"maxllm {options.verb}")
+
+
+def convert(options: argparse.Namespace) -> None:
+    """maxllm convert"""
+    from maxllm.stages import convert as stage
+
+    figures = stage.run(
+        options.direction,
+        options.source,
+        options.target,
+        verify=options.verify,
+        allow_pickle=options.allow_pickle,
+        hub=options.hub,
+        dtype=options.dtype,
+    )
+    show(options, figures, f"maxllm convert {options.direction}")
+    if options.verify and figures["max_abs_logit_diff"] is None and not options.json:
+        print("checked: names, shapes and bytes; not checked: logits, because torch is not installed")
 
 
 def generate(options: argparse.Namespace) -> None:

@@ -177,11 +177,10 @@ def hf_config_of(
             f"Hugging Face's configuration refuses the model: {' '.join(str(error).split())}"
         ) from None
     if base is not None and base.get("model_type") == family:
-        ours = fields | {"model_type": family, "transformers_version": made["transformers_version"]}
-        made = made | dict(base) | with_old_rope(ours, base)
-    else:
-        made = with_old_rope(made, made)
-    return made
+        special = {"bos_token_id", "eos_token_id", "pad_token_id"}  # the model came with its own
+        ours = {name: value for name, value in fields.items() if name not in special}
+        return made | dict(base) | with_old_rope(ours)
+    return with_old_rope(made)
 
 
 def family_fields(family: str, config: ModelConfig) -> dict[str, Any]:
@@ -215,7 +214,7 @@ def rope_parameters(config: ModelConfig) -> dict[str, Any]:
     return {"rope_type": scaling.type, "rope_theta": config.rope_theta, **fields}
 
 
-def with_old_rope(fields: dict[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+def with_old_rope(fields: dict[str, Any]) -> dict[str, Any]:
     """Adds the rotary fields also where transformers 4.x looks for them.
 
     4.x ignores rope_parameters, and would silently take theta 10000 and no scaling.

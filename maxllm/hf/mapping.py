@@ -1,14 +1,14 @@
-"""The one table between Hugging Face's `LlamaForCausalLM` tensors and our parameter tree, in both directions.
+"""The one table between Hugging Face's decoder tensors and our parameter tree, in both directions.
 
 A Hugging Face linear layer is [out, in], ours is [in, out...] with heads and head width apart, and our layers
-are stacked on a leading axis L. Rotary pairs are half-split in both, so no row is permuted. Everything moves
-tensor by tensor (`hf_tensors`, `our_arrays`); `to_hf` and `from_hf` only collect.
+are stacked on a leading axis L. Rotary pairs are half-split in both, so no row is permuted. `load.py` and
+`write.py` move tensors one by one by this table; `to_hf` and `from_hf` do it in memory, for small models.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -140,39 +140,16 @@ def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], origin
         raise UserError(f"{origin} does not match the model's configuration: {'; '.join(problems)}")
 
 
-def hf_tensors(params: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, contiguous array) of every Hugging Face tensor, copied one at a time, in the type of `params`.
-
-    Args:
-      params: the tree of `Llama`, boxed or not, of NumPy or JAX arrays.
-
-    Raises:
-      UserError: params are not those of the configuration; before the first tensor.
-    """
-    arrays = flatten_dict(nn.unbox(params), sep="/")
-    shapes = {path: array.shape for path, array in arrays.items()}
-    check_shapes(shapes, our_shapes(config), "the parameter tree")
-    wanted = hf_shapes(config)
-    for row in rows(config):
-        names, array = hf_names(row, config), arrays[row.path]
-        for name, part in zip(names, array if row.path.startswith(LAYERS) else [array], strict=True):
-            moved = np.asarray(part).transpose(permutation(row))
-            yield name, np.ascontiguousarray(moved).reshape(wanted[name])
+def hf_layout(row: Row, ours: Any, size: Mapping[str, int]) -> Any:
+    """One of our arrays (of one layer) as the Hugging Face tensor; NumPy or traced."""
+    shape = [math.prod(size[letter] for letter in axis) for axis in row.hf_dims.split()]
+    return ours.transpose(permutation(row)).reshape(shape)
 
 
-def our_arrays(read: Callable[[str], np.ndarray], config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, float32 array) of every array of ours; `read` is asked for one Hugging Face tensor at a time.
-
-    The caller has checked the shapes.
-    """
-    size, shapes = sizes(config), our_shapes(config)
-    for row in rows(config):
-        array = np.empty(shapes[row.path], np.float32)
-        names = hf_names(row, config)
-        unflattened = [size[letter] for letter in row.hf_dims.replace(" ", "")]
-        for name, part in zip(names, array if row.path.startswith(LAYERS) else [array], strict=True):
-            part[...] = read(name).reshape(unflattened).transpose(np.argsort(permutation(row)))
-        yield row.path, array
+def our_layout(row: Row, theirs: Any, size: Mapping[str, int]) -> Any:
+    """A Hugging Face tensor as our array (of one layer); NumPy or traced."""
+    unflattened = [size[letter] for letter in row.hf_dims.replace(" ", "")]
+    return theirs.reshape(unflattened).transpose(np.argsort(permutation(row)))
 
 
 def permutation(row: Row) -> list[int]:
@@ -180,9 +157,31 @@ def permutation(row: Row) -> list[int]:
     return [row.dims.split().index(letter) for letter in row.hf_dims.replace(" ", "")]
 
 
+def flat_params(params: Params, config: ModelConfig) -> dict[str, Any]:
+    """Path -> array of a parameter tree, boxed or not, looked at whole.
+
+    Raises:
+      UserError: it is not the tree of the configuration.
+    """
+    arrays = flatten_dict(nn.unbox(params), sep="/")
+    check_shapes({path: a.shape for path, a in arrays.items()}, our_shapes(config), "the parameter tree")
+    return arrays
+
+
 def to_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Every Hugging Face tensor by name; see `hf_tensors`."""
-    return dict(hf_tensors(params, config))
+    """Every Hugging Face tensor by name, in the type of `params`, all in memory at once.
+
+    Raises:
+      UserError: params are not those of the configuration.
+    """
+    arrays, size = flat_params(params, config), sizes(config)
+    tensors = {}
+    for row in rows(config):
+        array = np.asarray(arrays[row.path])
+        parts = array if row.path.startswith(LAYERS) else [array]
+        for name, part in zip(hf_names(row, config), parts, strict=True):
+            tensors[name] = np.ascontiguousarray(hf_layout(row, part, size))
+    return tensors
 
 
 def from_hf(tensors: Mapping[str, Any], config: ModelConfig) -> Params:
@@ -192,9 +191,15 @@ def from_hf(tensors: Mapping[str, Any], config: ModelConfig) -> Params:
       UserError: naming every missing, extra and misshapen tensor.
     """
     check_shapes({name: t.shape for name, t in tensors.items()}, hf_shapes(config), "the set of tensors")
-    return nest(our_arrays(lambda name: np.asarray(tensors[name]), config))
+    size = sizes(config)
+
+    def ours(row: Row) -> np.ndarray:
+        parts = [our_layout(row, np.asarray(tensors[n], np.float32), size) for n in hf_names(row, config)]
+        return np.stack(parts) if row.path.startswith(LAYERS) else np.ascontiguousarray(parts[0])
+
+    return nest((row.path, ours(row)) for row in rows(config))
 
 
-def nest(arrays: Iterator[tuple[str, np.ndarray]]) -> Params:
+def nest(arrays: Iterable[tuple[str, Any]]) -> Params:
     """The parameter tree from (path, array) pairs."""
     return unflatten_dict(dict(arrays), sep="/")

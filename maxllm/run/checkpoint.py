@@ -169,6 +169,26 @@ def check_params(checkpoint: Path, abstract_params: Params) -> None:
         raise UserError(f"{checkpoint} is a checkpoint of another model: {'; '.join(problems[:5])}")
 
 
+def save_params(run_dir: Path, params: Params) -> None:
+    """Writes parameters alone as the only checkpoint of a run folder, at step 0."""
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    folder = (run_dir / FOLDER).absolute()
+    with writable(folder), ocp.CheckpointManager(folder, options=options) as manager:
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+
+
+def stored_dtypes(checkpoint: Path, abstract_params: Params) -> Params:
+    """The abstract parameters in the types that a checkpoint has.
+
+    Raises:
+      UserError: it is of another model.
+    """
+    check_params(checkpoint, abstract_params)
+    with readable(checkpoint):
+        saved = ocp.StandardCheckpointHandler().metadata(checkpoint / "params").tree
+    return jax.tree.map(lambda leaf, kind: leaf.update(dtype=kind.dtype), abstract_params, saved)
+
+
 def load_params(checkpoint: Path, abstract_params: Params) -> Params:
     """The parameters in a checkpoint's folder, in the shardings and types of `abstract_params`.
 

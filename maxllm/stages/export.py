@@ -13,6 +13,7 @@ import jax
 
 from maxllm.errors import RunFailed, UserError
 from maxllm.hf import export as hf
+from maxllm.hf.verify import verify_greedy
 from maxllm.run.session import reopen
 from maxllm.stages.chat import Speaker
 from maxllm.stages.shared import policy_params
@@ -81,4 +82,4 @@ def greedy_check(
     # A model of short context is asked the beginnings of the prompts.
     ids = [speaker.prompt_ids(prompt)[: speaker.room] for prompt in prompts]
     ours = [speaker.reply(prompt)["tokens"] for prompt in ids]
-    return hf.verify_greedy(folder, ids, ours, tokens, speaker.session.tokenizer)
+    return verify_greedy(folder, ids, ours, tokens, speaker.session.tokenizer)

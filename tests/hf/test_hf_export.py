@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from random_models import SCALING, TINY, hf_config, random_params, tiny
+from random_models import SCALING, TINY, hf_config, random_params, read_folder, tiny
 from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig as HfGenerationConfig
 from transformers import GPT2Config, LlamaConfig
@@ -26,7 +26,8 @@ from maxllm.errors import UserError
 from maxllm.hf import export as export_module
 from maxllm.hf import mapping
 from maxllm.hf.config import LOCAL_FIELDS, model_config_from_hf
-from maxllm.hf.export import export, load_hf_folder, verify_greedy
+from maxllm.hf.export import export
+from maxllm.hf.verify import verify_greedy
 from maxllm.model.llama import Llama
 
 
@@ -150,7 +151,7 @@ def test_round_trip_is_byte_identical(tied: bool, tokenizer: SpmTokenizer, tmp_p
     config = tiny(tie_embeddings=tied, rope_scaling=SCALING)
     params = random_params(config)
     summary = export(params, config, tokenizer, tmp_path / "a", description="A test.")
-    read, read_config = load_hf_folder(tmp_path / "a")
+    read, read_config = read_folder(tmp_path / "a")
     assert read_config.model_copy(update={"dtype": "float32"}) == config
     jax.tree.map(np.testing.assert_array_equal, read, params)
     export(read, read_config, tokenizer, tmp_path / "b", description="A test.")
@@ -164,7 +165,7 @@ def test_round_trip_is_byte_identical(tied: bool, tokenizer: SpmTokenizer, tmp_p
         "path": str(tmp_path / "a"),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "tensors": len(mapping.hf_shapes(config)),
-        "bytes": (tmp_path / "a" / "model.safetensors").stat().st_size,
+        "bytes": sum(4 * leaf.size for leaf in jax.tree.leaves(params)),
     }
 
 
@@ -251,12 +252,12 @@ def test_sharded_bfloat16_folder(tokenizer: SpmTokenizer, tmp_path: Path) -> Non
     for file in set(files.values()):
         save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    read, _ = load_hf_folder(folder)
+    read, _ = read_folder(folder)
     wanted = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16).astype(np.float32), params)
     jax.tree.map(np.testing.assert_array_equal, read, wanted)
     (folder / "model-1.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-1\.safetensors does not exist"):
-        load_hf_folder(folder)
+    with pytest.raises(UserError, match=r"lacks model-1\.safetensors, which"):
+        read_folder(folder)
 
 
 def test_a_folder_with_wrong_tensors_is_one_error(tokenizer: SpmTokenizer, tmp_path: Path) -> None:
@@ -270,26 +271,26 @@ def test_a_folder_with_wrong_tensors_is_one_error(tokenizer: SpmTokenizer, tmp_p
         r"lm_head.weight is \(32, 600\), \(600, 32\) expected"
     )
     with pytest.raises(UserError, match=wanted):
-        load_hf_folder(tmp_path / "x")
+        read_folder(tmp_path / "x")
 
 
 def test_folders_that_cannot_be_read(tokenizer: SpmTokenizer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
-        load_hf_folder(tmp_path)
+        read_folder(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        load_hf_folder(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        read_folder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        load_hf_folder(tmp_path)
+        read_folder(tmp_path)
     export(random_params(TINY), TINY, tokenizer, tmp_path / "x")
     weights = tmp_path / "x" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     with pytest.raises(UserError, match="is not a whole safetensors file"):
-        load_hf_folder(tmp_path / "x")
+        read_folder(tmp_path / "x")
     (tmp_path / "x" / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(UserError, match="is not an index"):
-        load_hf_folder(tmp_path / "x")
+    with pytest.raises(UserError, match="is damaged: it holds no JSON object"):
+        read_folder(tmp_path / "x")
 
 
 # --- verification -----------------------------------------------------------------------------------------

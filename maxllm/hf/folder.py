@@ -1,0 +1,94 @@
+"""A Hugging Face folder, opened: its weights as a source, its configuration as ours, its tokenizer.
+
+    model = open_model(Path("SmolLM2-135M-Instruct"))
+    params = load(model.source, model.config, abstract)
+
+Also folders of Meta's own layout and of the happy-llm tutorial (original.py). Nothing large is read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxllm.config import ModelConfig
+from maxllm.errors import UserError
+from maxllm.files import read_json
+from maxllm.hf import original
+from maxllm.hf.config import check_family, model_config_from_hf
+from maxllm.hf.source import Source, open_folder
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class HfModel:
+    """A model that has not been read."""
+
+    source: Source
+    config: ModelConfig
+    fields: Mapping[str, Any]
+    """config.json, as it was."""
+
+
+def open_model(folder: Path, allow_pickle: bool = False) -> HfModel:
+    """Opens a local folder; its configuration is checked, and so will be its tensors' names and shapes.
+
+    Raises:
+      UserError: not a model's folder, an architecture or a setting that ours does not have, broken files.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist" if not folder.exists() else f"{folder} is not a folder")
+    if original.is_original(folder):
+        source = open_folder(folder, allow_pickle)
+        fields = original.hf_fields(folder, source)
+        config = config_of(fields, str(folder))
+        return HfModel(
+            original.as_hf(source, config.n_heads, config.n_kv_heads, config.tie_embeddings), config, fields
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: it is not a Hugging Face folder")
+    fields = read_json(folder / "config.json")
+    config = config_of(fields, str(folder / "config.json"))
+    source = open_folder(folder, allow_pickle)
+    return HfModel(without_stored_tie(source) if config.tie_embeddings else source, config, fields)
+
+
+def config_of(fields: Mapping[str, Any], origin: str) -> ModelConfig:
+    """Our configuration of a config.json.
+
+    Raises:
+      UserError: it is no configuration of a model that ours can be.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError(f"{origin} cannot be read: it names no model_type")
+    check_family(model_type)
+    try:
+        hf_config = AutoConfig.for_model(**{**fields})
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        raise UserError(f"{origin} cannot be read: {' '.join(str(error).split())}") from None
+    return model_config_from_hf(hf_config)
+
+
+def without_stored_tie(source: Source) -> Source:
+    """Tied embeddings that are stored twice are read once.
+
+    Raises:
+      UserError: the two are not equal, so they are not tied.
+    """
+    if HEAD not in source.tensors or EMBEDDING not in source.tensors:
+        return source
+    rows = source.tensors[EMBEDDING].shape[0]
+    for first in range(0, rows, 4096):
+        part = (slice(first, min(first + 4096, rows)), slice(None))
+        if not np.array_equal(source.read(HEAD, part), source.read(EMBEDDING, part)):
+            raise UserError(f"{source.origin}: tie_word_embeddings is set, but {HEAD} is not {EMBEDDING}")
+    return Source(source.origin, {name: t for name, t in source.tensors.items() if name != HEAD})

@@ -1,0 +1,140 @@
+"""safetensors files written tensor by tensor: the header is known before the first byte of weights.
+
+safetensors' own writer wants a whole shard in memory; a shard may have five gigabytes, a tensor has less.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxllm.config import ModelConfig
+from maxllm.files import write_json
+from maxllm.hf import mapping
+from maxllm.hf.mapping import LAYERS, Row
+from maxllm.hf.source import DTYPES, INDEX, WEIGHTS
+from maxllm.records import Params
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""As in transformers: larger files are split."""
+
+NAME_OF = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_weights(
+    folder: Path,
+    params: Params,
+    config: ModelConfig,
+    dtype: np.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    tick: Callable[[int], None] = lambda size: None,
+) -> dict[str, int]:
+    """Writes the weights of a `Llama` as `model.safetensors`, or as shards with their index.
+
+    Args:
+      folder: where; nothing of these names is there yet.
+      params: the parameter tree, boxed or not, of NumPy or (sharded) JAX arrays.
+      config: the model.
+      dtype: of the file; that of each array when absent.
+      max_shard_bytes: largest file, one tensor at least.
+      tick: told the bytes of each tensor that has been written, for progress.
+
+    Returns:
+      {"tensors", "parameters", "bytes"}: bytes of all tensors.
+
+    Raises:
+      UserError: params are not those of the configuration; before anything is written.
+    """
+    arrays = mapping.flat_params(params, config)
+    shapes = mapping.hf_shapes(config)
+    slots = [
+        Slot(name, shapes[name], np.dtype(dtype or arrays[row.path].dtype))
+        for row in mapping.rows(config)
+        for name in mapping.hf_names(row, config)
+    ]
+    shards = split(slots, max_shard_bytes)
+    names = [WEIGHTS] if len(shards) == 1 else shard_names(len(shards))
+    tensors = hf_tensors(arrays, config, dtype)
+    for name, shard in zip(names, shards, strict=True):
+        write_file(folder / name, shard, tensors, tick)
+    total = sum(slot.nbytes for slot in slots)
+    if len(shards) > 1:
+        weight_map = {slot.name: name for name, shard in zip(names, shards, strict=True) for slot in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    parameters = sum(math.prod(slot.shape) for slot in slots)
+    return {"tensors": len(slots), "parameters": parameters, "bytes": total}
+
+
+def split(slots: list[Slot], max_bytes: int) -> list[list[Slot]]:
+    """Slots in order, cut into files."""
+    shards: list[list[Slot]] = [[]]
+    filled = 0
+    for slot in slots:
+        if shards[-1] and filled + slot.nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(slot)
+        filled += slot.nbytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """model-00001-of-00003.safetensors and so on."""
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_file(
+    path: Path, slots: list[Slot], tensors: Iterator[np.ndarray], tick: Callable[[int], None]
+) -> None:
+    """One file: 8 bytes of header length, the header as JSON, the tensors one after another."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for slot in slots:
+        begin, end = end, end + slot.nbytes
+        entry = {"dtype": NAME_OF[slot.dtype], "shape": list(slot.shape), "data_offsets": [begin, end]}
+        header[slot.name] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for slot in slots:
+            array = next(tensors)
+            assert array.shape == slot.shape and array.dtype == slot.dtype, slot.name
+            stream.write(np.ascontiguousarray(array).view(np.uint8).data)
+            tick(array.nbytes)
+
+
+def hf_tensors(arrays: dict[str, Any], config: ModelConfig, dtype: np.dtype | None) -> Iterator[np.ndarray]:
+    """Every Hugging Face tensor in the table's order, gathered to the host one at a time."""
+    size = mapping.sizes(config)
+    for row in mapping.rows(config):
+        array = arrays[row.path]
+        target = np.dtype(dtype or array.dtype)
+
+        def theirs(part: Any, row: Row = row, to: np.dtype = target) -> Any:
+            return mapping.hf_layout(row, part, size).astype(to)
+
+        move = jax.jit(theirs) if isinstance(array, jax.Array) else theirs
+        for part in array if row.path.startswith(LAYERS) else [array]:
+            yield np.asarray(move(part))

@@ -1,0 +1,277 @@
+"""Convert: a Hugging Face folder or a GGUF file to a run folder, and a run folder to a Hugging Face folder.
+
+    maxllm convert from-hf   SmolLM2-135M-Instruct  runs/smollm2  --verify
+    maxllm convert from-gguf smollm2.Q4_1.gguf      runs/smollm2
+    maxllm convert to-hf     runs/smollm2           out/smollm2   --verify
+
+A converted run folder is where other stages start (`start.policy=runs/smollm2`), and what chat, generate and
+export read. Weights keep their type; nothing is ever half-written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from maxllm import recipe
+from maxllm.config import Config, MeshConfig, ModelConfig
+from maxllm.data.tokenizer import Tokenizer
+from maxllm.errors import RunFailed, UserError
+from maxllm.files import whole_folder, write_bytes, write_json, write_text
+from maxllm.hf import gguf, mapping
+from maxllm.hf.export import export
+from maxllm.hf.folder import HfModel, open_model
+from maxllm.hf.load import load
+from maxllm.hf.tokenizer_read import read_tokenizer
+from maxllm.hf.verify import TOLERANCE, compare_logits, has_torch, hf_logits
+from maxllm.model.llama import Llama
+from maxllm.parallel import processes
+from maxllm.parallel.mesh import make_mesh
+from maxllm.records import Params
+from maxllm.run.checkpoint import find, load_params, save_params, stored_dtypes
+from maxllm.run.record import console, peak_rss_bytes
+from maxllm.run.session import CONFIG, HF_CONFIG, reopen
+from maxllm.steps.state import abstract, init_params
+
+Direction = Literal["from-hf", "from-gguf", "to-hf"]
+
+CHECK_TOKENS = 64
+"""Length of the sequence that both implementations read."""
+
+
+def run(
+    direction: Direction,
+    source: str,
+    target: Path,
+    *,
+    verify: bool = False,
+    allow_pickle: bool = False,
+    hub: bool = False,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Converts.
+
+    Returns:
+      {"tensors", "parameters", "bytes", "seconds", "peak_rss_bytes"}, and with `verify`
+      {"max_abs_logit_diff", "mean_kl", "top1_agreement"}, None each where torch is missing.
+
+    Raises:
+      UserError: the source is not a model that ours can be, or the target holds something else.
+      RunFailed: the two implementations do not agree; nothing is left at the target.
+    """
+    started = time.perf_counter()
+    processes.initialize()
+    if direction == "to-hf":
+        figures = to_hf(Path(source), target, verify, dtype)
+    else:
+        folder = downloaded(source) if hub else local(source)
+        figures = to_run_folder(direction, folder, target, verify, allow_pickle)
+    return figures | {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
+
+
+def local(source: str) -> Path:
+    """A path on this machine.
+
+    Raises:
+      UserError: it is not there; a name that may be a hub id is told how to fetch it.
+    """
+    path = Path(source)
+    if not path.exists():
+        looks_like_id = source.count("/") == 1 and not source.startswith(("/", "."))
+        hint = "; to download a model of that name from the Hugging Face hub, add --hub" * looks_like_id
+        raise UserError(f"{source} does not exist{hint}")
+    return path
+
+
+def downloaded(source: str) -> Path:
+    """A snapshot of a hub repository, from the cache where it is there.
+
+    Raises:
+      UserError: it cannot be fetched.
+    """
+    import huggingface_hub
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # offline, unknown, private, gated: the hub's own words are the best
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source} cannot be downloaded from the Hugging Face hub: {reason}") from None
+
+
+# --- to a run folder ---------------------------------------------------------------------------------------
+
+
+def to_run_folder(
+    direction: Direction, source: Path, target: Path, verify: bool, allow_pickle: bool
+) -> dict[str, Any]:
+    """from-hf and from-gguf."""
+    if direction == "from-gguf":
+        model = gguf.open_gguf(source)
+        tokenizer: Tokenizer = gguf.tokenizer_of(source)
+    else:
+        model = open_model(source, allow_pickle)
+        tokenizer = read_tokenizer(source, model.fields)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
+        )
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    wanted = typed(abstract(partial(init_params, Llama(model.config)), mesh), model)
+    with whole_folder(target, is_converted) as folder:
+        with bar("reading", model.source.nbytes) as tick:
+            params = load(model.source, model.config, wanted, tick)
+        difference = difference_from_source(direction, source, model, params) if verify else {}
+        save_params(folder, params)
+        write_run_files(folder, target, model, tokenizer)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return {
+        "tensors": len(model.source.tensors),
+        "parameters": count,
+        "bytes": model.source.nbytes,
+        **difference,
+    }
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder is a former conversion, which may be replaced; a training run may not."""
+    config = folder / CONFIG
+    return config.is_file() and "stage: convert" in config.read_text(encoding="utf-8")
+
+
+def typed(wanted: Params, model: HfModel) -> Params:
+    """The abstract parameters in the types that the source has, so that nothing is rounded or inflated."""
+    flat = flatten_dict(wanted, sep="/")
+    for row in mapping.rows(model.config):
+        names = [name for name in mapping.hf_names(row, model.config) if name in model.source.tensors]
+        kinds = {model.source.tensors[name].dtype for name in names}
+        dtype = jnp.result_type(*kinds) if kinds else jnp.float32
+        flat[row.path] = flat[row.path].update(dtype=dtype)
+    return mapping.nest(flat.items())
+
+
+def write_run_files(folder: Path, target: Path, model: HfModel, tokenizer: Tokenizer) -> None:
+    """What a run folder has besides its checkpoint."""
+    length = model.config.max_seq_len
+    tree = {
+        "stage": "convert",
+        "run": {"dir": str(target), "steps": 1},
+        "model": model.config.model_dump(mode="json"),
+        "batch": {"rows": 1, "sequence_length": max(2, length)},
+        "generation": {"max_new_tokens": min(256, max(1, length // 2))},
+    }
+    for name, content in tokenizer.files.items():
+        write_bytes(folder / name, content)
+    write_json(folder / HF_CONFIG, dict(model.fields))
+    write_text(folder / CONFIG, recipe.dump(Config.model_validate(tree)))
+
+
+# --- to a Hugging Face folder ------------------------------------------------------------------------------
+
+
+def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[str, Any]:
+    """A run's newest policy as a Hugging Face folder, in the type it came in (trained ones: float32)."""
+    session = reopen(run_dir)
+    if session.config.stage == "reward":
+        raise UserError(f"{run_dir} holds a reward model; converting it is not there yet")
+    checkpoint = find(run_dir)
+    wanted = abstract(partial(init_params, Llama(session.model)), session.mesh)
+    stored = stored_dtypes(checkpoint, wanted)
+    params = load_params(checkpoint, stored)
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(stored)}
+    kept = kinds.pop() if len(kinds) == 1 else "float32"
+    difference: dict[str, Any] = {}
+
+    def compare(folder: Path) -> None:
+        if verify:
+            theirs = partial(hf_logits, folder) if has_torch() else None
+            rounded = dtype if dtype is not None and dtype != kept else "float32"
+            difference.update(difference_of(session.model, params, theirs, rounded))
+
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    with bar("writing", size) as tick:
+        written = export(
+            params,
+            session.model,
+            session.tokenizer,
+            target,
+            dtype=dtype or kept,
+            description=f"Converted from a run of `maxllm {session.config.stage}`.",
+            base=session.hf_config,
+            tick=tick,
+            verify=compare,
+        )
+    return {name: written[name] for name in ("tensors", "parameters", "bytes")} | difference
+
+
+# --- verification ------------------------------------------------------------------------------------------
+
+
+def difference_from_source(
+    direction: Direction, source: Path, model: HfModel, params: Params
+) -> dict[str, Any]:
+    """The figures of `compare_logits` between the imported model and `transformers` on the source."""
+    theirs: Callable[[np.ndarray], np.ndarray] | None = None
+    if has_torch() and direction == "from-gguf":
+        theirs = lambda tokens: hf_logits(source.parent, tokens, source.name)  # noqa: E731
+    elif has_torch():
+        theirs = partial(hf_logits, source)
+    return difference_of(model.config, params, theirs, "float32")
+
+
+def difference_of(
+    config: ModelConfig,
+    params: Params,
+    theirs: Callable[[np.ndarray], np.ndarray] | None,
+    rounded_to: str,
+) -> dict[str, Any]:
+    """Both implementations on the same tokens; None for each figure where torch is missing.
+
+    Raises:
+      RunFailed: the logits differ by more than rounding explains.
+    """
+    if theirs is None:
+        return {"max_abs_logit_diff": None, "mean_kl": None, "top1_agreement": None}
+    length = min(CHECK_TOKENS, config.max_seq_len)
+    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
+    figures = compare_logits(our_logits(config, params, tokens_BT), theirs(tokens_BT))
+    if not figures["max_abs_logit_diff"] <= TOLERANCE[rounded_to]:
+        raise RunFailed(
+            f"the converted model does not say what transformers says: logits differ by up to "
+            f"{figures['max_abs_logit_diff']:.3g} ({TOLERANCE[rounded_to]:g} allowed), "
+            f"mean KL {figures['mean_kl']:.3g} nats"
+        )
+    return figures
+
+
+def our_logits(config: ModelConfig, params: Params, tokens_BT: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] of our model in float32."""
+    model = Llama(config.model_copy(update={"dtype": "float32"}))
+    inputs = [jnp.asarray(a, jnp.int32) for a in (tokens_BT, np.ones_like(tokens_BT))]
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+
+    def logits(params: Params) -> Any:
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        return model.apply({"params": wide}, *inputs, positions_BT)
+
+    return np.asarray(jax.jit(logits)(params))
+
+
+@contextmanager
+def bar(what: str, size: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over bytes, on a terminal."""
+    terminal = console(processes.is_main())
+    columns = (TextColumn(f"convert: {what}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+        task = progress.add_task(what, total=size)
+        yield lambda done: progress.advance(task, done)
