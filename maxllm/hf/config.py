@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from maxllm.config import ModelConfig
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
+from maxllm.hf.mapping import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -113,12 +114,10 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
 }
 """model_type -> what our flags are, read from its configuration."""
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+
+def family_name(family: str, head: Head) -> str:
+    """The class in `transformers`: LlamaForCausalLM, Qwen2ForSequenceClassification."""
+    return f"{family.capitalize()}For{'CausalLM' if head == 'lm' else 'SequenceClassification'}"
 
 
 def family_of(config: ModelConfig) -> str:
@@ -146,7 +145,11 @@ def family_of(config: ModelConfig) -> str:
 
 
 def hf_config_of(
-    config: ModelConfig, tokenizer: Tokenizer, dtype: str = "float32", base: Mapping[str, Any] | None = None
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    dtype: str = "float32",
+    base: Mapping[str, Any] | None = None,
+    head: Head = "lm",
 ) -> dict[str, Any]:
     """config.json of a model, as a dict.
 
@@ -155,6 +158,7 @@ def hf_config_of(
       tokenizer: names the special ids.
       dtype: of the weights.
       base: the config.json the model came with: what we do not set stays as it was.
+      head: "score" for a reward model, sequence classification with one label.
 
     Raises:
       UserError: Hugging Face refuses the values (n_heads must divide d_model even when head_dim is given).
@@ -169,18 +173,29 @@ def hf_config_of(
         fields["head_dim"] = config.k_dim
     fields |= {"hidden_act": "silu", "rope_parameters": rope_parameters(config), "dtype": dtype}
     fields |= {"bos_token_id": tokenizer.bos, "pad_token_id": tokenizer.pad}
-    fields |= {"eos_token_id": list(tokenizer.stop_tokens), "architectures": [ARCHITECTURES[family]]}
+    fields |= {"eos_token_id": list(tokenizer.stop_tokens), "architectures": [family_name(family, head)]}
+    if head == "score":
+        fields["num_labels"] = 1
     try:
         made = AutoConfig.for_model(family, **fields).to_dict()
     except StrictDataclassError as error:
         raise UserError(
             f"Hugging Face's configuration refuses the model: {' '.join(str(error).split())}"
         ) from None
+    if base is not None and carried(config_of(base, "config.json")) == carried(config):
+        kept = {"dtype": dtype, "architectures": fields["architectures"]}
+        kept |= {name: made[name] for name in ("id2label", "label2id") if head == "score"}
+        return with_old_rope(made) | dict(base) | kept
     if base is not None and base.get("model_type") == family:
         special = {"bos_token_id", "eos_token_id", "pad_token_id"}  # the model came with its own
         ours = {name: value for name, value in fields.items() if name not in special}
         return made | dict(base) | with_old_rope(ours)
     return with_old_rope(made)
+
+
+def carried(config: ModelConfig) -> dict[str, Any]:
+    """What both sides have a place for."""
+    return config.model_dump(exclude=set(LOCAL_FIELDS))
 
 
 def family_fields(family: str, config: ModelConfig) -> dict[str, Any]:
@@ -225,6 +240,26 @@ def with_old_rope(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 # --- theirs to ours ----------------------------------------------------------------------------------------
+
+
+def config_of(fields: Mapping[str, Any], origin: str) -> ModelConfig:
+    """Our configuration of a config.json.
+
+    Raises:
+      UserError: it is no configuration of a model that ours can be.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError(f"{origin} cannot be read: it names no model_type")
+    check_family(model_type)
+    try:
+        hf_config = AutoConfig.for_model(**{**fields})
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        raise UserError(f"{origin} cannot be read: {' '.join(str(error).split())}") from None
+    return model_config_from_hf(hf_config)
 
 
 def model_config_from_hf(hf_config: PreTrainedConfig, like: ModelConfig | None = None) -> ModelConfig:

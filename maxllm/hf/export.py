@@ -15,6 +15,7 @@ from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
 from maxllm.files import whole_folder, write_json, write_text
 from maxllm.hf.config import hf_config_of
+from maxllm.hf.mapping import Head
 from maxllm.hf.source import DTYPES
 from maxllm.hf.tokenizer import save_tokenizer
 from maxllm.hf.write import MAX_SHARD_BYTES, write_weights
@@ -37,6 +38,7 @@ def export(
     generation: GenerationConfig | None = None,
     description: str = "",
     base: Mapping[str, Any] | None = None,
+    head: Head = "lm",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     tick: Callable[[int], None] = lambda size: None,
     verify: Callable[[Path], None] = lambda folder: None,
@@ -55,6 +57,7 @@ def export(
       generation: decoding defaults of the folder; `GenerationConfig()`, greedy, when absent.
       description: a paragraph of Markdown for the model card.
       base: config.json of the model that this one descends from, whose other fields stay.
+      head: "score" for a reward model; then params are those of `ScalarModel`.
       max_shard_bytes: larger weights are split into several files with an index.
       tick: told the bytes of each tensor that has been written, for progress.
       verify: looks at the finished folder before it takes its place; what it raises, nothing is left of.
@@ -70,15 +73,16 @@ def export(
             f"the tokenizer has {tokenizer.vocab_size} pieces, the model's vocab_size is {config.vocab_size}"
         )
     out_dir = Path(out_dir).absolute()
-    fields = hf_config_of(config, tokenizer, dtype, base) | {MARK: __version__}
+    fields = hf_config_of(config, tokenizer, dtype, base, head) | {MARK: __version__}
     with whole_folder(out_dir, is_replaceable) as folder:
         write_json(folder / "config.json", fields)
         file_dtype = np.dtype(DTYPES[DTYPE_OF[dtype]])
-        written = write_weights(folder, params, config, file_dtype, max_shard_bytes, tick)
+        written = write_weights(folder, params, config, file_dtype, max_shard_bytes, head, tick)
         save_tokenizer(tokenizer, folder)
-        defaults = generation_config(generation or GenerationConfig(), tokenizer)
-        write_json(folder / "generation_config.json", defaults)
-        card = model_card(out_dir.name, config, dtype, written["parameters"], description)
+        if head == "lm":
+            defaults = generation_config(generation or GenerationConfig(), tokenizer)
+            write_json(folder / "generation_config.json", defaults)
+        card = model_card(out_dir.name, config, dtype, written["parameters"], description, head)
         write_text(folder / "README.md", card)
         verify(folder)
     return {"path": str(out_dir), **written}
@@ -103,7 +107,9 @@ def generation_config(generation: GenerationConfig, tokenizer: Tokenizer) -> dic
     }
 
 
-def model_card(name: str, config: ModelConfig, dtype: str, parameters: int, description: str) -> str:
+def model_card(
+    name: str, config: ModelConfig, dtype: str, parameters: int, description: str, head: Head
+) -> str:
     """README.md: what the model is, how to load it, how it expects a conversation."""
     c = config
     scaling = f", {c.rope_scaling.type} scaling x{c.rope_scaling.factor:g}" if c.rope_scaling else ""
@@ -121,18 +127,20 @@ def model_card(name: str, config: ModelConfig, dtype: str, parameters: int, desc
     }
     lines = "\n".join(f"| {key} | {value} |" for key, value in table.items())
     about = f"{description.strip()}\n\n" if description.strip() else ""
-    return MODEL_CARD.format(name=name, about=about, table=lines)
+    use = USE_LM if head == "lm" else USE_SCORE
+    task = "text-generation" if head == "lm" else "text-classification"
+    return MODEL_CARD.format(name=name, about=about, table=lines, use=use.format(name=name), task=task)
 
 
 MODEL_CARD = """---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags: [llama, maxllm, jax]
 ---
 
 # {name}
 
-{about}A decoder exported by maxllm (JAX).
+{about}Exported by maxllm (JAX).
 
 | | |
 |---|---|
@@ -141,7 +149,12 @@ tags: [llama, maxllm, jax]
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{use}```
+
+Encode text from outside with `split_special_tokens=True`, so that it cannot spell a control token.
+"""
+
+USE_LM = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}")
@@ -151,7 +164,15 @@ inputs = tokenizer.apply_chat_template(
 )
 output = model.generate(**inputs)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
+"""
 
-Encode text from outside with `split_special_tokens=True`, so that it cannot spell a control token.
+USE_SCORE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForSequenceClassification.from_pretrained("{name}")
+messages = [{{"role": "user", "content": "1 + 1?"}}, {{"role": "assistant", "content": "2"}}]
+inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
+# The score is read at the end of the assistant's turn: without what the template writes after it.
+end = (inputs["input_ids"][0] == tokenizer.eos_token_id).nonzero()[-1, 0] + 1
+print(model(inputs["input_ids"][:, :end]).logits[0, 0].item())
 """

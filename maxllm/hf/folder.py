@@ -19,7 +19,7 @@ from maxllm.config import ModelConfig
 from maxllm.errors import UserError
 from maxllm.files import read_json
 from maxllm.hf import original
-from maxllm.hf.config import check_family, model_config_from_hf
+from maxllm.hf.config import config_of
 from maxllm.hf.source import Source, open_folder
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -56,26 +56,6 @@ def open_model(folder: Path, allow_pickle: bool = False) -> HfModel:
     config = config_of(fields, str(folder / "config.json"))
     source = open_folder(folder, allow_pickle)
     return HfModel(without_stored_tie(source) if config.tie_embeddings else source, config, fields)
-
-
-def config_of(fields: Mapping[str, Any], origin: str) -> ModelConfig:
-    """Our configuration of a config.json.
-
-    Raises:
-      UserError: it is no configuration of a model that ours can be.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    model_type = fields.get("model_type")
-    if not isinstance(model_type, str):
-        raise UserError(f"{origin} cannot be read: it names no model_type")
-    check_family(model_type)
-    try:
-        hf_config = AutoConfig.for_model(**{**fields})
-    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        raise UserError(f"{origin} cannot be read: {' '.join(str(error).split())}") from None
-    return model_config_from_hf(hf_config)
 
 
 def without_stored_tie(source: Source) -> Source:

@@ -17,7 +17,8 @@ from maxllm.data import bpe
 from maxllm.data.bpe import STOP_KEY, FastTokenizer
 from maxllm.errors import UserError
 from maxllm.hf import gguf_tokenizer
-from maxllm.hf.folder import HfModel, config_of
+from maxllm.hf.config import config_of
+from maxllm.hf.folder import HfModel
 from maxllm.hf.source import Index, Source, Tensor
 
 NAMES = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import numpy as np
@@ -20,6 +20,10 @@ from maxllm.errors import UserError
 from maxllm.records import Params
 
 Shape = tuple[int, ...]
+
+Head = Literal["lm", "score"]
+"""What stands on the decoder: a language-model head (`Llama`), or one number per position (`ScalarModel`; for
+Hugging Face, sequence classification with one label)."""
 
 
 class Row(NamedTuple):
@@ -35,6 +39,8 @@ class Row(NamedTuple):
     """Axes of our array, of one layer where `path` is under LAYERS."""
     present: Callable[[ModelConfig], bool] = lambda config: True
     """Which models have it."""
+    head: Head | None = None
+    """The head it belongs to; None for the decoder under it."""
 
 
 LAYERS = "decoder/layers/"
@@ -72,7 +78,8 @@ TABLE = (
     Row("model.layers.{}.mlp.up_proj.weight", LAYERS + "mlp/w_up", "F D", "D F"),
     Row("model.layers.{}.mlp.down_proj.weight", LAYERS + "mlp/w_down", "D F", "F D"),
     Row("model.norm.weight", "decoder/final_norm/scale", "D", "D"),
-    Row("lm_head.weight", "lm_head", "V D", "D V", lambda c: not c.tie_embeddings),
+    Row("lm_head.weight", "lm_head", "V D", "D V", lambda c: not c.tie_embeddings, "lm"),
+    Row("score.weight", "head", "1 D", "D 1", head="score"),
     Row("model.layers.{}.self_attn.q_proj.bias", LAYERS + "attention/q_bias", "HK", "H K", has_qkv_bias),
     Row("model.layers.{}.self_attn.k_proj.bias", LAYERS + "attention/k_bias", "GK", "G K", has_qkv_bias),
     Row("model.layers.{}.self_attn.v_proj.bias", LAYERS + "attention/v_bias", "GK", "G K", has_qkv_bias),
@@ -85,16 +92,16 @@ TABLE = (
 )
 
 
-def rows(config: ModelConfig) -> Iterator[Row]:
+def rows(config: ModelConfig, head: Head = "lm") -> Iterator[Row]:
     """The rows of TABLE that a model has."""
-    return (row for row in TABLE if row.present(config))
+    return (row for row in TABLE if row.present(config) and row.head in (None, head))
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
     """The size of each dim letter."""
     c = config
     heads = {"H": c.n_heads, "G": c.n_kv_heads, "K": c.k_dim}
-    return heads | {"V": c.vocab_size, "D": c.d_model, "F": c.d_ff, "L": c.n_layers}
+    return heads | {"V": c.vocab_size, "D": c.d_model, "F": c.d_ff, "L": c.n_layers, "1": 1}
 
 
 def hf_names(row: Row, config: ModelConfig) -> list[str]:
@@ -104,22 +111,22 @@ def hf_names(row: Row, config: ModelConfig) -> list[str]:
     return [row.hf_name]
 
 
-def hf_shapes(config: ModelConfig) -> dict[str, Shape]:
+def hf_shapes(config: ModelConfig, head: Head = "lm") -> dict[str, Shape]:
     """Name -> shape of every Hugging Face tensor of a model."""
     size = sizes(config)
     return {
         name: tuple(math.prod(size[letter] for letter in axis) for axis in row.hf_dims.split())
-        for row in rows(config)
+        for row in rows(config, head)
         for name in hf_names(row, config)
     }
 
 
-def our_shapes(config: ModelConfig) -> dict[str, Shape]:
+def our_shapes(config: ModelConfig, head: Head = "lm") -> dict[str, Shape]:
     """Path -> shape of every array of ours, the stacked layers' axis included."""
     size = sizes(config)
     return {
         row.path: tuple(size[d] for d in ["L"] * row.path.startswith(LAYERS) + row.dims.split())
-        for row in rows(config)
+        for row in rows(config, head)
     }
 
 
@@ -157,14 +164,15 @@ def permutation(row: Row) -> list[int]:
     return [row.dims.split().index(letter) for letter in row.hf_dims.replace(" ", "")]
 
 
-def flat_params(params: Params, config: ModelConfig) -> dict[str, Any]:
+def flat_params(params: Params, config: ModelConfig, head: Head = "lm") -> dict[str, Any]:
     """Path -> array of a parameter tree, boxed or not, looked at whole.
 
     Raises:
       UserError: it is not the tree of the configuration.
     """
     arrays = flatten_dict(nn.unbox(params), sep="/")
-    check_shapes({path: a.shape for path, a in arrays.items()}, our_shapes(config), "the parameter tree")
+    shapes = {path: array.shape for path, array in arrays.items()}
+    check_shapes(shapes, our_shapes(config, head), "the parameter tree")
     return arrays
 
 

@@ -53,6 +53,18 @@ def hf_logits(folder: str | os.PathLike[str], tokens_BT: np.ndarray, gguf: str |
         return model.eval()(torch.tensor(tokens_BT)).logits.numpy()
 
 
+def hf_score(folder: str | os.PathLike[str], ids: Sequence[int]) -> float:
+    """What `transformers` scores a sequence with, in float32."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )
+    with torch.no_grad():
+        return float(model.eval()(torch.tensor([list(ids)])).logits[0, 0])
+
+
 def verify_greedy(
     out_dir: str | os.PathLike[str],
     prompts_ids: Sequence[Sequence[int]],

@@ -18,7 +18,7 @@ import numpy as np
 from maxllm.config import ModelConfig
 from maxllm.files import write_json
 from maxllm.hf import mapping
-from maxllm.hf.mapping import LAYERS, Row
+from maxllm.hf.mapping import LAYERS, Head, Row
 from maxllm.hf.source import DTYPES, INDEX, WEIGHTS
 from maxllm.records import Params
 
@@ -48,6 +48,7 @@ def write_weights(
     config: ModelConfig,
     dtype: np.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    head: Head = "lm",
     tick: Callable[[int], None] = lambda size: None,
 ) -> dict[str, int]:
     """Writes the weights of a `Llama` as `model.safetensors`, or as shards with their index.
@@ -58,6 +59,7 @@ def write_weights(
       config: the model.
       dtype: of the file; that of each array when absent.
       max_shard_bytes: largest file, one tensor at least.
+      head: "score" for the parameters of a `ScalarModel`.
       tick: told the bytes of each tensor that has been written, for progress.
 
     Returns:
@@ -66,16 +68,16 @@ def write_weights(
     Raises:
       UserError: params are not those of the configuration; before anything is written.
     """
-    arrays = mapping.flat_params(params, config)
-    shapes = mapping.hf_shapes(config)
+    arrays = mapping.flat_params(params, config, head)
+    shapes = mapping.hf_shapes(config, head)
     slots = [
         Slot(name, shapes[name], np.dtype(dtype or arrays[row.path].dtype))
-        for row in mapping.rows(config)
+        for row in mapping.rows(config, head)
         for name in mapping.hf_names(row, config)
     ]
     shards = split(slots, max_shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else shard_names(len(shards))
-    tensors = hf_tensors(arrays, config, dtype)
+    tensors = hf_tensors(arrays, config, dtype, head)
     for name, shard in zip(names, shards, strict=True):
         write_file(folder / name, shard, tensors, tick)
     total = sum(slot.nbytes for slot in slots)
@@ -125,10 +127,12 @@ def write_file(
             tick(array.nbytes)
 
 
-def hf_tensors(arrays: dict[str, Any], config: ModelConfig, dtype: np.dtype | None) -> Iterator[np.ndarray]:
+def hf_tensors(
+    arrays: dict[str, Any], config: ModelConfig, dtype: np.dtype | None, head: Head
+) -> Iterator[np.ndarray]:
     """Every Hugging Face tensor in the table's order, gathered to the host one at a time."""
     size = mapping.sizes(config)
-    for row in mapping.rows(config):
+    for row in mapping.rows(config, head):
         array = arrays[row.path]
         target = np.dtype(dtype or array.dtype)
 

@@ -31,11 +31,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_divisible(mesh: Mesh, model: ModelConfig, batch: BatchConfig) -> None:
-    """Every sharded dimension must split evenly.
+def check_batch_divides(mesh: Mesh, batch: BatchConfig) -> None:
+    """The rows of a batch must split evenly.
 
     Raises:
-      UserError: naming the dimension and the mesh axes that do not divide it.
+      UserError: naming the numbers.
     """
     rows, split = batch.rows // batch.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % split:
@@ -43,6 +43,14 @@ def check_divisible(mesh: Mesh, model: ModelConfig, batch: BatchConfig) -> None:
             f"batch.rows={batch.rows} in {batch.microbatches} microbatches is {rows} rows at a time, "
             f"which mesh data x fsdp = {split} does not divide"
         )
+
+
+def check_model_divides(mesh: Mesh, model: ModelConfig) -> None:
+    """Every sharded dimension of a model must split evenly.
+
+    Raises:
+      UserError: naming the dimension and the mesh axis that does not divide it.
+    """
     for name, size, axis in (
         ("model.n_heads", model.n_heads, "tensor"),
         ("model.n_kv_heads", model.n_kv_heads, "tensor"),

@@ -24,7 +24,7 @@ from maxllm.data.tokenizer import Tokenizer, load_tokenizer
 from maxllm.errors import UserError
 from maxllm.files import read_json, write_bytes, write_json, write_text
 from maxllm.parallel import processes, sharding
-from maxllm.parallel.mesh import check_divisible, make_mesh
+from maxllm.parallel.mesh import check_batch_divides, check_model_divides, make_mesh
 from maxllm.run.record import console
 
 CONFIG, HF_CONFIG, LOCK = "config.yaml", "hf_config.json", ".lock"
@@ -77,7 +77,8 @@ def open_session(config: Config) -> Session:
             f"model.max_seq_len={model.max_seq_len}"
         )
     mesh = make_mesh(config.mesh)
-    check_divisible(mesh, model, config.batch)
+    check_model_divides(mesh, model)
+    check_batch_divides(mesh, config.batch)
     run_dir = Path(config.run.dir)
     resolved = config.model_copy(update={"model": model})
     check_same_recipe(run_dir, resolved)
@@ -277,7 +278,7 @@ def reopen(run_dir: Path, overrides: Sequence[str] = (), may_change: Sequence[st
     config = recipe.apply_overrides(recipe.read_yaml(run_dir / CONFIG), words)
     assert config.model is not None, "a run folder's config is resolved"
     mesh = make_mesh(config.mesh)
-    check_divisible(mesh, config.model, config.batch)
+    check_model_divides(mesh, config.model)
     tokenizer = load_tokenizer(run_dir)
     return Session(config, config.model, mesh, tokenizer, run_dir, read_hf_config(run_dir))
 

@@ -183,7 +183,7 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
     """A run's newest policy as a Hugging Face folder, in the type it came in (trained ones: float32)."""
     session = reopen(run_dir)
     if session.config.stage == "reward":
-        raise UserError(f"{run_dir} holds a reward model; converting it is not there yet")
+        raise UserError(f"{run_dir} holds a reward model; `maxllm export` writes and checks it")
     checkpoint = find(run_dir)
     wanted = abstract(partial(init_params, Llama(session.model)), session.mesh)
     stored = stored_dtypes(checkpoint, wanted)

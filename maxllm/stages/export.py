@@ -1,4 +1,4 @@
-"""Export: the policy in a run folder as a Hugging Face folder, checked against `transformers`.
+"""Export: the model in a run folder as a Hugging Face folder, checked against `transformers`.
 
 maxllm export runs/tiny/ppo runs/tiny/hf
 """
@@ -9,14 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 
-from maxllm.errors import RunFailed, UserError
+from maxllm.data.chat import Message
+from maxllm.data.render import render_to_reply
+from maxllm.errors import RunFailed
 from maxllm.hf import export as hf
-from maxllm.hf.verify import verify_greedy
-from maxllm.run.session import reopen
+from maxllm.hf.verify import TOLERANCE, has_torch, hf_score, verify_greedy
+from maxllm.model.heads import ScalarModel
+from maxllm.records import Params
+from maxllm.run.checkpoint import find, load_params
+from maxllm.run.session import Session, reopen
 from maxllm.stages.chat import Speaker
-from maxllm.stages.shared import policy_params
+from maxllm.stages.shared import abstract_params, policy_params
+from maxllm.steps.reward import score
 
 CHECK_TOKENS = 32
 """Greedy tokens compared per prompt."""
@@ -42,8 +48,8 @@ def run(
     """
     session = reopen(run_dir, overrides)
     if session.config.stage == "reward":
-        raise UserError(f"{run_dir} holds a reward model; exporting it is not there yet")
-    params = jax.device_get(policy_params(session, run_dir))
+        return export_reward_model(session, run_dir, out_dir, prompts, verify)
+    params = policy_params(session, run_dir)
     check: dict[str, Any] | None = None
 
     def compare(folder: Path) -> None:
@@ -66,6 +72,54 @@ def run(
         "greedy_prompts": 0 if check is None else check["prompts"],
         "greedy_tokens": 0 if check is None else check["tokens"],
     }
+
+
+def export_reward_model(
+    session: Session, run_dir: Path, out_dir: Path, prompts: Sequence[str], verify: bool
+) -> dict[str, Any]:
+    """A reward model as sequence classification with one label: the same scores in `transformers`.
+
+    Returns:
+      What `hf.export` returns, and `max_abs_score_diff`: None where it was not checked.
+
+    Raises:
+      RunFailed: the scores differ; nothing is left at out_dir.
+    """
+    model = ScalarModel(session.model.model_copy(update={"dtype": "float32"}))
+    params = load_params(find(run_dir), abstract_params(session, model))
+    difference: float | None = None
+
+    def compare(folder: Path) -> None:
+        nonlocal difference
+        if not (verify and has_torch()):
+            return
+        talks = [render_to_reply(session.tokenizer, conversation(prompt, "42")) for prompt in prompts]
+        talks = [ids[: session.model.max_seq_len] for ids in talks]
+        difference = max(abs(score_of(model, params, ids) - hf_score(folder, ids)) for ids in talks)
+        if not difference <= TOLERANCE["float32"]:
+            raise RunFailed(f"{run_dir} scores otherwise in transformers: by up to {difference:.3g}")
+
+    written = hf.export(
+        params,
+        session.model,
+        session.tokenizer,
+        out_dir,
+        description="A reward model trained with `maxllm reward`.",
+        base=session.hf_config,
+        head="score",
+        verify=compare,
+    )
+    return written | {"max_abs_score_diff": difference}
+
+
+def conversation(prompt: str, reply: str) -> list[Message]:
+    """One question and its answer."""
+    return [Message(role="user", content=prompt), Message(role="assistant", content=reply)]
+
+
+def score_of(model: ScalarModel, params: Params, ids: Sequence[int]) -> float:
+    """Our score of a whole conversation."""
+    return float(score(model, params, jnp.array([ids]), jnp.array([len(ids)]))[0])
 
 
 def greedy_check(

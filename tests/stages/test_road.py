@@ -282,8 +282,14 @@ def test_bad_rows_are_named_and_counted(road: Path, tmp_path: Path) -> None:
 
 def test_a_reward_model_does_not_speak(road: Path, tmp_path: Path) -> None:
     assert "reward model" in refused("generate", road / "reward", "--prompt", "hello")
-    assert "reward model" in refused("export", road / "reward", tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
+
+
+def test_a_reward_model_scores_the_same_in_transformers(road: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    figures = json.loads(ok("export", road / "reward", tmp_path / "hf", "--json"))
+    assert figures["max_abs_score_diff"] < 1e-4
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"] and len(config["id2label"]) == 1
 
 
 def test_a_stage_that_cannot_start_leaves_nothing(road: Path, tmp_path: Path) -> None:
@@ -327,7 +333,7 @@ def test_ppo_refuses_what_it_cannot_learn_with(road: Path, tmp_path: Path) -> No
 def test_sft_on_rows_that_also_have_a_prompt(road: Path, tmp_path: Path) -> None:
     """UltraChat's form: the question is the one in `messages`, and long prompts stay in training."""
     talk = [{"role": "user", "content": "What is the last digit?\n12"}, {"role": "assistant", "content": "2"}]
-    long = [{"role": "user", "content": "word " * 90}, {"role": "assistant", "content": "no"}]
+    long = [{"role": "user", "content": "word " * 140}, {"role": "assistant", "content": "no"}]
     rows = [{"prompt": f"{n}", "prompt_id": n, "messages": long if n % 2 else talk} for n in range(40)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
