@@ -238,6 +238,9 @@ def add_readers(verbs: Any) -> None:
     verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of pretrain, sft or ppo")
     verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     add_overrides(verb, "mesh.fsdp=4")
+    verb.add_argument(
+        "--base", metavar="MODEL", help="of a LoRA run: write the adapters alone, for PEFT to load onto MODEL"
+    )
     verb.add_argument("--no-verify", action="store_true", help="do not compare greedy decoding (needs torch)")
     add_json(verb)
 
@@ -366,10 +369,18 @@ def export(options: argparse.Namespace) -> None:
     from maxllm.stages import export as stage
 
     result = stage.run(
-        options.run_dir, options.out, verify=not options.no_verify, overrides=options.overrides
+        options.run_dir,
+        options.out,
+        verify=not options.no_verify,
+        overrides=options.overrides,
+        base=options.base,
     )
     show(options, result, "maxllm export")
-    checked = result.get("greedy_identical") is not None or result.get("max_abs_score_diff") is not None
+    checked = (
+        options.base is not None
+        or result.get("greedy_identical") is not None
+        or result.get("max_abs_score_diff") is not None
+    )
     if not checked and not options.json:
         why = "--no-verify was given" if options.no_verify else "torch is not installed"
         print(f"not checked in transformers, because {why}")
@@ -389,12 +400,13 @@ def show(options: argparse.Namespace, figures: dict[str, Any], title: str) -> No
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("figure", "value", title=title, show_header=False)
     for column in table.columns:
         column.overflow = "fold"
     for name, value in flat(figures):
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))  # as it is: `tasks:train:40` is no emoji
     Console().print(table)
 
 

@@ -6,7 +6,7 @@ A recipe is a YAML file with these sections; `key=value` words on the command li
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -285,6 +285,25 @@ class GenerationConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Sample within the smallest set of this probability.")
 
 
+LoraTarget = Literal["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters: SFT trains them alone, the model stays as it is (Hu et al. 2021)."""
+
+    rank: int = Field(16, gt=0, description="Rank r of every adapter.")
+    alpha: float = Field(32.0, gt=0, description="Adapters are scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
+    targets: tuple[LoraTarget, ...] = Field(
+        get_args(LoraTarget), min_length=1, description="Weights that have one; all linear layers by default."
+    )
+
+    @property
+    def scale(self) -> float:
+        """alpha / r"""
+        return self.alpha / self.rank
+
+
 class RewardConfig(Section):
     """Reward-model training."""
 
@@ -333,6 +352,7 @@ class Config(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="Device mesh.")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Decoding.")
+    lora: LoraConfig | None = Field(None, description="Train adapters instead of the model (SFT).")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="Reward-model loss.")
     ppo: PpoConfig = Field(default_factory=PpoConfig, description="PPO.")
 
@@ -348,6 +368,8 @@ class Config(Section):
                 raise ValueError("a converted model's folder needs the section model")
         elif self.start.policy is None:
             raise ValueError(f"a {self.stage} recipe needs start.policy, the run folder it starts from")
+        if self.lora is not None and self.stage != "sft":
+            raise ValueError(f"lora trains adapters in sft; a {self.stage} recipe cannot have it yet")
         if self.stage == "ppo" and self.start.reward is None:
             raise ValueError("a ppo recipe needs start.reward, the reward model's run folder")
         if self.stage in ("sft", "ppo") and self.generation.max_new_tokens >= self.batch.sequence_length:

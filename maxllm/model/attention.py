@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maxllm.config import ModelConfig
+from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model import rope
+from maxllm.model.adapters import adapted
 from maxllm.model.layers import RMSNorm, bias, dtype_of, matmul, weight
 
 
@@ -33,6 +34,7 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(K)) v over G key/value heads shared by H query heads (Ainslie et al. 2023)."""
 
     config: ModelConfig
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(
@@ -54,7 +56,9 @@ class Attention(nn.Module):
         residual_std = c.init_std / (2 * c.n_layers) ** 0.5
         wo_HKD = weight(self, "wo", (H, K, D), ("heads", "head_dim", "embed"), residual_std)
 
-        q_BTHK, k_BSGK, v_BSGK = matmul(x_BTD, wq_DHK), matmul(x_BTD, wk_DGK), matmul(x_BTD, wv_DGK)
+        q_BTHK = self._adapted("wq", x_BTD, matmul(x_BTD, wq_DHK), ("embed", "heads"), deterministic)
+        k_BSGK = self._adapted("wk", x_BTD, matmul(x_BTD, wk_DGK), ("embed", "kv_heads"), deterministic)
+        v_BSGK = self._adapted("wv", x_BTD, matmul(x_BTD, wv_DGK), ("embed", "kv_heads"), deterministic)
         if c.attention_bias != "none":
             q_BTHK += bias(self, "q_bias", (H, K), ("heads", "head_dim")).astype(q_BTHK.dtype)
             k_BSGK += bias(self, "k_bias", (G, K), ("kv_heads", "head_dim")).astype(k_BSGK.dtype)
@@ -75,10 +79,18 @@ class Attention(nn.Module):
         probs_BGQTS = jax.nn.softmax(scores_BGQTS, axis=-1).astype(dtype_of(c))
         probs_BGQTS = nn.Dropout(c.attention_dropout)(probs_BGQTS, deterministic=deterministic)
         o_BTGQK = jnp.einsum("bgqts,bsgk->btgqk", probs_BGQTS, v_BSGK)
-        y_BTD = matmul(o_BTGQK.reshape(B, T, H * K), wo_HKD.reshape(H * K, D))
+        o_BTD = o_BTGQK.reshape(B, T, H * K)
+        y_BTD = matmul(o_BTD, wo_HKD.reshape(H * K, D))
+        y_BTD = self._adapted("wo", o_BTD, y_BTD, ("heads", "embed"), deterministic)
         if c.attention_bias == "qkvo":
             y_BTD += bias(self, "o_bias", (D,), ("embed",)).astype(y_BTD.dtype)
         return y_BTD
+
+    def _adapted(
+        self, name: str, x_BTD: jax.Array, y: jax.Array, axes: tuple[str, str], deterministic: bool
+    ) -> jax.Array:
+        """y with the adapter of the weight `name`, if it has one."""
+        return adapted(self, self.lora, name, x_BTD, y, axes, deterministic)
 
     def _cached(self, name: str, new_BTGK: jax.Array, first_slot: jax.Array, cache_length: int) -> jax.Array:
         """Writes new keys or values at first_slot and returns the whole cache, [B, S, G, K]."""

@@ -13,13 +13,14 @@ def forward(
     segment_ids_BT: Array,
     positions_BT: Array,
     dropout_key: jax.Array | None = None,
+    adapters: Params | None = None,
 ) -> jax.Array:
     """What a `Llama` (logits [B, T, V]) or a `ScalarModel` (numbers [B, T]) says, in float32.
 
-    Without a dropout key, dropout is off.
+    Without a dropout key, dropout is off. `adapters` are those of a `Llama` that was made with `lora`.
     """
     output = model.apply(
-        {"params": params},
+        {"params": params} if adapters is None else {"params": params, "lora": adapters},
         tokens_BT,
         segment_ids_BT,
         positions_BT,

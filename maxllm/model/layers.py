@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maxllm.config import ModelConfig
+from maxllm.config import LoraConfig, ModelConfig
+from maxllm.model.adapters import adapted
 
 
 def dtype_of(config: ModelConfig) -> jnp.dtype:
@@ -64,9 +65,10 @@ class SwiGLU(nn.Module):
     """(silu(x w_gate) * x w_up) w_down (Shazeer 2020)."""
 
     config: ModelConfig
+    lora: LoraConfig | None = None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, deterministic: bool = True) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c = self.config
         D, F = c.d_model, c.d_ff
@@ -75,12 +77,15 @@ class SwiGLU(nn.Module):
         # Residual outputs start smaller with depth (GPT-2): wo and w_down, not w_up.
         down_FD = weight(self, "w_down", (F, D), ("mlp", "embed"), c.init_std / (2 * c.n_layers) ** 0.5)
         gate_BTF, up_BTF = matmul(x_BTD, gate_DF), matmul(x_BTD, up_DF)
+        gate_BTF = adapted(self, self.lora, "w_gate", x_BTD, gate_BTF, ("embed", "mlp"), deterministic)
+        up_BTF = adapted(self, self.lora, "w_up", x_BTD, up_BTF, ("embed", "mlp"), deterministic)
         if c.mlp_bias:
             gate_BTF += bias(self, "gate_bias", (F,), ("mlp",)).astype(gate_BTF.dtype)
             up_BTF += bias(self, "up_bias", (F,), ("mlp",)).astype(up_BTF.dtype)
         h_BTF = jax.nn.silu(gate_BTF) * up_BTF
         h_BTF = nn.with_logical_constraint(h_BTF, ("batch", "length", "act_mlp"))
         y_BTD = matmul(h_BTF, down_FD)
+        y_BTD = adapted(self, self.lora, "w_down", h_BTF, y_BTD, ("mlp", "embed"), deterministic)
         if c.mlp_bias:
             y_BTD += bias(self, "down_bias", (D,), ("embed",)).astype(y_BTD.dtype)
         return y_BTD

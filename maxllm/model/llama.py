@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maxllm.config import ModelConfig
+from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model import rope
 from maxllm.model.attention import Attention, attention_mask
 from maxllm.model.layers import RMSNorm, SwiGLU, dtype_of, matmul, weight
@@ -21,6 +21,7 @@ class Layer(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
     config: ModelConfig
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(
@@ -37,11 +38,11 @@ class Layer(nn.Module):
         c = self.config
         residual = nn.Dropout(c.residual_dropout, deterministic=deterministic)
         h_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
-        h_BTD = Attention(c, name="attention")(
+        h_BTD = Attention(c, self.lora, name="attention")(
             h_BTD, mask_BTS, cos, sin, first_slot, deterministic, cache_length
         )
         x_BTD = x_BTD + residual(h_BTD)
-        h_BTD = SwiGLU(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD))
+        h_BTD = SwiGLU(c, self.lora, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD), deterministic)
         x_BTD = x_BTD + residual(h_BTD)
         return nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed")), None
 
@@ -66,6 +67,7 @@ class Decoder(nn.Module):
     """Embedding, L layers, final norm: token ids to the hidden states that heads read."""
 
     config: ModelConfig
+    lora: LoraConfig | None = None
 
     def setup(self) -> None:
         """Declares the embedding table, the scanned layers and the final norm."""
@@ -79,13 +81,13 @@ class Decoder(nn.Module):
             layer = nn.remat(Layer, prevent_cse=False, static_argnums=(6, 7))
         self.layers = nn.scan(
             layer,
-            variable_axes={"params": 0, "cache": 0},
+            variable_axes={"params": 0, "cache": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=c.n_layers,
             unroll=c.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c)
+        )(c, self.lora)
         self.final_norm = RMSNorm(c)
         self.embedding_dropout = nn.Dropout(c.embedding_dropout)
         self.cached_segments = CachedSegments()
@@ -122,14 +124,15 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder with its language-model head."""
+    """The decoder with its language-model head; with `lora`, adapters in a collection of that name."""
 
     config: ModelConfig
+    lora: LoraConfig | None = None
 
     def setup(self) -> None:
         """Declares the decoder and, unless tied, the output projection."""
         c = self.config
-        self.decoder = Decoder(c)
+        self.decoder = Decoder(c, self.lora)
         if not c.tie_embeddings:
             self.lm_head_DV = weight(
                 self, "lm_head", (c.d_model, c.vocab_size), ("embed", "vocab"), c.init_std

@@ -26,6 +26,8 @@ from maxllm.records import Params
 
 FOLDER = "checkpoints"
 
+Which = Literal["latest", "best"]
+
 UNRANKED = -math.inf
 """The rank of a state that was not evaluated."""
 
@@ -122,7 +124,7 @@ def rank_of(metrics: dict[str, float]) -> float:
     return metrics["rank"]
 
 
-def find(run_dir: Path, which: Literal["latest", "best"] = "latest") -> Path:
+def find(run_dir: Path, which: Which = "latest") -> Path:
     """The folder of a run's newest or best checkpoint.
 
     Raises:

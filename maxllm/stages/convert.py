@@ -41,6 +41,7 @@ from maxllm.records import Params
 from maxllm.run.checkpoint import find, load_params, save_params, stored_dtypes
 from maxllm.run.record import console, peak_rss_bytes
 from maxllm.run.session import CONFIG, HF_CONFIG, reopen
+from maxllm.stages.shared import abstract_params, policy_params
 from maxllm.steps.state import abstract, init_params
 
 Direction = Literal["from-hf", "from-gguf", "to-hf"]
@@ -184,11 +185,12 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
     session = reopen(run_dir)
     if session.config.stage == "reward":
         raise UserError(f"{run_dir} holds a reward model; `maxllm export` writes and checks it")
-    checkpoint = find(run_dir)
-    wanted = abstract(partial(init_params, Llama(session.model)), session.mesh)
-    stored = stored_dtypes(checkpoint, wanted)
-    params = load_params(checkpoint, stored)
-    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(stored)}
+    if session.config.lora is not None:
+        params = policy_params(session, run_dir)
+    else:
+        wanted = abstract_params(session, Llama(session.model))
+        params = load_params(find(run_dir), stored_dtypes(find(run_dir), wanted))
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     kept = kinds.pop() if len(kinds) == 1 else "float32"
     difference: dict[str, Any] = {}
 

@@ -13,15 +13,16 @@ import jax.numpy as jnp
 
 from maxllm.data.chat import Message
 from maxllm.data.render import render_to_reply
-from maxllm.errors import RunFailed
+from maxllm.errors import RunFailed, UserError
 from maxllm.hf import export as hf
+from maxllm.hf.peft import export_adapters
 from maxllm.hf.verify import TOLERANCE, has_torch, hf_score, verify_greedy
 from maxllm.model.heads import ScalarModel
 from maxllm.records import Params
 from maxllm.run.checkpoint import find, load_params
 from maxllm.run.session import Session, reopen
 from maxllm.stages.chat import Speaker
-from maxllm.stages.shared import abstract_params, policy_params
+from maxllm.stages.shared import abstract_adapters, abstract_params, policy_params
 from maxllm.steps.reward import score
 
 CHECK_TOKENS = 32
@@ -36,8 +37,12 @@ def run(
     prompts: Sequence[str] = CHECK_PROMPTS,
     verify: bool = True,
     overrides: Sequence[str] = (),
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Writes the folder, after comparing greedy decoding of ours and of `transformers` token for token.
+
+    The adapters of a LoRA run are merged into the model, unless `base` names what PEFT shall load them onto:
+    then they are written alone.
 
     Returns:
       What `hf.export` returns, and `greedy_identical`: True, or None where it was not checked because torch
@@ -49,6 +54,8 @@ def run(
     session = reopen(run_dir, overrides)
     if session.config.stage == "reward":
         return export_reward_model(session, run_dir, out_dir, prompts, verify)
+    if base is not None:
+        return export_lora(session, run_dir, out_dir, base)
     params = policy_params(session, run_dir)
     check: dict[str, Any] | None = None
 
@@ -72,6 +79,19 @@ def run(
         "greedy_prompts": 0 if check is None else check["prompts"],
         "greedy_tokens": 0 if check is None else check["tokens"],
     }
+
+
+def export_lora(session: Session, run_dir: Path, out_dir: Path, base: str) -> dict[str, Any]:
+    """The adapters of a run as a PEFT folder.
+
+    Raises:
+      UserError: the run trained no adapters.
+    """
+    lora = session.config.lora
+    if lora is None:
+        raise UserError(f"{run_dir} trained no adapters: leave --base away to export the model")
+    adapters = load_params(find(run_dir), abstract_adapters(session, lora))
+    return export_adapters(adapters, session.model, lora, base, out_dir)
 
 
 def export_reward_model(

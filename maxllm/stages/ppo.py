@@ -34,11 +34,12 @@ from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import Session, check_same_model, compile_reader, open_session
 from maxllm.stages.shared import (
     abstract_params,
+    check_start,
     exact_match,
     prompts_of,
     reply_text,
-    start_checkpoint,
     start_from,
+    start_policy,
     told,
 )
 from maxllm.steps import ppo as algorithm
@@ -77,8 +78,8 @@ def job(session: Session) -> Job:
     config = session.config
     check_sampling(config.generation)
     policy, scalar = Llama(session.model), ScalarModel(session.model)
-    start = start_checkpoint(session, config.start.policy, policy)
-    judge = start_checkpoint(session, config.start.reward, scalar)
+    start = start_policy(session)
+    judge = check_start(session, Path(config.start.reward or ""), abstract_params(session, scalar))
     check_reward_fits(session)
     # 1. Data: prompts. Answers, where rows have them, are for the held-out check; training never sees them.
     length = config.batch.sequence_length - config.generation.max_new_tokens
@@ -102,7 +103,7 @@ def job(session: Session) -> Job:
     )
     abstract_state = abstract(partial(init_state, ppo), session.mesh)
     frozen = Frozen(
-        reference=load_params(start, abstract_params(session, policy)),
+        reference=start(),
         reward=load_params(judge, abstract_params(session, scalar)),
     )
     # 3. Train; the best checkpoint is the one with the highest held-out score.

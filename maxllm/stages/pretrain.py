@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,16 @@ from maxllm.config import Config
 from maxllm.errors import UserError
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
-from maxllm.run.checkpoint import load_params
 from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import Session, open_session
 from maxllm.stages import prepare
 from maxllm.stages.shared import (
-    abstract_params,
     heldout_language,
     language_job,
-    start_checkpoint,
     start_from,
+    start_policy,
 )
+from maxllm.steps import language
 from maxllm.steps.state import TrainState, abstract, create, initializer
 
 
@@ -50,19 +50,19 @@ def job(session: Session) -> Job:
     init = initializer(model, optimizer)
     abstract_state = abstract(init, session.mesh)
 
-    start = start_checkpoint(session, config.start.policy, model) if config.start.policy else None
+    start = start_policy(session) if config.start.policy else None
 
     def fresh() -> TrainState:
         if start is None:
             return create(init, abstract_state, jax.random.key(config.run.seed))
-        return start_from(load_params(start, abstract_params(session, model)), optimizer, abstract_state)
+        return start_from(start(), optimizer, abstract_state)
 
     # 3. Train; the best checkpoint is the one with the fewest held-out bits per byte.
     return language_job(
         session,
         abstract_state=abstract_state,
         fresh=fresh,
-        optimizer=optimizer,
+        step=partial(language.train_step, model=model, optimizer=optimizer),
         rows=prepare.read_rows(prepared, "train"),
         evaluate=bits_per_byte(session, prepared, manifest),
         best=("bits_per_byte", "min"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,14 +15,12 @@ from maxllm.config import Config
 from maxllm.data import loader
 from maxllm.data.instruct import pad_pairs, pair_ids, read_split
 from maxllm.model.heads import ScalarModel
-from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import PairBatch, Params
-from maxllm.run.checkpoint import load_params
 from maxllm.run.loop import Job, finished, mean_over, train
 from maxllm.run.session import Session, compile_reader, open_session
-from maxllm.stages.shared import abstract_params, start_checkpoint, start_from, told
+from maxllm.stages.shared import start_from, start_policy, told
 from maxllm.steps import reward
 from maxllm.steps.state import TrainState, abstract, create, init_params, initializer
 
@@ -45,7 +42,7 @@ def job(session: Session) -> Job:
     pad = session.tokenizer.pad
     # 2. State: the policy's decoder under a new head.
     model = ScalarModel(session.model)
-    start = start_checkpoint(session, config.start.policy, Llama(session.model))
+    start = start_policy(session)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     abstract_state = abstract(initializer(model, optimizer), session.mesh)
     tokens = 2 * config.batch.rows * length
@@ -70,12 +67,11 @@ def job(session: Session) -> Job:
     )
 
 
-def with_new_head(session: Session, model: ScalarModel, start: Path) -> Params:
+def with_new_head(session: Session, model: ScalarModel, start: Callable[[], Params]) -> Params:
     """Scalar-model parameters whose decoder is the policy's."""
     init = partial(init_params, model)
     params = create(init, abstract(init, session.mesh), jax.random.key(session.config.run.seed))
-    policy = load_params(start, abstract_params(session, Llama(session.model)))
-    return params | {"decoder": policy["decoder"]}
+    return params | {"decoder": start()["decoder"]}
 
 
 def heldout_pairs_evaluator(

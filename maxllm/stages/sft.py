@@ -1,13 +1,18 @@
 """SFT: the pretrained model learns to answer; the loss counts the assistants' tokens only.
 
 maxllm sft configs/sft/tiny_tasks_cpu.yaml
+maxllm sft configs/sft/tiny_tasks_cpu.yaml lora.rank=8 run.dir=runs/tiny/sft-lora
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import jax
+import optax
 
 from maxllm.config import Config
 from maxllm.data.chat import Message, messages_of
@@ -16,24 +21,25 @@ from maxllm.data.pack import Piece
 from maxllm.data.render import render_prompt
 from maxllm.data.sources import Tally
 from maxllm.errors import UserError
+from maxllm.model.adapters import merge
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
-from maxllm.run.checkpoint import load_params
+from maxllm.records import Params
 from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import Session, open_session, say
 from maxllm.stages.shared import (
-    abstract_params,
     exact_match,
     heldout_language,
     language_job,
     prompts_of,
     replies,
     responder,
-    start_checkpoint,
     start_from,
+    start_policy,
     told,
 )
-from maxllm.steps.state import TrainState, abstract, initializer
+from maxllm.steps import language
+from maxllm.steps.state import TrainState, abstract, create, init_adapters, initializer
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -50,15 +56,9 @@ def job(session: Session) -> Job:
     length, pad = config.batch.sequence_length, session.tokenizer.pad
     rows = pack_conversations([talk.piece for talk in train_talks], length, pad)
     heldout = pack_conversations([talk.piece for talk in heldout_talks], length, pad)
-    # 2. State: the parameters to start from, a fresh optimizer.
-    model = Llama(session.model)
-    start = start_checkpoint(session, config.start.policy, model)
+    # 2. State: all parameters, or adapters beside parameters that stay.
     optimizer = make_optimizer(config.optimizer, config.run.steps)
-    abstract_state = abstract(initializer(model, optimizer), session.mesh)
-
-    def fresh() -> TrainState:
-        return start_from(load_params(start, abstract_params(session, model)), optimizer, abstract_state)
-
+    trained = all_parameters(session, optimizer) if config.lora is None else adapters(session, optimizer)
     # 3. Held-out figures: loss on the replies, and greedy exact match.
     loss_of = heldout_language(session, heldout)
     respond = responder(session, config.generation)
@@ -67,14 +67,16 @@ def job(session: Session) -> Job:
     prompts = prompts_of(questions, room, pad)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        texts = replies(respond, session.tokenizer, state.params, prompts, config.batch.rows)
-        return loss_of(state.params) | {"exact_match": exact_match(texts, questions)}
+        params = trained.whole(state.params)
+        texts = replies(respond, session.tokenizer, params, prompts, config.batch.rows)
+        return loss_of(params) | {"exact_match": exact_match(texts, questions)}
 
     return language_job(
         session,
-        abstract_state=abstract_state,
-        fresh=fresh,
-        optimizer=optimizer,
+        abstract_state=trained.abstract_state,
+        fresh=trained.fresh,
+        step=trained.step,
+        frozen=trained.frozen,
         rows=rows,
         evaluate=evaluate,
         best=("loss", "min"),
@@ -83,6 +85,48 @@ def job(session: Session) -> Job:
             "heldout_conversations": len(heldout_talks),
             "sources": told(session, tallies),
         },
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What of the model is trained."""
+
+    abstract_state: TrainState
+    fresh: Callable[[], TrainState]
+    step: Callable[..., Any]
+    frozen: tuple[Params, ...]
+    """What the step reads besides."""
+    whole: Callable[[Params], Params]
+    """All parameters of the model, from the trained ones."""
+
+
+def all_parameters(session: Session, optimizer: optax.GradientTransformation) -> Trained:
+    """The whole model."""
+    model, start = Llama(session.model), start_policy(session)
+    abstract_state = abstract(initializer(model, optimizer), session.mesh)
+    return Trained(
+        abstract_state,
+        fresh=lambda: start_from(start(), optimizer, abstract_state),
+        step=partial(language.train_step, model=model, optimizer=optimizer),
+        frozen=(),
+        whole=lambda params: params,
+    )
+
+
+def adapters(session: Session, optimizer: optax.GradientTransformation) -> Trained:
+    """LoRA: fresh adapters; the model itself stays as it is."""
+    config = session.config
+    assert config.lora is not None, "the recipe asks for adapters"
+    model, base = Llama(session.model, config.lora), start_policy(session)()
+    init = initializer(model, optimizer, init_adapters)
+    abstract_state = abstract(init, session.mesh)
+    return Trained(
+        abstract_state,
+        fresh=lambda: create(init, abstract_state, jax.random.key(config.run.seed)),
+        step=partial(language.train_adapters, model=model, optimizer=optimizer),
+        frozen=(base,),
+        whole=partial(jax.jit(partial(merge, lora=config.lora)), base),
     )
 
 

@@ -12,22 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from maxllm.config import GenerationConfig
+from maxllm.config import GenerationConfig, LoraConfig
 from maxllm.data import loader
 from maxllm.data.instruct import Question, pad_prompts
 from maxllm.data.sources import Tally
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.generate.decode import generate
+from maxllm.model.adapters import merge
 from maxllm.model.llama import Llama
 from maxllm.parallel import sharding
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import LmBatch, Params, PromptBatch, Rollout
-from maxllm.run.checkpoint import check_params, find, load_params
+from maxllm.run.checkpoint import Which, check_params, find, load_params
 from maxllm.run.loop import Job, mean_over
 from maxllm.run.record import read_summary
 from maxllm.run.session import Session, compile_reader, run_config, say
 from maxllm.steps import language
-from maxllm.steps.state import TrainState, abstract, init_params
+from maxllm.steps.state import TrainState, abstract, init_adapters, init_params
 
 
 def told(session: Session, tallies: Sequence[Tally]) -> list[dict[str, Any]]:
@@ -53,23 +54,48 @@ def abstract_params(session: Session, model: Any) -> Params:
     return abstract(partial(init_params, model), session.mesh)
 
 
-def policy_params(session: Session, run_dir: Path) -> Params:
-    """The newest language-model parameters in a run folder, on this session's mesh."""
-    return load_params(find(run_dir), abstract_params(session, Llama(session.model)))
+def policy_params(session: Session, run_dir: Path, which: Which = "latest") -> Params:
+    """A run's language-model parameters on this session's mesh; adapters are merged into what they adapt."""
+    lora = run_config(run_dir).lora
+    if lora is None:
+        return load_params(find(run_dir, which), abstract_params(session, Llama(session.model)))
+    parent = run_config(run_dir).start
+    base = policy_params(session, Path(parent.policy or ""), parent.checkpoint)
+    adapters = load_params(find(run_dir, which), abstract_adapters(session, lora))
+    return jax.jit(partial(merge, lora=lora))(base, adapters)
 
 
-def start_checkpoint(session: Session, run_dir: str | None, model: Any) -> Path:
+def abstract_adapters(session: Session, lora: LoraConfig) -> Params:
+    """Shapes and shardings of a model's adapters."""
+    return abstract(partial(init_adapters, Llama(session.model, lora)), session.mesh)
+
+
+def start_policy(session: Session) -> Callable[[], Params]:
+    """Reads the parameters that a run starts from, when called; now their shapes are looked at, and told.
+
+    Raises:
+      UserError: there is no checkpoint, or one of another model.
+    """
+    run_dir, which = Path(session.config.start.policy or ""), session.config.start.checkpoint
+    lora = run_config(run_dir).lora
+    model = Llama(session.model)
+    wanted = abstract_params(session, model) if lora is None else abstract_adapters(session, lora)
+    check_start(session, run_dir, wanted)
+    return partial(policy_params, session, run_dir, which)
+
+
+def check_start(session: Session, run_dir: Path, wanted: Params) -> Path:
     """The checkpoint that a run starts from, looked at and named on the console; nothing is read yet.
 
     Raises:
       UserError: there is none, or it is of another model.
     """
-    assert run_dir is not None, "Config checks that the stage's start is given"
-    checkpoint = find(Path(run_dir), session.config.start.checkpoint)
-    check_params(checkpoint, abstract_params(session, model))
-    parent = run_config(Path(run_dir))
-    unfinished = f" of {parent.run.steps}: that run is not finished" * (read_summary(Path(run_dir)) is None)
-    say(session, f"starts from {run_dir}, step {checkpoint.name}{unfinished}")
+    checkpoint = find(run_dir, session.config.start.checkpoint)
+    check_params(checkpoint, wanted)
+    parent = run_config(run_dir)
+    unfinished = parent.stage != "convert" and read_summary(run_dir) is None
+    more = f" of {parent.run.steps}: that run is not finished" if unfinished else ""
+    say(session, f"starts from {run_dir}, step {checkpoint.name}{more}")
     return checkpoint
 
 
@@ -78,30 +104,26 @@ def language_job(
     *,
     abstract_state: TrainState,
     fresh: Callable[[], TrainState],
-    optimizer: optax.GradientTransformation,
+    step: Callable[..., Any],
     rows: LmBatch,
     evaluate: Callable[[TrainState], dict[str, float]],
     best: tuple[str, Any],
     facts: dict[str, Any],
+    frozen: tuple[Params, ...] = (),
 ) -> Job:
     """The loop's job for next-token prediction, in pretraining and SFT."""
-    config, model = session.config, Llama(session.model)
+    config = session.config
     tokens = config.batch.rows * config.batch.sequence_length
     return Job(
         abstract_state=abstract_state,
         fresh=fresh,
-        step=partial(
-            language.train_step,
-            model=model,
-            optimizer=optimizer,
-            seed=config.run.seed,
-            microbatches=config.batch.microbatches,
-        ),
+        step=partial(step, seed=config.run.seed, microbatches=config.batch.microbatches),
         batches=loader.Batches(rows, config.batch.rows, config.run.seed),
         evaluate=evaluate,
         best=best,
         tokens_per_step=tokens,
         flops_per_step=tokens * train_flops_per_token(session.model, config.batch.sequence_length),
+        frozen=frozen,
         facts=facts,
     )
 

@@ -39,13 +39,21 @@ def init_params(model: nn.Module, key: jax.Array) -> Params:
     return model.init(key, tokens_BT, jnp.ones_like(tokens_BT), tokens_BT)["params"]
 
 
+def init_adapters(model: nn.Module, key: jax.Array) -> Params:
+    """Fresh LoRA adapters of a `Llama` that has them, still boxed with their logical axis names."""
+    tokens_BT = jnp.zeros((1, 2), jnp.int32)
+    return model.init(key, tokens_BT, jnp.ones_like(tokens_BT), tokens_BT)["lora"]
+
+
 def initializer(
-    model: nn.Module, optimizer: optax.GradientTransformation
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    init_trained: Callable[[nn.Module, jax.Array], Params] = init_params,
 ) -> Callable[[jax.Array], TrainState]:
-    """A pure function key -> boxed TrainState."""
+    """A pure function key -> boxed TrainState of what is trained: the parameters, or `init_adapters`."""
 
     def init(key: jax.Array) -> TrainState:
-        params = init_params(model, key)
+        params = init_trained(model, key)
         return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
 
     return init

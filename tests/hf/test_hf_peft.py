@@ -1,0 +1,56 @@
+"""Adapters as `peft` loads them: the same logits as ours, beside the base and merged into it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from random_models import IDS, TINY, random_params, tiny
+
+from maxllm.config import LoraConfig
+from maxllm.files import write_json
+from maxllm.hf.config import hf_config_of
+from maxllm.hf.peft import export_adapters
+from maxllm.hf.write import write_weights
+from maxllm.model.forward import forward
+from maxllm.model.llama import Llama
+from maxllm.steps.state import init_adapters
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+
+@pytest.mark.parametrize("targets", [("wq", "wv"), LoraConfig().targets], ids=["paper", "all"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"head_dim": 12, "tie_embeddings": True}], ids=["plain", "wide heads"]
+)
+def test_peft_computes_what_we_do(targets: tuple[str, ...], changes: dict, tmp_path: Path) -> None:
+    config, lora = tiny(**changes), LoraConfig(rank=4, alpha=6, targets=targets)
+    params = random_params(config)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda key: nn.unbox(init_adapters(Llama(config, lora), key)), jax.random.key(0))
+    adapters = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
+    (tmp_path / "base").mkdir()
+    write_weights(tmp_path / "base", params, config)
+    write_json(tmp_path / "base" / "config.json", hf_config_of(config, IDS))
+    figures = export_adapters(adapters, config, lora, str(tmp_path / "base"), tmp_path / "adapter")
+    assert figures["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+    tokens = rng.integers(6, TINY.vocab_size, (2, 20))
+    ones, positions = np.ones_like(tokens), np.tile(np.arange(20), (2, 1))
+    ours = forward(Llama(config, lora), params, tokens, ones, positions, adapters=adapters)
+    plain = forward(Llama(config), params, tokens, ones, positions)
+    assert np.abs(ours - plain).max() > 0.5
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    beside = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(beside(torch.tensor(tokens)).logits.numpy(), ours, atol=1e-4, rtol=0)
+        merged = beside.merge_and_unload()
+        np.testing.assert_allclose(merged(torch.tensor(tokens)).logits.numpy(), ours, atol=1e-4, rtol=0)
