@@ -1,0 +1,119 @@
+"""Conversion of a model of a billion parameters: memory stays bounded, a kill leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from random_models import IDS
+
+from maxllm.config import ModelConfig, TokenizerConfig
+from maxllm.data.spm import train
+from maxllm.files import write_json
+from maxllm.hf import mapping
+from maxllm.hf.config import hf_config_of
+from maxllm.hf.tokenizer import save_tokenizer
+from maxllm.hf.write import WEIGHTS, Slot, write_file
+
+BILLION = ModelConfig(
+    vocab_size=32_000, d_model=2048, n_layers=20, n_heads=32, n_kv_heads=8, d_ff=5632, max_seq_len=2048
+)
+BF16 = np.dtype(ml_dtypes.bfloat16)
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+def slots(config: ModelConfig) -> list[Slot]:
+    """Every tensor of the model in bfloat16."""
+    shapes = mapping.hf_shapes(config)
+    names = [name for row in mapping.rows(config) for name in mapping.hf_names(row, config)]
+    return [Slot(name, shapes[name], BF16) for name in names]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with random weights (2 GB), written tensor by tensor."""
+    folder = tmp_path_factory.mktemp("billion")
+    noise = np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype(BF16)
+    tensors = (np.resize(np.roll(noise, i), slot.shape) for i, slot in enumerate(slots(BILLION)))
+    write_file(folder / WEIGHTS, slots(BILLION), tensors, lambda size: None)
+    write_json(folder / "config.json", hf_config_of(BILLION, IDS, "bfloat16"))
+    texts = [path.read_text() for path in Path(mapping.__file__).parent.glob("*.py")]
+    save_tokenizer(train(texts, TokenizerConfig(path="unused", vocab_size=600)), folder)
+    return folder
+
+
+def command(direction: str, source: Path, target: Path) -> list[str]:
+    """The conversion in its own process."""
+    return [sys.executable, "-m", "maxllm.cli", "convert", direction, str(source), str(target), "--json"]
+
+
+def run(words: list[str]) -> subprocess.CompletedProcess:
+    """To its end."""
+    return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def test_memory_stays_bounded_and_bytes_come_back(source: Path, tmp_path: Path) -> None:
+    """Peak RSS < destination + 1.5 x the largest tensor + 1 GB, there and back; the weights are the same."""
+    size = sum(slot.nbytes for slot in slots(BILLION))
+    largest = max(slot.nbytes for slot in slots(BILLION))
+    assert size > 2 * 10**9
+    for direction, start, target in (
+        ("from-hf", source, tmp_path / "run"),
+        ("to-hf", tmp_path / "run", tmp_path / "hf"),
+    ):
+        done = subprocess.run(
+            command(direction, start, target), capture_output=True, text=True, env=ENVIRONMENT
+        )
+        assert done.returncode == 0, done.stderr
+        figures = json.loads(done.stdout)
+        assert figures["bytes"] == size
+        assert figures["peak_rss_bytes"] < size + 1.5 * largest + 10**9, figures
+    assert same_tensors(source / WEIGHTS, tmp_path / "hf" / WEIGHTS)
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes after their headers, and name them alike."""
+    contents = []
+    for path in (one, other):
+        with path.open("rb") as stream:
+            header = stream.read(int.from_bytes(stream.read(8), "little"))
+            contents.append((json.loads(header), stream))
+            contents[-1] = (json.loads(header), stream.tell())
+    if contents[0][0] != contents[1][0]:
+        return False
+    with one.open("rb") as a, other.open("rb") as b:
+        a.seek(contents[0][1]), b.seek(contents[1][1])
+        while True:
+            first, second = a.read(1 << 26), b.read(1 << 26)
+            if first != second:
+                return False
+            if not first:
+                return True
+
+
+def test_a_killed_conversion_leaves_nothing_and_a_rerun_finishes_it(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    process = subprocess.Popen(
+        command("from-hf", source, target),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )
+    while not (tmp_path / ".run.partial").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not target.exists()
+    done = run(command("from-hf", source, target))
+    assert done.returncode == 0, done.stderr
+    assert (target / "config.yaml").is_file() and not (tmp_path / ".run.partial").exists()
