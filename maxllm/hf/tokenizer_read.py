@@ -2,7 +2,7 @@
 
     tokenizer.json                    taken as it is
     tokenizer.model of our own        read by SentencePiece (our exports have both, with the same ids)
-    tokenizer.model of others         SentencePiece or tiktoken ranks, converted by `transformers`
+    tokenizer.model of others         SentencePiece BPE by its own merges; tiktoken ranks by `transformers`
 
 Which ids stop generation is written in three places; the most specific wins: generation_config.json, then
 config.json, then the tokenizer's own eos_token.
@@ -14,11 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+
 from maxllm.data import bpe, spm
 from maxllm.data.bpe import STOP_KEY
 from maxllm.data.tokenizer import FAST_CONFIG_FILE, FAST_FILE, SPM_FILE, Tokenizer
 from maxllm.errors import UserError
 from maxllm.files import read_json
+from maxllm.hf.gguf_tokenizer import sentence_piece
+
+model_pb2: Any = sentencepiece_model_pb2  # generated at import: type checkers see nothing in it
 
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -60,11 +66,22 @@ def our_own(file: Path) -> spm.SpmTokenizer | None:
 
 
 def converted(folder: Path) -> tuple[bytes, dict[str, Any]]:
-    """tokenizer.json and configuration as `transformers` makes them of a tokenizer.model.
+    """tokenizer.json and configuration of a tokenizer.model: SentencePiece BPE, or else tiktoken's ranks.
 
     Raises:
-      UserError: it cannot.
+      UserError: it is neither.
     """
+    content = (folder / SPM_FILE).read_bytes()
+    config = read_json(folder / FAST_CONFIG_FILE) if (folder / FAST_CONFIG_FILE).is_file() else {}
+    proto = model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(content)
+        pieces = len(proto.pieces)
+    except DecodeError:
+        pieces = 0
+    if pieces and proto.trainer_spec.model_type == model_pb2.TrainerSpec.BPE:
+        backend = sentence_piece(spm_metadata(proto).get, str(folder))
+        return backend.to_str().encode(), spm_special(proto) | config
     from transformers import AutoTokenizer
 
     try:
@@ -75,6 +92,25 @@ def converted(folder: Path) -> tuple[bytes, dict[str, Any]]:
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     special = {name: getattr(theirs, name) for name in names if getattr(theirs, name) is not None}
     return json_bytes, special | {"chat_template": theirs.chat_template}
+
+
+def spm_metadata(proto: Any) -> dict[str, Any]:
+    """A SentencePiece model in the words of GGUF, which took its piece types over."""
+    return {
+        "tokenizer.ggml.tokens": [piece.piece for piece in proto.pieces],
+        "tokenizer.ggml.scores": [piece.score for piece in proto.pieces],
+        "tokenizer.ggml.token_type": [piece.type for piece in proto.pieces],
+        "tokenizer.ggml.unknown_token_id": proto.trainer_spec.unk_id,
+        "tokenizer.ggml.add_space_prefix": proto.normalizer_spec.add_dummy_prefix,
+    }
+
+
+def spm_special(proto: Any) -> dict[str, Any]:
+    """The special tokens that a SentencePiece model names; ids below 0 are absent."""
+    spec = proto.trainer_spec
+    ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.pad_id}
+    ids["unk_token"] = spec.unk_id
+    return {name: proto.pieces[i].piece for name, i in ids.items() if i >= 0}
 
 
 def stop_tokens(folder: Path, fields: Mapping[str, Any]) -> list[int]:
