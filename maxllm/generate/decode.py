@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from maxllm.config import GenerationConfig
 from maxllm.generate.sampling import sample
+from maxllm.model.llama import Llama, unstack
 from maxllm.records import Array, Params, PromptBatch, Rollout
 
 
@@ -34,7 +34,7 @@ class _Progress(struct.PyTreeNode):
 class _Decoder:
     """The rules of one decoding; `generate` reads as the algorithm."""
 
-    model: nn.Module
+    model: Llama
     params: Params
     key: jax.Array
     config: GenerationConfig
@@ -80,7 +80,7 @@ class _Decoder:
 
 
 def generate(
-    model: nn.Module,
+    model: Llama,
     params: Params,
     prompts: PromptBatch,
     key: jax.Array,
@@ -91,7 +91,7 @@ def generate(
     """Completes every prompt until a stop token or config.max_new_tokens.
 
     Args:
-      model: a `Llama`.
+      model: with scan_unroll = n_layers, its layers are taken apart first, which is fastest on CPU.
       params: its parameters.
       prompts: left-padded, [B, P].
       key: drives the sampling; slot i uses fold_in(key, i).
@@ -104,6 +104,8 @@ def generate(
     """
     B, P = prompts.tokens_BP.shape
     R = config.max_new_tokens
+    if model.config.scan_unroll == model.config.n_layers:
+        model, params = unstack(model, params)
     decoder = _Decoder(model, params, key, config, stop_tokens, pad)
     segments_BP = (jnp.arange(P) >= P - prompts.lengths_B[:, None]).astype(jnp.int32)
     positions_BP = jnp.maximum(jnp.cumsum(segments_BP, axis=1) - 1, 0)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from maxllm.config import GenerationConfig
+from maxllm.losses.token import token_logps
 
 
 def restrict(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -36,5 +37,4 @@ def sample(logits_BV: jax.Array, key: jax.Array, config: GenerationConfig) -> tu
     else:
         logits_BV = logits_BV / config.temperature
         token_B = jax.random.categorical(key, restrict(logits_BV, config.top_k, config.top_p))
-    logps_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    return token_B.astype(jnp.int32), jnp.take_along_axis(logps_BV, token_B[:, None], axis=-1)[:, 0]
+    return token_B.astype(jnp.int32), token_logps(logits_BV, token_B)

@@ -15,6 +15,7 @@ from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model import rope
 from maxllm.model.attention import Attention, attention_mask
 from maxllm.model.layers import RMSNorm, SwiGLU, dtype_of, matmul, weight
+from maxllm.records import Params
 
 
 class Layer(nn.Module):
@@ -64,10 +65,14 @@ class CachedSegments(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, L layers, final norm: token ids to the hidden states that heads read."""
+    """Embedding, L layers, final norm: token ids to the hidden states that heads read.
+
+    With `unstacked`, every layer has parameters of its own, `layer_0` and so on; see `unstack`.
+    """
 
     config: ModelConfig
     lora: LoraConfig | None = None
+    unstacked: bool = False
 
     def setup(self) -> None:
         """Declares the embedding table, the scanned layers and the final norm."""
@@ -79,6 +84,12 @@ class Decoder(nn.Module):
         if c.remat == "full":
             # Inside a scan XLA cannot undo the recomputation, so its guard against that is not needed.
             layer = nn.remat(Layer, prevent_cse=False, static_argnums=(6, 7))
+        self.final_norm = RMSNorm(c)
+        self.embedding_dropout = nn.Dropout(c.embedding_dropout)
+        self.cached_segments = CachedSegments()
+        if self.unstacked:
+            self.layer = [layer(c, self.lora) for _ in range(c.n_layers)]
+            return
         self.layers = nn.scan(
             layer,
             variable_axes={"params": 0, "cache": 0, "lora": 0},
@@ -88,9 +99,6 @@ class Decoder(nn.Module):
             unroll=c.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.lora)
-        self.final_norm = RMSNorm(c)
-        self.embedding_dropout = nn.Dropout(c.embedding_dropout)
-        self.cached_segments = CachedSegments()
 
     def __call__(
         self,
@@ -119,7 +127,8 @@ class Decoder(nn.Module):
             first_slot, key_segments_BS = self.cached_segments(segment_ids_BT, cache_length)
         mask_BTS = attention_mask(segment_ids_BT, key_segments_BS, first_slot, c.sliding_window)
         cos, sin = rope.angles(c, positions_BT)
-        x_BTD, _ = self.layers(x_BTD, mask_BTS, cos, sin, first_slot, deterministic, cache_length)
+        for layer in self.layer if self.unstacked else [self.layers]:
+            x_BTD, _ = layer(x_BTD, mask_BTS, cos, sin, first_slot, deterministic, cache_length)
         return self.final_norm(x_BTD)
 
 
@@ -128,11 +137,12 @@ class Llama(nn.Module):
 
     config: ModelConfig
     lora: LoraConfig | None = None
+    unstacked: bool = False
 
     def setup(self) -> None:
         """Declares the decoder and, unless tied, the output projection."""
         c = self.config
-        self.decoder = Decoder(c, self.lora)
+        self.decoder = Decoder(c, self.lora, self.unstacked)
         if not c.tie_embeddings:
             self.lm_head_DV = weight(
                 self, "lm_head", (c.d_model, c.vocab_size), ("embed", "vocab"), c.init_std
@@ -154,6 +164,23 @@ class Llama(nn.Module):
         x_BTD = self.decoder(tokens_BT, segment_ids_BT, positions_BT, deterministic, cache_length)
         if last_only:
             x_BTD = x_BTD[:, -1:]
-        w_DV = self.decoder.embedding_VD.T if self.config.tie_embeddings else self.lm_head_DV
-        logits_BTV = matmul(x_BTD, w_DV, jnp.dtype(jnp.float32))
+        if self.config.tie_embeddings:
+            w_VD = self.decoder.embedding_VD.astype(x_BTD.dtype)
+            logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, w_VD, preferred_element_type=jnp.float32)
+        else:
+            logits_BTV = matmul(x_BTD, self.lm_head_DV, jnp.dtype(jnp.float32))
         return nn.with_logical_constraint(logits_BTV, ("batch", "length", "act_vocab"))
+
+
+def unstack(model: Llama, params: Params) -> tuple[Llama, Params]:
+    """The same model with the layers' parameters apart instead of stacked on an axis L.
+
+    A scan takes each layer's slice of the stack at every step. XLA's CPU backend copies it, which is nothing
+    in training, but in decoding costs more than the matmuls: a step reads every weight once and does little
+    else.
+    """
+    decoder = dict(params["decoder"])
+    stacked = decoder.pop("layers")
+    for number in range(model.config.n_layers):
+        decoder[f"layer_{number}"] = jax.tree.map(lambda leaf, n=number: leaf[n], stacked)
+    return model.clone(unstacked=True), {**params, "decoder": decoder}

@@ -137,7 +137,9 @@ def heldout_language(session: Session, rows: LmBatch) -> Callable[[Params], dict
 
 def responder(session: Session, config: GenerationConfig) -> Callable[..., Rollout]:
     """Compiled `(params, PromptBatch, key) -> Rollout` for this session's policy."""
-    model, tokenizer = Llama(session.model), session.tokenizer
+    unroll = session.model.n_layers if jax.default_backend() == "cpu" else session.model.scan_unroll
+    model = Llama(session.model.model_copy(update={"scan_unroll": unroll}))
+    tokenizer = session.tokenizer
 
     def respond(params: Params, prompts: Any, key: jax.Array) -> Rollout:
         return generate(model, params, prompts, key, config, tokenizer.stop_tokens, tokenizer.pad)

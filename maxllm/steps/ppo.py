@@ -19,6 +19,7 @@ from flax import struct
 from maxllm.config import PpoConfig
 from maxllm.losses import policy, token
 from maxllm.model.forward import forward
+from maxllm.model.llama import Llama
 from maxllm.records import Array, Experience, Metrics, Params, Rollout
 from maxllm.steps.reward import score
 from maxllm.steps.state import TrainState
@@ -57,7 +58,7 @@ class Ppo:
     """The parts of the algorithm that are not data."""
 
     config: PpoConfig
-    policy_model: nn.Module
+    policy_model: Llama
     scalar_model: nn.Module
     actor_optimizer: optax.GradientTransformation
     critic_optimizer: optax.GradientTransformation
