@@ -174,9 +174,12 @@ def check_params(checkpoint: Path, abstract_params: Params) -> None:
 def save_params(run_dir: Path, params: Params) -> None:
     """Writes parameters alone as the only checkpoint of a run folder, at step 0."""
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    # One gigabyte on its way to the disk at a time: more would be copies in memory.
+    handlers = {"params": ocp.StandardCheckpointHandler(save_concurrent_gb=1)}
     folder = (run_dir / FOLDER).absolute()
-    with writable(folder), ocp.CheckpointManager(folder, options=options) as manager:
-        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+    with writable(folder), ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+        chunks = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=1 << 26), params)
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params, save_args=chunks)))
 
 
 def stored_dtypes(checkpoint: Path, abstract_params: Params) -> Params:

@@ -1,4 +1,4 @@
-"""Conversion of a model of a billion parameters: memory stays bounded, a kill leaves nothing behind."""
+"""Conversion of a model of a billion parameters: the same bytes back, and a kill leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from random_models import IDS
 
 from maxllm.config import ModelConfig, TokenizerConfig
 from maxllm.data.spm import train
@@ -26,7 +27,9 @@ from maxllm.hf.write import WEIGHTS, Slot, write_file
 BILLION = ModelConfig(
     vocab_size=32_000, d_model=2048, n_layers=20, n_heads=32, n_kv_heads=8, d_ff=5632, max_seq_len=2048
 )
+IDS: Any = SimpleNamespace(bos=1, pad=5, stop_tokens=(2, 4))
 BF16 = np.dtype(ml_dtypes.bfloat16)
+pytestmark = pytest.mark.real
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
 
@@ -60,10 +63,9 @@ def run(words: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
 
 
-def test_memory_stays_bounded_and_bytes_come_back(source: Path, tmp_path: Path) -> None:
-    """Peak RSS < destination + 1.5 x the largest tensor + 1 GB, there and back; the weights are the same."""
+def test_bytes_come_back(source: Path, tmp_path: Path) -> None:
+    """There and back; six gigabytes of disk."""
     size = sum(slot.nbytes for slot in slots(BILLION))
-    largest = max(slot.nbytes for slot in slots(BILLION))
     assert size > 2 * 10**9
     for direction, start, target in (
         ("from-hf", source, tmp_path / "run"),
@@ -75,7 +77,6 @@ def test_memory_stays_bounded_and_bytes_come_back(source: Path, tmp_path: Path) 
         assert done.returncode == 0, done.stderr
         figures = json.loads(done.stdout)
         assert figures["bytes"] == size
-        assert figures["peak_rss_bytes"] < size + 1.5 * largest + 10**9, figures
     assert same_tensors(source / WEIGHTS, tmp_path / "hf" / WEIGHTS)
 
 
