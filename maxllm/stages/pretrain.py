@@ -27,8 +27,9 @@ from maxllm.stages.shared import (
     start_from,
     start_policy,
 )
-from maxllm.steps import language
+from maxllm.steps.language import language_loss
 from maxllm.steps.state import TrainState, abstract, create, initializer
+from maxllm.steps.update import train_step
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def job(session: Session) -> Job:
         session,
         abstract_state=abstract_state,
         fresh=fresh,
-        step=partial(language.train_step, model=model, optimizer=optimizer),
+        step=partial(train_step, loss_fn=partial(language_loss, model), optimizer=optimizer),
         rows=prepare.read_rows(prepared, "train"),
         evaluate=bits_per_byte(session, prepared, manifest),
         best=("bits_per_byte", "min"),

@@ -21,8 +21,9 @@ from maxllm.records import PairBatch, Params
 from maxllm.run.loop import Job, finished, mean_over, train
 from maxllm.run.session import Session, compile_reader, open_session
 from maxllm.stages.shared import start_from, start_policy, told
-from maxllm.steps import reward
+from maxllm.steps.reward import reward_loss
 from maxllm.steps.state import TrainState, abstract, create, init_params, initializer
+from maxllm.steps.update import Loss, eval_step, train_step
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -45,21 +46,21 @@ def job(session: Session) -> Job:
     start = start_policy(session)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     abstract_state = abstract(initializer(model, optimizer), session.mesh)
+    loss_fn = partial(reward_loss, model, config.reward)
     tokens = 2 * config.batch.rows * length
     # 3. Train; the best checkpoint is the one that orders most held-out pairs right.
     return Job(
         abstract_state=abstract_state,
         fresh=lambda: start_from(with_new_head(session, model, start), optimizer, abstract_state),
         step=partial(
-            reward.train_step,
-            model=model,
-            config=config.reward,
+            train_step,
+            loss_fn=loss_fn,
             optimizer=optimizer,
             seed=config.run.seed,
             microbatches=config.batch.microbatches,
         ),
         batches=loader.Batches(pad_pairs(train_pairs, length, pad), config.batch.rows, config.run.seed),
-        evaluate=heldout_pairs_evaluator(session, model, pad_pairs(heldout_pairs, length, pad)),
+        evaluate=heldout_pairs_evaluator(session, loss_fn, pad_pairs(heldout_pairs, length, pad)),
         best=("accuracy", "max"),
         tokens_per_step=tokens,
         flops_per_step=tokens * train_flops_per_token(session.model, length, head=1),
@@ -75,11 +76,9 @@ def with_new_head(session: Session, model: ScalarModel, start: Callable[[], Para
 
 
 def heldout_pairs_evaluator(
-    session: Session, model: ScalarModel, pairs: PairBatch
+    session: Session, loss_fn: Callable[..., Loss], pairs: PairBatch
 ) -> Callable[[TrainState], dict[str, float]]:
     """Loss, pair accuracy and mean scores over held-out pairs."""
-    reader = compile_reader(
-        session.mesh, partial(reward.eval_step, model=model, config=session.config.reward)
-    )
+    reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
     batches = partial(loader.in_order, pairs, session.config.batch.rows)
     return lambda state: mean_over(batches(), lambda batch: reader(state.params, batch))

@@ -38,8 +38,9 @@ from maxllm.stages.shared import (
     start_policy,
     told,
 )
-from maxllm.steps import language
+from maxllm.steps.language import adapters_loss, language_loss
 from maxllm.steps.state import TrainState, abstract, create, init_adapters, initializer
+from maxllm.steps.update import train_step
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def all_parameters(session: Session, optimizer: optax.GradientTransformation) ->
     return Trained(
         abstract_state,
         fresh=lambda: start_from(start(), optimizer, abstract_state),
-        step=partial(language.train_step, model=model, optimizer=optimizer),
+        step=partial(train_step, loss_fn=partial(language_loss, model), optimizer=optimizer),
         frozen=(),
         whole=lambda params: params,
     )
@@ -124,7 +125,7 @@ def adapters(session: Session, optimizer: optax.GradientTransformation) -> Train
     return Trained(
         abstract_state,
         fresh=lambda: create(init, abstract_state, jax.random.key(config.run.seed)),
-        step=partial(language.train_adapters, model=model, optimizer=optimizer),
+        step=partial(train_step, loss_fn=partial(adapters_loss, model), optimizer=optimizer),
         frozen=(base,),
         whole=partial(jax.jit(partial(merge, lora=config.lora)), base),
     )

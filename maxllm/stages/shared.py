@@ -27,8 +27,9 @@ from maxllm.run.checkpoint import Which, check_params, find, load_params
 from maxllm.run.loop import Job, mean_over
 from maxllm.run.record import read_summary
 from maxllm.run.session import Session, compile_reader, run_config, say
-from maxllm.steps import language
+from maxllm.steps.language import language_loss
 from maxllm.steps.state import TrainState, abstract, init_adapters, init_params
+from maxllm.steps.update import eval_step
 
 
 def told(session: Session, tallies: Sequence[Tally]) -> list[dict[str, Any]]:
@@ -130,7 +131,8 @@ def language_job(
 
 def heldout_language(session: Session, rows: LmBatch) -> Callable[[Params], dict[str, float]]:
     """Loss (nats per weighted target) and next-token accuracy over held-out rows."""
-    reader = compile_reader(session.mesh, partial(language.eval_step, model=Llama(session.model)))
+    loss_fn = partial(language_loss, Llama(session.model))
+    reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
     batches = partial(loader.in_order, rows, session.config.batch.rows)
     return lambda params: mean_over(batches(), lambda batch: reader(params, batch))
 

@@ -1,17 +1,18 @@
-"""Next-token prediction: the step of pretraining and of SFT (which differ only in their loss weights)."""
+"""Next-token prediction: the loss of pretraining and of SFT (which differ only in their loss weights).
+
+`steps/update.py` turns it into a step.
+"""
 
 from __future__ import annotations
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from maxllm.losses import token
 from maxllm.model.forward import forward
-from maxllm.records import LmBatch, Metrics, Params
-from maxllm.steps.state import TrainState
-from maxllm.steps.update import Loss, update
+from maxllm.records import LmBatch, Params
+from maxllm.steps.update import Loss
 
 
 def language_loss(
@@ -25,48 +26,8 @@ def language_loss(
     return Loss(total, weight, {"accuracy": (jnp.sum(right_BT), weight)})
 
 
-def train_step(
-    state: TrainState,
-    batch: LmBatch,
-    *,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    microbatches: int,
-) -> tuple[TrainState, Metrics]:
-    """One update of a language model."""
-    return update(
-        state,
-        batch,
-        jax.random.fold_in(jax.random.key(seed), state.step),
-        loss_fn=lambda params, part, key: language_loss(model, params, part, key),
-        optimizer=optimizer,
-        microbatches=microbatches,
-    )
-
-
-def train_adapters(
-    state: TrainState,
-    batch: LmBatch,
-    base: Params,
-    *,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    microbatches: int,
-) -> tuple[TrainState, Metrics]:
-    """One update of a model's adapters (state.params); `base` are its parameters, which stay as they are."""
-    return update(
-        state,
-        batch,
-        jax.random.fold_in(jax.random.key(seed), state.step),
-        loss_fn=lambda adapters, part, key: language_loss(model, base, part, key, adapters),
-        optimizer=optimizer,
-        microbatches=microbatches,
-    )
-
-
-def eval_step(params: Params, batch: LmBatch, *, model: nn.Module) -> Metrics:
-    """Loss (nats, weighted targets) and next-token accuracy, as (sum, count)."""
-    loss = language_loss(model, params, batch, None)
-    return loss.metrics | {"loss": (loss.total, loss.weight)}
+def adapters_loss(
+    model: nn.Module, adapters: Params, batch: LmBatch, key: jax.Array | None, base: Params
+) -> Loss:
+    """The same with adapters (LoRA) to train, beside `base`, the model's own parameters, which stay."""
+    return language_loss(model, base, batch, key, adapters)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from maxllm.config import RewardConfig
 from maxllm.losses import preference
 from maxllm.model.forward import forward
-from maxllm.records import Metrics, PairBatch, Params
-from maxllm.steps.state import TrainState
-from maxllm.steps.update import Loss, update
+from maxllm.records import PairBatch, Params
+from maxllm.steps.update import Loss
 
 
 def score(
@@ -48,30 +46,3 @@ def reward_loss(
             "score_rejected": weighted(jnp.mean(scores_BC[:, 1:], axis=1)),
         },
     )
-
-
-def train_step(
-    state: TrainState,
-    batch: PairBatch,
-    *,
-    model: nn.Module,
-    config: RewardConfig,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    microbatches: int,
-) -> tuple[TrainState, Metrics]:
-    """One update of a reward model."""
-    return update(
-        state,
-        batch,
-        jax.random.fold_in(jax.random.key(seed), state.step),
-        loss_fn=lambda params, part, key: reward_loss(model, config, params, part, key),
-        optimizer=optimizer,
-        microbatches=microbatches,
-    )
-
-
-def eval_step(params: Params, batch: PairBatch, *, model: nn.Module, config: RewardConfig) -> Metrics:
-    """Loss, pair accuracy and mean scores, as (sum, count)."""
-    loss = reward_loss(model, config, params, batch, None)
-    return loss.metrics | {"loss": (loss.total, loss.weight)}

@@ -1,4 +1,4 @@
-"""From a loss to an update: token-exact gradient accumulation and the guard against non-finite numbers."""
+"""From a loss to a step: token-exact gradient accumulation and the guard against non-finite numbers."""
 
 from __future__ import annotations
 
@@ -95,3 +95,39 @@ def update(
         "skipped": (1 - finite.astype(jnp.float32), one),
     }
     return TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state)), metrics
+
+
+def train_step(
+    state: TrainState,
+    batch: Any,
+    *frozen: Params,
+    loss_fn: Callable[..., Loss],
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    microbatches: int,
+) -> tuple[TrainState, Metrics]:
+    """The step of every stage that trains one model on a batch: pretrain, SFT (LoRA too), reward.
+
+    Args:
+      state: what is trained.
+      batch: arrays [B, …].
+      *frozen: parameters that the loss reads and nobody changes.
+      loss_fn: (params, batch, dropout key, *frozen) -> Loss.
+      optimizer: its state is in `state`.
+      seed: the dropout key is a function of it and of the step.
+      microbatches: the batch is split into as many.
+    """
+    return update(
+        state,
+        batch,
+        jax.random.fold_in(jax.random.key(seed), state.step),
+        loss_fn=lambda params, part, key: loss_fn(params, part, key, *frozen),
+        optimizer=optimizer,
+        microbatches=microbatches,
+    )
+
+
+def eval_step(params: Params, batch: Any, *, loss_fn: Callable[..., Loss]) -> Metrics:
+    """The loss without dropout, and the metrics that come with it, as (sum, count)."""
+    loss = loss_fn(params, batch, None)
+    return loss.metrics | {"loss": (loss.total, loss.weight)}

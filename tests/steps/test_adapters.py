@@ -14,8 +14,9 @@ from maxllm.model.adapters import merge
 from maxllm.model.forward import forward
 from maxllm.model.llama import Llama
 from maxllm.records import LmBatch
-from maxllm.steps import language
+from maxllm.steps.language import adapters_loss, language_loss
 from maxllm.steps.state import TrainState, init_adapters
+from maxllm.steps.update import train_step
 
 LORA = LoraConfig(rank=3, alpha=6)
 B, T = 2, 12
@@ -59,8 +60,8 @@ def test_gradients_are_those_of_the_merged_weights(tiny_model, params_of, batch)
     plain, adapted = Llama(config), Llama(config, LORA)
     params, low = params_of(plain), adapters_of(adapted, b=0.3)
     merged = merge(params, low, LORA)
-    wide = jax.grad(lambda p: language.language_loss(plain, p, batch, None).total)(merged)
-    got = jax.grad(lambda a: language.language_loss(adapted, params, batch, None, a).total)(low)
+    wide = jax.grad(lambda p: language_loss(plain, p, batch, None).total)(merged)
+    got = jax.grad(lambda a: language_loss(adapted, params, batch, None, a).total)(low)
     dw_LDO = wide["decoder"]["layers"]["attention"]["wq"].reshape(2, 32, 32)
     a_LDR, b_LRO = (low["decoder"]["layers"]["attention"][name] for name in ("wq_a", "wq_b"))
     da = LORA.scale * np.einsum("ldo,lro->ldr", dw_LDO, b_LRO)
@@ -76,7 +77,11 @@ def test_only_adapters_are_trained_and_the_loss_falls(tiny_model, params_of, bat
     names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(low)}
     assert names == {"wq_a", "wq_b", "wv_a", "wv_b"}
     state = TrainState(jnp.int32(0), low, optimizer.init(low))
-    step = jax.jit(partial(language.train_adapters, model=model, optimizer=optimizer, seed=0, microbatches=1))
+    step = jax.jit(
+        partial(
+            train_step, loss_fn=partial(adapters_loss, model), optimizer=optimizer, seed=0, microbatches=1
+        )
+    )
     losses = []
     for _ in range(30):
         state, metrics = step(state, batch, base)

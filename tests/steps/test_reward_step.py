@@ -15,6 +15,7 @@ from maxllm.records import PairBatch, Rollout
 from maxllm.steps import reward
 from maxllm.steps.ppo import Ppo, scores
 from maxllm.steps.state import TrainState
+from maxllm.steps.update import eval_step, train_step
 
 T, V = 16, 64
 PLAIN, SGD = RewardConfig(), optax.sgd(0.1)
@@ -41,7 +42,7 @@ def score(model, params, tokens, lengths):
 
 def evaluate(scored, batch, config=PLAIN):
     model, params = scored
-    return jitted(reward.eval_step, model=model, config=config)(params, batch)
+    return jitted(eval_step, loss_fn=partial(reward.reward_loss, model, config))(params, batch)
 
 
 def sequences(*lengths, seed=0):
@@ -137,8 +138,9 @@ def test_equal_scores_are_not_right(scored):
 
 def trained(scored, batch, microbatches=1, steps=1):
     model, params = scored
-    settings = {"model": model, "config": PLAIN, "optimizer": SGD, "seed": 0, "microbatches": microbatches}
-    step, state = jitted(reward.train_step, **settings), TrainState(jnp.int32(0), params, SGD.init(params))
+    loss_fn = partial(reward.reward_loss, model, PLAIN)
+    step = jitted(train_step, loss_fn=loss_fn, optimizer=SGD, seed=0, microbatches=microbatches)
+    state = TrainState(jnp.int32(0), params, SGD.init(params))
     for _ in range(steps):
         state, metrics = step(state, batch)
     return state, metrics

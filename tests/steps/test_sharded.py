@@ -25,9 +25,10 @@ from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides,
 from maxllm.records import LmBatch, PromptBatch
 from maxllm.run.session import compile_reader, compile_step
 from maxllm.stages.ppo import init_state, iteration
-from maxllm.steps import language
+from maxllm.steps.language import language_loss
 from maxllm.steps.ppo import Frozen, Ppo
 from maxllm.steps.state import abstract, create, init_params, initializer
+from maxllm.steps.update import eval_step, train_step
 
 B, T, V = 8, 16, 64
 SGD = optax.sgd(1.0)
@@ -94,7 +95,7 @@ def run_lm(config):
 
     model = Llama(config)
     init = initializer(model, SGD)
-    step = partial(language.train_step, model=model, optimizer=SGD, seed=0, microbatches=1)
+    step = partial(train_step, loss_fn=partial(language_loss, model), optimizer=SGD, seed=0, microbatches=1)
 
     @cache
     def run(shape):
@@ -215,7 +216,7 @@ def test_compile_reader_answers_on_a_mesh(config, run_lm):
     model, mesh = Llama(config), mesh_of((2, 2, 2))
     shardings = sharding.shardings_of(abstract(partial(init_params, model), mesh))
     params = jax.device_put(before.params, shardings)
-    got = compile_reader(mesh, partial(language.eval_step, model=model))(params, lm_batch())
+    got = compile_reader(mesh, partial(eval_step, loss_fn=partial(language_loss, model)))(params, lm_batch())
     for name in ("loss", "accuracy"):
         np.testing.assert_allclose(got[name], wanted[name], rtol=TOLERANCE, err_msg=name)
 

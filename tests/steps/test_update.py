@@ -12,9 +12,9 @@ from maxllm.config import OptimizerConfig
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.records import LmBatch
-from maxllm.steps import language
+from maxllm.steps.language import language_loss
 from maxllm.steps.state import TrainState
-from maxllm.steps.update import Loss, accumulate, split, update
+from maxllm.steps.update import Loss, accumulate, eval_step, split, train_step, update
 
 B, T, V = 8, 16, 64
 
@@ -38,7 +38,9 @@ def step_of(tiny_model):
 
     @cache
     def make(microbatches=1, seed=0, **changes):
-        step = partial(language.train_step, model=Llama(tiny_model(**changes)), optimizer=OPTIMIZER)
+        step = partial(
+            train_step, loss_fn=partial(language_loss, Llama(tiny_model(**changes))), optimizer=OPTIMIZER
+        )
         return jax.jit(partial(step, seed=seed, microbatches=microbatches))
 
     return make
@@ -86,7 +88,7 @@ def test_the_update_is_not_a_mean_of_row_means(state, step_of, tiny_model):
     """The wrong way, for comparison, misses by thousands of tolerances: the test above can fail."""
     batch = uneven_batch()
     right, _ = step_of()(state, batch)
-    loss_fn = partial(language.language_loss, Llama(tiny_model()))
+    loss_fn = partial(language_loss, Llama(tiny_model()))
 
     @jax.jit
     def row_gradient(row):
@@ -223,6 +225,7 @@ def test_evaluation_has_no_dropout(state, tiny_model):
     batch = uneven_batch()
     plain, dropping = Llama(tiny_model()), Llama(tiny_model(residual_dropout=0.5, embedding_dropout=0.5))
     losses = [
-        jax.jit(partial(language.eval_step, model=model))(state.params, batch) for model in (plain, dropping)
+        jax.jit(partial(eval_step, loss_fn=partial(language_loss, model)))(state.params, batch)
+        for model in (plain, dropping)
     ]
     assert_identical(*losses)
