@@ -164,6 +164,11 @@ def add_json(verb: Any) -> None:
     verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
+def add_push(verb: Any) -> None:
+    """--push for verbs that write Hugging Face folders."""
+    verb.add_argument("--push", metavar="OWNER/NAME", help="put the folder on the Hugging Face hub, private")
+
+
 def add_quickstart(verbs: Any) -> None:
     """quickstart."""
     verb = add_verb(
@@ -212,6 +217,7 @@ def add_convert(verbs: Any) -> None:
         choices=("float32", "float16", "bfloat16"),
         help="to-hf: of the weights (default: kept)",
     )
+    add_push(verb)
     add_json(verb)
 
 
@@ -241,7 +247,11 @@ def add_readers(verbs: Any) -> None:
     verb.add_argument(
         "--base", metavar="MODEL", help="of a LoRA run: write the adapters alone, for PEFT to load onto MODEL"
     )
-    verb.add_argument("--no-verify", action="store_true", help="do not compare greedy decoding (needs torch)")
+    verb.add_argument("--critic", action="store_true", help="of a ppo run: write the value model instead")
+    verb.add_argument(
+        "--no-verify", action="store_true", help="do not compare with transformers (needs torch)"
+    )
+    add_push(verb)
     add_json(verb)
 
     verb = add_verb(verbs, "report", "draw report.html from a run folder or a folder of runs", report)
@@ -303,10 +313,11 @@ def convert(options: argparse.Namespace) -> None:
         allow_pickle=options.allow_pickle,
         hub=options.hub,
         dtype=options.dtype,
+        push=options.push,
     )
     show(options, figures, f"maxllm convert {options.direction}")
     if options.verify and figures["max_abs_logit_diff"] is None and not options.json:
-        print("checked: names, shapes and bytes; not checked: logits, because torch is not installed")
+        print("checked: every tensor's bytes; not checked: logits, because torch is not installed")
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -374,6 +385,8 @@ def export(options: argparse.Namespace) -> None:
         verify=not options.no_verify,
         overrides=options.overrides,
         base=options.base,
+        critic=options.critic,
+        push=options.push,
     )
     show(options, result, "maxllm export")
     checked = (

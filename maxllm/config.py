@@ -372,11 +372,6 @@ class Config(Section):
             raise ValueError(f"lora trains adapters in sft; a {self.stage} recipe cannot have it yet")
         if self.stage == "ppo" and self.start.reward is None:
             raise ValueError("a ppo recipe needs start.reward, the reward model's run folder")
-        if self.stage in ("sft", "ppo") and self.generation.max_new_tokens >= self.batch.sequence_length:
-            raise ValueError(
-                f"generation.max_new_tokens={self.generation.max_new_tokens} leaves no room for a prompt in "
-                f"batch.sequence_length={self.batch.sequence_length}"
-            )
         if self.batch.rows % self.batch.microbatches:
             raise ValueError(
                 f"batch.microbatches={self.batch.microbatches} does not divide batch.rows={self.batch.rows}"

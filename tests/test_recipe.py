@@ -126,10 +126,6 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(base, override, par
             "a ppo recipe needs start.reward, the reward model's run folder",
         ),
         (
-            ["stage=sft", "start.policy=x", "generation.max_new_tokens=64"],
-            "generation.max_new_tokens=64 leaves no room for a prompt in batch.sequence_length=64",
-        ),
-        (
             [*PPO, "ppo.minibatches=3"],
             "ppo.minibatches=3 x batch.microbatches=1 does not divide batch.rows=8",
         ),

@@ -1,4 +1,4 @@
-"""The proof that an exported folder says what the checkpoint says: `transformers` on the same tokens."""
+"""The proof of a conversion: the same bytes, and `transformers` saying the same on the same tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from maxllm.config import ModelConfig
 from maxllm.data.tokenizer import Tokenizer
+from maxllm.errors import RunFailed
+from maxllm.hf.mapping import Head
+from maxllm.hf.source import Source
+from maxllm.hf.write import hf_tensors
+from maxllm.records import Params
 
 TOLERANCE = {"float32": 2e-3, "float16": 5e-2, "bfloat16": 5e-1}
 """Largest |logit difference| by the type that weights were rounded to (float32: not rounded). Logits are of
@@ -20,6 +26,37 @@ weights to 11 or 8 bits moves a logit by about 10 x 2^-11 or 10 x 2^-8, times sq
 def has_torch() -> bool:
     """Whether verification is possible here."""
     return importlib.util.find_spec("torch") is not None
+
+
+def check_tensors(
+    source: Source, params: Params, config: ModelConfig, dtype: np.dtype | None = None, head: Head = "lm"
+) -> int:
+    """Compares every tensor of a source with ours, bit for bit, one at a time.
+
+    Args:
+      source: the weights under Hugging Face's names.
+      params: ours.
+      config: the model.
+      dtype: the type both are compared in; that of each array of ours when absent.
+      head: "score" for the parameters of a `ScalarModel`.
+
+    Returns:
+      How many tensors there are, all the same.
+
+    Raises:
+      RunFailed: naming every tensor that differs.
+    """
+    different, count = [], 0
+    for name, ours in hf_tensors(params, config, dtype, head):
+        theirs = source.read(name).astype(ours.dtype, copy=False)
+        count += 1
+        if theirs.shape != ours.shape or theirs.tobytes() != ours.tobytes():
+            different.append(name)
+    if different:
+        raise RunFailed(
+            f"{len(different)} of {count} tensors are not those of {source.origin}: {', '.join(different)}"
+        )
+    return count
 
 
 def compare_logits(ours_BTV: np.ndarray, theirs_BTV: np.ndarray) -> dict[str, float]:

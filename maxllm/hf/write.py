@@ -77,7 +77,7 @@ def write_weights(
     ]
     shards = split(slots, max_shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else shard_names(len(shards))
-    tensors = hf_tensors(arrays, config, dtype, head)
+    tensors = hf_tensors(params, config, dtype, head)
     for name, shard in zip(names, shards, strict=True):
         write_file(folder / name, shard, tensors, tick)
     total = sum(slot.nbytes for slot in slots)
@@ -107,7 +107,7 @@ def shard_names(count: int) -> list[str]:
 
 
 def write_file(
-    path: Path, slots: list[Slot], tensors: Iterator[np.ndarray], tick: Callable[[int], None]
+    path: Path, slots: list[Slot], tensors: Iterator[tuple[str, np.ndarray]], tick: Callable[[int], None]
 ) -> None:
     """One file: 8 bytes of header length, the header as JSON, the tensors one after another."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -121,24 +121,34 @@ def write_file(
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for slot in slots:
-            array = next(tensors)
-            assert array.shape == slot.shape and array.dtype == slot.dtype, slot.name
+            name, array = next(tensors)
+            assert (name, array.shape, array.dtype) == (slot.name, slot.shape, slot.dtype)
             stream.write(np.ascontiguousarray(array).view(np.uint8).data)
             tick(array.nbytes)
 
 
 def hf_tensors(
-    arrays: dict[str, Any], config: ModelConfig, dtype: np.dtype | None, head: Head
-) -> Iterator[np.ndarray]:
-    """Every Hugging Face tensor in the table's order, gathered to the host one at a time."""
-    size = mapping.sizes(config)
-    for row in mapping.rows(config, head):
-        array = arrays[row.path]
-        target = np.dtype(dtype or array.dtype)
+    params: Params, config: ModelConfig, dtype: np.dtype | None = None, head: Head = "lm"
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and array of every Hugging Face tensor, in the table's order, on the host one at a time.
 
-        def theirs(part: Any, row: Row = row, to: np.dtype = target) -> Any:
-            return mapping.hf_layout(row, part, size).astype(to)
+    Args:
+      params: as in `write_weights`.
+      config: the model.
+      dtype: that of each array of ours when absent.
+      head: as in `write_weights`.
+
+    Raises:
+      UserError: params are not those of the configuration; before the first.
+    """
+    arrays, size = mapping.flat_params(params, config, head), mapping.sizes(config)
+    for row in mapping.rows(config, head):
+        array, stacked = arrays[row.path], row.path.startswith(LAYERS)
+
+        def theirs(array: Any, layer: Any, row: Row = row, stacked: bool = stacked) -> Any:
+            part = array[layer] if stacked else array
+            return mapping.hf_layout(row, part, size).astype(dtype or array.dtype)
 
         move = jax.jit(theirs) if isinstance(array, jax.Array) else theirs
-        for part in array if row.path.startswith(LAYERS) else [array]:
-            yield np.asarray(move(part))
+        for layer, name in enumerate(mapping.hf_names(row, config)):
+            yield name, np.asarray(move(array, layer))

@@ -76,6 +76,7 @@ def open_session(config: Config) -> Session:
             f"batch.sequence_length={config.batch.sequence_length} is longer than "
             f"model.max_seq_len={model.max_seq_len}"
         )
+    check_replies_fit(config)
     mesh = make_mesh(config.mesh)
     check_model_divides(mesh, model)
     check_batch_divides(mesh, config.batch)
@@ -84,6 +85,19 @@ def open_session(config: Config) -> Session:
     check_same_recipe(run_dir, resolved)
     hf_config = read_hf_config(Path(config.start.policy)) if config.start.policy else None
     return Session(resolved, model, mesh, tokenizer, run_dir, hf_config)
+
+
+def check_replies_fit(config: Config) -> None:
+    """Stages that let the model reply share a row between prompt and reply; whoever only chats does not.
+
+    Raises:
+      UserError: the reply would take the whole row.
+    """
+    reply, row = config.generation.max_new_tokens, config.batch.sequence_length
+    if config.stage in ("sft", "ppo") and reply >= row:
+        raise UserError(
+            f"generation.max_new_tokens={reply} leaves no room for a prompt in batch.sequence_length={row}"
+        )
 
 
 def resolved(config: Config) -> Config:

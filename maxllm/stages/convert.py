@@ -29,11 +29,13 @@ from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import RunFailed, UserError
 from maxllm.files import whole_folder, write_bytes, write_json, write_text
 from maxllm.hf import gguf, mapping
-from maxllm.hf.export import export
+from maxllm.hf.export import DTYPE_OF, export
 from maxllm.hf.folder import HfModel, open_model
+from maxllm.hf.hub import download, upload
 from maxllm.hf.load import load
+from maxllm.hf.source import DTYPES, open_folder
 from maxllm.hf.tokenizer_read import read_tokenizer
-from maxllm.hf.verify import TOLERANCE, compare_logits, has_torch, hf_logits
+from maxllm.hf.verify import TOLERANCE, check_tensors, compare_logits, has_torch, hf_logits
 from maxllm.model.llama import Llama
 from maxllm.parallel import processes
 from maxllm.parallel.mesh import make_mesh
@@ -41,6 +43,7 @@ from maxllm.records import Params
 from maxllm.run.checkpoint import find, load_params, save_params, stored_dtypes
 from maxllm.run.record import console, peak_rss_bytes
 from maxllm.run.session import CONFIG, HF_CONFIG, reopen
+from maxllm.stages.export import CHECK_PROMPTS, export_scorer
 from maxllm.stages.shared import abstract_params, policy_params
 from maxllm.steps.state import abstract, init_params
 
@@ -48,6 +51,8 @@ Direction = Literal["from-hf", "from-gguf", "to-hf"]
 
 CHECK_TOKENS = 64
 """Length of the sequence that both implementations read."""
+
+COUNTS = ("tensors", "parameters", "bytes")
 
 
 def run(
@@ -59,23 +64,28 @@ def run(
     allow_pickle: bool = False,
     hub: bool = False,
     dtype: str | None = None,
+    push: str | None = None,
 ) -> dict[str, Any]:
-    """Converts.
+    """Converts; where `push` names a repository of the hub, a Hugging Face folder goes there too.
 
     Returns:
       {"tensors", "parameters", "bytes", "seconds", "peak_rss_bytes"}, and with `verify`
-      {"max_abs_logit_diff", "mean_kl", "top1_agreement"}, None each where torch is missing.
+      {"identical_tensors", "max_abs_logit_diff", "mean_kl", "top1_agreement"}; the logits' three are None
+      where torch is missing.
 
     Raises:
       UserError: the source is not a model that ours can be, or the target holds something else.
       RunFailed: the two implementations do not agree; nothing is left at the target.
     """
     started = time.perf_counter()
+    if push and direction != "to-hf":
+        raise UserError("--push goes with to-hf: a run folder is not what the Hugging Face hub holds")
     processes.initialize()
     if direction == "to-hf":
         figures = to_hf(Path(source), target, verify, dtype)
+        figures |= {"pushed": upload(target, push)} if push else {}
     else:
-        folder = downloaded(source) if hub else local(source)
+        folder = download(source) if hub else local(source)
         figures = to_run_folder(direction, folder, target, verify, allow_pickle)
     return figures | {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
 
@@ -92,22 +102,6 @@ def local(source: str) -> Path:
         hint = "; to download a model of that name from the Hugging Face hub, add --hub" * looks_like_id
         raise UserError(f"{source} does not exist{hint}")
     return path
-
-
-def downloaded(source: str) -> Path:
-    """A snapshot of a hub repository, from the cache where it is there.
-
-    Raises:
-      UserError: it cannot be fetched.
-    """
-    import huggingface_hub
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
-    try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # offline, unknown, private, gated: the hub's own words are the best
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{source} cannot be downloaded from the Hugging Face hub: {reason}") from None
 
 
 # --- to a run folder ---------------------------------------------------------------------------------------
@@ -132,15 +126,15 @@ def to_run_folder(
     with whole_folder(target, is_converted) as folder:
         with bar("reading", model.source.nbytes) as tick:
             params = load(model.source, model.config, wanted, tick)
-        difference = difference_from_source(direction, source, model, params) if verify else {}
         save_params(folder, params)
         write_run_files(folder, target, model, tokenizer)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        del params
+        checks = check_run_folder(direction, source, model, folder, wanted) if verify else {}
     return {
         "tensors": len(model.source.tensors),
-        "parameters": count,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(wanted)),
         "bytes": model.source.nbytes,
-        **difference,
+        **checks,
     }
 
 
@@ -181,10 +175,17 @@ def write_run_files(folder: Path, target: Path, model: HfModel, tokenizer: Token
 
 
 def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[str, Any]:
-    """A run's newest policy as a Hugging Face folder, in the type it came in (trained ones: float32)."""
+    """A run's newest model as a Hugging Face folder, in the type it came in (trained ones: float32)."""
     session = reopen(run_dir)
     if session.config.stage == "reward":
-        raise UserError(f"{run_dir} holds a reward model; `maxllm export` writes and checks it")
+        written = export_scorer(session, run_dir, target, CHECK_PROMPTS, verify, dtype=dtype or "float32")
+        # The one logit of a classifier with one label is its score.
+        logits = {
+            "max_abs_logit_diff": written["max_abs_score_diff"],
+            "mean_kl": None,
+            "top1_agreement": None,
+        }
+        return {name: written[name] for name in COUNTS} | (logits if verify else {})
     if session.config.lora is not None:
         params = policy_params(session, run_dir)
     else:
@@ -192,13 +193,17 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
         params = load_params(find(run_dir), stored_dtypes(find(run_dir), wanted))
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     kept = kinds.pop() if len(kinds) == 1 else "float32"
-    difference: dict[str, Any] = {}
+    checks: dict[str, Any] = {}
 
     def compare(folder: Path) -> None:
         if verify:
+            file_dtype = np.dtype(DTYPES[DTYPE_OF[dtype or kept]])
+            identical = check_tensors(open_folder(folder), params, session.model, file_dtype)
             theirs = partial(hf_logits, folder) if has_torch() else None
             rounded = dtype if dtype is not None and dtype != kept else "float32"
-            difference.update(difference_of(session.model, params, theirs, rounded))
+            checks.update(
+                identical_tensors=identical, **difference_of(session.model, params, theirs, rounded)
+            )
 
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     with bar("writing", size) as tick:
@@ -213,22 +218,24 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
             tick=tick,
             verify=compare,
         )
-    return {name: written[name] for name in ("tensors", "parameters", "bytes")} | difference
+    return {name: written[name] for name in COUNTS} | checks
 
 
 # --- verification ------------------------------------------------------------------------------------------
 
 
-def difference_from_source(
-    direction: Direction, source: Path, model: HfModel, params: Params
+def check_run_folder(
+    direction: Direction, source: Path, model: HfModel, folder: Path, wanted: Params
 ) -> dict[str, Any]:
-    """The figures of `compare_logits` between the imported model and `transformers` on the source."""
+    """The finished checkpoint, read back: the tensors of the source, the logits of `transformers`."""
+    params = load_params(find(folder), wanted)
+    identical = check_tensors(model.source, params, model.config)
     theirs: Callable[[np.ndarray], np.ndarray] | None = None
     if has_torch() and direction == "from-gguf":
         theirs = lambda tokens: hf_logits(source.parent, tokens, source.name)  # noqa: E731
     elif has_torch():
         theirs = partial(hf_logits, source)
-    return difference_of(model.config, params, theirs, "float32")
+    return {"identical_tensors": identical, **difference_of(model.config, params, theirs, "float32")}
 
 
 def difference_of(

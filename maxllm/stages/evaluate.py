@@ -14,7 +14,7 @@ from maxllm.errors import UserError
 from maxllm.parallel.mesh import check_batch_divides
 from maxllm.run.checkpoint import find, restore
 from maxllm.run.loop import Job
-from maxllm.run.session import Session, reopen, run_config
+from maxllm.run.session import Session, check_replies_fit, reopen, run_config
 from maxllm.stages import ppo, pretrain, reward, sft
 
 JOBS: dict[str, Callable[[Session], Job]] = {
@@ -35,6 +35,7 @@ def run(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"{run_dir} holds a {stage} run, which has no held-out figures")
     data = "data.prepared_dir" if stage == "pretrain" else "data"
     session = reopen(run_dir, overrides, ("generation", "batch.rows", data))
+    check_replies_fit(session.config)
     check_batch_divides(session.mesh, session.config.batch)
     checkpoint = find(run_dir)
     job = JOBS[stage](session)

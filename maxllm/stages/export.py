@@ -1,6 +1,8 @@
 """Export: the model in a run folder as a Hugging Face folder, checked against `transformers`.
 
 maxllm export runs/tiny/ppo runs/tiny/hf
+maxllm export runs/tiny/ppo runs/tiny/critic --critic
+maxllm export runs/tiny/reward runs/tiny/judge --push me/judge
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from maxllm.data.chat import Message
 from maxllm.data.render import render_to_reply
 from maxllm.errors import RunFailed, UserError
 from maxllm.hf import export as hf
+from maxllm.hf.hub import upload
 from maxllm.hf.peft import export_adapters
 from maxllm.hf.verify import TOLERANCE, has_torch, hf_score, verify_greedy
 from maxllm.model.heads import ScalarModel
 from maxllm.records import Params
 from maxllm.run.checkpoint import find, load_params
 from maxllm.run.session import Session, reopen
+from maxllm.stages import ppo
 from maxllm.stages.chat import Speaker
 from maxllm.stages.shared import abstract_adapters, abstract_params, policy_params
 from maxllm.steps.reward import score
@@ -38,11 +42,43 @@ def run(
     verify: bool = True,
     overrides: Sequence[str] = (),
     base: str | None = None,
+    critic: bool = False,
+    push: str | None = None,
 ) -> dict[str, Any]:
-    """Writes the folder, after comparing greedy decoding of ours and of `transformers` token for token.
+    """Writes what a run trained as a folder, and where `push` names a repository of the hub, puts it there.
 
-    The adapters of a LoRA run are merged into the model, unless `base` names what PEFT shall load them onto:
-    then they are written alone.
+    A policy is written by `export_policy`; a reward model, or with `critic` the value model of a PPO run, by
+    `export_scorer`. The adapters of a LoRA run are merged into the model, unless `base` names what PEFT shall
+    load them onto: then they are written alone.
+
+    Returns:
+      What the three return; `pushed`: the address of the hub's commit.
+
+    Raises:
+      UserError: the run has no adapters or no critic, or the hub does not take the folder.
+      RunFailed: ours and `transformers` do not agree; nothing is left at out_dir.
+    """
+    session = reopen(run_dir, overrides)
+    if base is not None and critic:
+        raise UserError("--base writes adapters, --critic a value model: give one of them")
+    if base is not None:
+        written = export_lora(session, run_dir, out_dir, base)
+    elif critic or session.config.stage == "reward":
+        written = export_scorer(session, run_dir, out_dir, prompts, verify, critic=critic)
+    else:
+        written = export_policy(session, run_dir, out_dir, prompts, verify, overrides)
+    return written | ({"pushed": upload(out_dir, push)} if push else {})
+
+
+def export_policy(
+    session: Session,
+    run_dir: Path,
+    out_dir: Path,
+    prompts: Sequence[str],
+    verify: bool,
+    overrides: Sequence[str],
+) -> dict[str, Any]:
+    """A language model, after comparing greedy decoding of ours and of `transformers` token for token.
 
     Returns:
       What `hf.export` returns, and `greedy_identical`: True, or None where it was not checked because torch
@@ -51,11 +87,6 @@ def run(
     Raises:
       RunFailed: the two do not agree; nothing is left at out_dir.
     """
-    session = reopen(run_dir, overrides)
-    if session.config.stage == "reward":
-        return export_reward_model(session, run_dir, out_dir, prompts, verify)
-    if base is not None:
-        return export_lora(session, run_dir, out_dir, base)
     params = policy_params(session, run_dir)
     check: dict[str, Any] | None = None
 
@@ -94,19 +125,31 @@ def export_lora(session: Session, run_dir: Path, out_dir: Path, base: str) -> di
     return export_adapters(adapters, session.model, lora, base, out_dir)
 
 
-def export_reward_model(
-    session: Session, run_dir: Path, out_dir: Path, prompts: Sequence[str], verify: bool
+def export_scorer(
+    session: Session,
+    run_dir: Path,
+    out_dir: Path,
+    prompts: Sequence[str],
+    verify: bool,
+    *,
+    critic: bool = False,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
-    """A reward model as sequence classification with one label: the same scores in `transformers`.
+    """A reward model or critic as sequence classification with one label; `transformers` gives its scores.
 
     Returns:
       What `hf.export` returns, and `max_abs_score_diff`: None where it was not checked.
 
     Raises:
+      UserError: the run has no critic.
       RunFailed: the scores differ; nothing is left at out_dir.
     """
     model = ScalarModel(session.model.model_copy(update={"dtype": "float32"}))
-    params = load_params(find(run_dir), abstract_params(session, model))
+    if critic:
+        params, what = ppo.critic_params(session, run_dir), "The critic (value model) of `maxllm ppo`."
+    else:
+        params = load_params(find(run_dir), abstract_params(session, model))
+        what = "A reward model trained with `maxllm reward`."
     difference: float | None = None
 
     def compare(folder: Path) -> None:
@@ -116,7 +159,7 @@ def export_reward_model(
         talks = [render_to_reply(session.tokenizer, conversation(prompt, "42")) for prompt in prompts]
         talks = [ids[: session.model.max_seq_len] for ids in talks]
         difference = max(abs(score_of(model, params, ids) - hf_score(folder, ids)) for ids in talks)
-        if not difference <= TOLERANCE["float32"]:
+        if not difference <= TOLERANCE[dtype]:
             raise RunFailed(f"{run_dir} scores otherwise in transformers: by up to {difference:.3g}")
 
     written = hf.export(
@@ -124,7 +167,8 @@ def export_reward_model(
         session.model,
         session.tokenizer,
         out_dir,
-        description="A reward model trained with `maxllm reward`.",
+        dtype=dtype,
+        description=what,
         base=session.hf_config,
         head="score",
         verify=compare,

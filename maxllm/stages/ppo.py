@@ -29,7 +29,7 @@ from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Metrics, Params, PromptBatch
-from maxllm.run.checkpoint import load_params
+from maxllm.run.checkpoint import find, load_params, restore
 from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import Session, check_same_model, compile_reader, open_session
 from maxllm.stages.shared import (
@@ -77,9 +77,9 @@ def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
     config = session.config
     check_sampling(config.generation)
-    policy, scalar = Llama(session.model), ScalarModel(session.model)
     start = start_policy(session)
-    judge = check_start(session, Path(config.start.reward or ""), abstract_params(session, scalar))
+    reward = abstract_params(session, ScalarModel(session.model))
+    judge = check_start(session, Path(config.start.reward or ""), reward)
     check_reward_fits(session)
     # 1. Data: prompts. Answers, where rows have them, are for the held-out check; training never sees them.
     length = config.batch.sequence_length - config.generation.max_new_tokens
@@ -87,24 +87,11 @@ def job(session: Session) -> Job:
         config.data, "prompt", config.run.seed, lambda row: question_of(session.tokenizer, row, length)
     )
     # 2. The algorithm and its four models.
-    ppo = Ppo(
-        config=config.ppo,
-        policy_model=policy,
-        scalar_model=scalar,
-        actor_optimizer=make_optimizer(config.optimizer, config.updates),
-        critic_optimizer=make_optimizer(
-            config.optimizer.model_copy(update={"learning_rate": config.ppo.critic_learning_rate}),
-            config.updates,
-        ),
-        temperature=config.generation.temperature,
-        stop_tokens=session.tokenizer.stop_tokens,
-        pad=session.tokenizer.pad,
-        microbatches=config.batch.microbatches,
-    )
+    ppo = algorithm_of(session)
     abstract_state = abstract(partial(init_state, ppo), session.mesh)
     frozen = Frozen(
         reference=start(),
-        reward=load_params(judge, abstract_params(session, scalar)),
+        reward=load_params(judge, reward),
     )
     # 3. Train; the best checkpoint is the one with the highest held-out score.
     per_pass = config.batch.rows * config.batch.sequence_length
@@ -122,6 +109,35 @@ def job(session: Session) -> Job:
         frozen=(frozen,),
         facts={"heldout_items": len(heldout), "sources": told(session, tallies)},
     )
+
+
+def algorithm_of(session: Session) -> Ppo:
+    """The algorithm as this session's recipe has it."""
+    config = session.config
+    critic = config.optimizer.model_copy(update={"learning_rate": config.ppo.critic_learning_rate})
+    return Ppo(
+        config=config.ppo,
+        policy_model=Llama(session.model),
+        scalar_model=ScalarModel(session.model),
+        actor_optimizer=make_optimizer(config.optimizer, config.updates),
+        critic_optimizer=make_optimizer(critic, config.updates),
+        temperature=config.generation.temperature,
+        stop_tokens=session.tokenizer.stop_tokens,
+        pad=session.tokenizer.pad,
+        microbatches=config.batch.microbatches,
+    )
+
+
+def critic_params(session: Session, run_dir: Path) -> Params:
+    """The critic of a run's newest checkpoint, for export.
+
+    Raises:
+      UserError: it is not a run of PPO, or has no checkpoint.
+    """
+    if session.config.stage != "ppo":
+        raise UserError(f"{run_dir} is a {session.config.stage} run: only ppo trains a critic")
+    init = partial(init_state, algorithm_of(session))
+    return restore(find(run_dir), abstract(init, session.mesh)).critic.params
 
 
 def check_sampling(generation: GenerationConfig) -> None:

@@ -266,6 +266,18 @@ def test_batch_that_the_mesh_does_not_divide(road: Path, tmp_path: Path) -> None
     assert not (tmp_path / "x").exists()
 
 
+def test_a_reply_as_long_as_a_training_row_is_refused_in_training_and_fine_in_chat(
+    road: Path, tmp_path: Path
+) -> None:
+    row = "batch.sequence_length=32"
+    start = f"start.policy={road / 'sft'}", f"start.reward={road / 'reward'}", f"run.dir={tmp_path / 'x'}"
+    expected = "generation.max_new_tokens=32 leaves no room for a prompt in batch.sequence_length=32"
+    assert expected in refused("ppo", "ppo/tiny_tasks_cpu_fast", *start, row, "generation.max_new_tokens=32")
+    assert expected in refused("evaluate", road / "ppo", "generation.max_new_tokens=32")
+    assert not (tmp_path / "x").exists()
+    ok("generate", road / "ppo", "--prompt", "Hello", "generation.max_new_tokens=40")
+
+
 def test_bad_rows_are_named_and_counted(road: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n', encoding="utf-8")
