@@ -18,7 +18,7 @@ from maxllm.hf.config import hf_config_of
 from maxllm.hf.mapping import Head
 from maxllm.hf.source import DTYPES
 from maxllm.hf.tokenizer import save_tokenizer
-from maxllm.hf.write import MAX_SHARD_BYTES, write_weights
+from maxllm.hf.write import MAX_SHARD_BYTES, Read, write_weights
 from maxllm.records import Params
 
 MARK = "maxllm_version"
@@ -41,6 +41,7 @@ def export(
     head: Head = "lm",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     tick: Callable[[int], None] = lambda size: None,
+    read: Read = lambda path, leaf: leaf,
     verify: Callable[[Path], None] = lambda folder: None,
 ) -> dict[str, Any]:
     """Writes a folder that `transformers` loads, and returns its numbers.
@@ -60,6 +61,7 @@ def export(
       head: "score" for a reward model; then params are those of `ScalarModel`.
       max_shard_bytes: larger weights are split into several files with an index.
       tick: told the bytes of each tensor that has been written, for progress.
+      read: makes an array of a leaf of `params`, when its turn comes: not all of a checkpoint is in memory.
       verify: looks at the finished folder before it takes its place; what it raises, nothing is left of.
 
     Returns:
@@ -77,7 +79,7 @@ def export(
     with whole_folder(out_dir, is_replaceable) as folder:
         write_json(folder / "config.json", fields)
         file_dtype = np.dtype(DTYPES[DTYPE_OF[dtype]])
-        written = write_weights(folder, params, config, file_dtype, max_shard_bytes, head, tick)
+        written = write_weights(folder, params, config, file_dtype, max_shard_bytes, head, tick, read)
         save_tokenizer(tokenizer, folder)
         if head == "lm":
             defaults = generation_config(generation or GenerationConfig(), tokenizer)

@@ -18,12 +18,15 @@ import numpy as np
 from maxllm.config import ModelConfig
 from maxllm.files import write_json
 from maxllm.hf import mapping
-from maxllm.hf.mapping import LAYERS, Head, Row
+from maxllm.hf.mapping import LAYERS, Head
 from maxllm.hf.source import DTYPES, INDEX, WEIGHTS
 from maxllm.records import Params
 
 MAX_SHARD_BYTES = 5 * 10**9
 """As in transformers: larger files are split."""
+
+Read = Callable[[str, Any], Any]
+"""(path, leaf) -> array: for parameters that still lie in a checkpoint, leaves are their shapes and types."""
 
 NAME_OF = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
@@ -50,6 +53,7 @@ def write_weights(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     head: Head = "lm",
     tick: Callable[[int], None] = lambda size: None,
+    read: Read = lambda path, leaf: leaf,
 ) -> dict[str, int]:
     """Writes the weights of a `Llama` as `model.safetensors`, or as shards with their index.
 
@@ -61,6 +65,7 @@ def write_weights(
       max_shard_bytes: largest file, one tensor at least.
       head: "score" for the parameters of a `ScalarModel`.
       tick: told the bytes of each tensor that has been written, for progress.
+      read: makes an array of a leaf of `params`, when its turn comes.
 
     Returns:
       {"tensors", "parameters", "bytes"}: bytes of all tensors.
@@ -77,7 +82,7 @@ def write_weights(
     ]
     shards = split(slots, max_shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else shard_names(len(shards))
-    tensors = hf_tensors(params, config, dtype, head)
+    tensors = hf_tensors(params, config, dtype, head, read)
     for name, shard in zip(names, shards, strict=True):
         write_file(folder / name, shard, tensors, tick)
     total = sum(slot.nbytes for slot in slots)
@@ -128,7 +133,11 @@ def write_file(
 
 
 def hf_tensors(
-    params: Params, config: ModelConfig, dtype: np.dtype | None = None, head: Head = "lm"
+    params: Params,
+    config: ModelConfig,
+    dtype: np.dtype | None = None,
+    head: Head = "lm",
+    read: Read = lambda path, leaf: leaf,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Name and array of every Hugging Face tensor, in the table's order, on the host one at a time.
 
@@ -137,18 +146,35 @@ def hf_tensors(
       config: the model.
       dtype: that of each array of ours when absent.
       head: as in `write_weights`.
+      read: as in `write_weights`.
 
     Raises:
       UserError: params are not those of the configuration; before the first.
     """
-    arrays, size = mapping.flat_params(params, config, head), mapping.sizes(config)
+    leaves, size = mapping.flat_params(params, config, head), mapping.sizes(config)
     for row in mapping.rows(config, head):
-        array, stacked = arrays[row.path], row.path.startswith(LAYERS)
-
-        def theirs(array: Any, layer: Any, row: Row = row, stacked: bool = stacked) -> Any:
-            part = array[layer] if stacked else array
-            return mapping.hf_layout(row, part, size).astype(dtype or array.dtype)
-
-        move = jax.jit(theirs) if isinstance(array, jax.Array) else theirs
+        array, stacked = read(row.path, leaves[row.path]), row.path.startswith(LAYERS)
         for layer, name in enumerate(mapping.hf_names(row, config)):
-            yield name, np.asarray(move(array, layer))
+            ours = on_host(array, layer if stacked else None)
+            yield name, contiguous(mapping.hf_layout(row, ours.astype(dtype or ours.dtype, copy=False), size))
+
+
+def on_host(array: Any, layer: int | None) -> np.ndarray:
+    """An array, or one layer of it, as NumPy; a view where it lies whole in host memory."""
+    if layer is None:
+        return np.asarray(array)
+    if isinstance(array, np.ndarray) or (array.is_fully_replicated and jax.default_backend() == "cpu"):
+        return np.asarray(array)[layer]
+    return np.asarray(layer_of(array, layer))  # only this layer leaves the devices
+
+
+@jax.jit
+def layer_of(array: jax.Array, layer: jax.Array) -> jax.Array:
+    """One layer of a sharded array."""
+    return array[layer]
+
+
+def contiguous(view: np.ndarray) -> np.ndarray:
+    """The same array in row-major order. PJRT transposes in blocks, at ten times NumPy's speed."""
+    bits = view.view(np.dtype(f"u{view.dtype.itemsize}"))
+    return np.asarray(jax.device_put(bits, jax.local_devices(backend="cpu")[0])).view(view.dtype)

@@ -36,11 +36,12 @@ from maxllm.hf.load import load
 from maxllm.hf.source import DTYPES, open_folder
 from maxllm.hf.tokenizer_read import read_tokenizer
 from maxllm.hf.verify import TOLERANCE, check_tensors, compare_logits, has_torch, hf_logits
+from maxllm.hf.write import Read
 from maxllm.model.llama import Llama
 from maxllm.parallel import processes
 from maxllm.parallel.mesh import make_mesh
 from maxllm.records import Params
-from maxllm.run.checkpoint import find, load_params, save_params, stored_dtypes
+from maxllm.run.checkpoint import find, load_params, read_array, save_params, stored_dtypes
 from maxllm.run.record import console, peak_rss_bytes
 from maxllm.run.session import CONFIG, HF_CONFIG, reopen
 from maxllm.stages.export import CHECK_PROMPTS, export_scorer
@@ -186,26 +187,25 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
             "top1_agreement": None,
         }
         return {name: written[name] for name in COUNTS} | (logits if verify else {})
+    checkpoint = find(run_dir)
     if session.config.lora is not None:
         params = policy_params(session, run_dir)
+        read: Read = lambda path, leaf: leaf  # noqa: E731
+        whole = lambda: params  # noqa: E731
     else:
-        wanted = abstract_params(session, Llama(session.model))
-        params = load_params(find(run_dir), stored_dtypes(find(run_dir), wanted))
+        params = stored_dtypes(checkpoint, abstract_params(session, Llama(session.model)))
+        read = partial(read_array, checkpoint)  # an array at a time, when its turn comes
+        whole = partial(load_params, checkpoint, params)
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     kept = kinds.pop() if len(kinds) == 1 else "float32"
     checks: dict[str, Any] = {}
 
     def compare(folder: Path) -> None:
         if verify:
-            file_dtype = np.dtype(DTYPES[DTYPE_OF[dtype or kept]])
-            identical = check_tensors(open_folder(folder), params, session.model, file_dtype)
-            theirs = partial(hf_logits, folder) if has_torch() else None
             rounded = dtype if dtype is not None and dtype != kept else "float32"
-            checks.update(
-                identical_tensors=identical, **difference_of(session.model, params, theirs, rounded)
-            )
+            checks.update(check_hf_folder(session.model, whole(), folder, dtype or kept, rounded))
 
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     with bar("writing", size) as tick:
         written = export(
             params,
@@ -216,6 +216,7 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
             description=f"Converted from a run of `maxllm {session.config.stage}`.",
             base=session.hf_config,
             tick=tick,
+            read=read,
             verify=compare,
         )
     return {name: written[name] for name in COUNTS} | checks
@@ -236,6 +237,15 @@ def check_run_folder(
     elif has_torch():
         theirs = partial(hf_logits, source)
     return {"identical_tensors": identical, **difference_of(model.config, params, theirs, "float32")}
+
+
+def check_hf_folder(
+    config: ModelConfig, params: Params, folder: Path, dtype: str, rounded_to: str
+) -> dict[str, Any]:
+    """The finished folder, read back: its tensors are ours in its type, its logits ours in `transformers`."""
+    identical = check_tensors(open_folder(folder), params, config, np.dtype(DTYPES[DTYPE_OF[dtype]]))
+    theirs = partial(hf_logits, folder) if has_torch() else None
+    return {"identical_tensors": identical, **difference_of(config, params, theirs, rounded_to)}
 
 
 def difference_of(

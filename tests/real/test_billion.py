@@ -42,12 +42,17 @@ def slots(config: ModelConfig) -> list[Slot]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with random weights (2 GB), written tensor by tensor."""
-    folder = tmp_path_factory.mktemp("billion")
+    """A folder with random weights, 2 GB."""
+    return write_model(tmp_path_factory.mktemp("billion"), BILLION)
+
+
+def write_model(folder: Path, config: ModelConfig) -> Path:
+    """Random weights, written tensor by tensor."""
+    folder.mkdir(exist_ok=True)
     noise = np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype(BF16)
-    tensors = (np.resize(np.roll(noise, i), slot.shape) for i, slot in enumerate(slots(BILLION)))
-    write_file(folder / WEIGHTS, slots(BILLION), tensors, lambda size: None)
-    write_json(folder / "config.json", hf_config_of(BILLION, IDS, "bfloat16"))
+    tensors = ((slot.name, np.resize(np.roll(noise, i), slot.shape)) for i, slot in enumerate(slots(config)))
+    write_file(folder / WEIGHTS, slots(config), tensors, lambda size: None)
+    write_json(folder / "config.json", hf_config_of(config, IDS, "bfloat16"))
     texts = [path.read_text() for path in Path(mapping.__file__).parent.glob("*.py")]
     save_tokenizer(train(texts, TokenizerConfig(path="unused", vocab_size=600)), folder)
     return folder
@@ -63,21 +68,38 @@ def run(words: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
 
 
-def test_bytes_come_back(source: Path, tmp_path: Path) -> None:
-    """There and back; six gigabytes of disk."""
+def figures(direction: str, source: Path, target: Path) -> dict[str, Any]:
+    """What a conversion tells of itself; the former one at the same place is replaced."""
+    done = run(command(direction, source, target))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def there_and_back(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The figures of both directions, and where the results are; four gigabytes of disk."""
+    folder = tmp_path_factory.mktemp("converted")
+    return {
+        "from-hf": figures("from-hf", source, folder / "run"),
+        "to-hf": figures("to-hf", folder / "run", folder / "hf"),
+        "folder": folder,
+    }
+
+
+def test_bytes_come_back(source: Path, there_and_back: dict[str, Any]) -> None:
     size = sum(slot.nbytes for slot in slots(BILLION))
     assert size > 2 * 10**9
-    for direction, start, target in (
-        ("from-hf", source, tmp_path / "run"),
-        ("to-hf", tmp_path / "run", tmp_path / "hf"),
-    ):
-        done = subprocess.run(
-            command(direction, start, target), capture_output=True, text=True, env=ENVIRONMENT
-        )
-        assert done.returncode == 0, done.stderr
-        figures = json.loads(done.stdout)
-        assert figures["bytes"] == size
-    assert same_tensors(source / WEIGHTS, tmp_path / "hf" / WEIGHTS)
+    assert there_and_back["from-hf"]["bytes"] == there_and_back["to-hf"]["bytes"] == size
+    assert same_tensors(source / WEIGHTS, there_and_back["folder"] / "hf" / WEIGHTS)
+
+
+@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+def test_memory_is_the_model_and_little_more(there_and_back: dict[str, Any], direction: str) -> None:
+    """1.5 x the largest tensor and 1 GB, libraries included, besides the model where it is going."""
+    sizes = [slot.nbytes for slot in slots(BILLION)]
+    peak = there_and_back[direction]["peak_rss_bytes"]
+    print(f"{direction}: peak {peak / 1e9:.2f} GB, model {sum(sizes) / 1e9:.2f} GB")
+    assert peak < sum(sizes) + 1.5 * max(sizes) + 10**9
 
 
 def same_tensors(one: Path, other: Path) -> bool:
@@ -86,8 +108,7 @@ def same_tensors(one: Path, other: Path) -> bool:
     for path in (one, other):
         with path.open("rb") as stream:
             header = stream.read(int.from_bytes(stream.read(8), "little"))
-            contents.append((json.loads(header), stream))
-            contents[-1] = (json.loads(header), stream.tell())
+            contents.append((json.loads(header), stream.tell()))
     if contents[0][0] != contents[1][0]:
         return False
     with one.open("rb") as a, other.open("rb") as b:
