@@ -123,6 +123,13 @@ def quiet_libraries() -> None:
     """Libraries' start-up notes are not ours to print; their warnings and errors still are."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.unraisablehook = without_late_reads
+
+
+def without_late_reads(event: Any) -> None:
+    """When one read of a checkpoint fails, TensorStore says of all others that their event loop is closed."""
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
 
 
 def build_parser() -> argparse.ArgumentParser:
