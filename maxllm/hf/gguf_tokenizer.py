@@ -47,6 +47,8 @@ def byte_level(value: Metadata, origin: str) -> tokenizers.Tokenizer:
       UserError: text is cut by a rule that we do not know.
     """
     tokens, merges = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.merges")
+    if not merges:
+        raise UserError(f"{origin} has a byte-level BPE tokenizer without merges")
     pre = value("tokenizer.ggml.pre", "default")
     if pre not in PRE:
         raise UserError(f"{origin} cuts text by the rule {pre!r}; known are {', '.join(PRE)}")

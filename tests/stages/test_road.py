@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
 
@@ -264,6 +265,19 @@ def test_batch_that_the_mesh_does_not_divide(road: Path, tmp_path: Path) -> None
     assert result.returncode == 2
     assert "batch.rows=3" in result.stderr and "does not divide" in result.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_critic_and_reward_model_are_exported_and_are_not_the_same(road: Path, tmp_path: Path) -> None:
+    """Each gives its scores in transformers; the critic began as the reward model and was trained since."""
+    critic = json.loads(ok("export", road / "ppo", tmp_path / "critic", "--critic", "--json"))
+    reward = json.loads(ok("convert", "to-hf", road / "reward", tmp_path / "reward", "--verify", "--json"))
+    assert critic["max_abs_score_diff"] < 1e-4 and reward["max_abs_logit_diff"] < 1e-4
+    heads = [
+        load_file(tmp_path / name / "model.safetensors")["score.weight"] for name in ("critic", "reward")
+    ]
+    assert 0 < np.abs(heads[0] - heads[1]).max() < 0.1
+    assert "only ppo trains a critic" in refused("export", road / "sft", tmp_path / "no", "--critic")
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_reply_as_long_as_a_training_row_is_refused_in_training_and_fine_in_chat(

@@ -1,0 +1,108 @@
+"""GGUF: every type of weights that the `gguf` library writes, beside `transformers` on the same file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from random_models import abstract_params, random_params, tiny
+
+from maxllm.errors import UserError
+from maxllm.hf import gguf as ours
+from maxllm.hf import mapping
+from maxllm.hf.load import load
+from maxllm.hf.verify import hf_logits
+from maxllm.stages.convert import our_logits
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("torch")
+
+CONFIG = tiny(vocab_size=96, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, rope_theta=5e4)
+TYPES = ("F32", "F16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+PIECES = [chr(33 + i) for i in range(93)] + ["Hi", "<s>", "</s>"]
+"""One character each, a merge of two, and two control tokens."""
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """q and k as llama.cpp has them: neighbouring rotary pairs, where Hugging Face's halves are apart."""
+    return rows.reshape(heads, 2, len(rows) // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write(path: Path, kind: str, architecture: str = "llama", **changes: Any) -> Path:
+    """A random model, its matrices of one type."""
+    c, names = CONFIG, {hf: theirs for theirs, hf in ours.NAMES.items()}
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(c.max_seq_len)
+    writer.add_embedding_length(c.d_model)
+    writer.add_block_count(c.n_layers)
+    writer.add_feed_forward_length(c.d_ff)
+    writer.add_head_count(c.n_heads)
+    writer.add_head_count_kv(c.n_kv_heads)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_rope_dimension_count(c.k_dim)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model(changes.get("tokenizer", "gpt2"))
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(PIECES)
+    writer.add_token_types([1] * 94 + [3, 3])
+    writer.add_token_merges(["H i"])
+    writer.add_bos_token_id(94)
+    writer.add_eos_token_id(95)
+    for name, tensor in mapping.to_hf(random_params(c), c).items():
+        layer = name.split(".")[2] if ".layers." in name else ""
+        theirs = names[name.replace(f".{layer}.", ".{}.", 1) if layer else name].format(layer)
+        if "attn_q" in theirs or "attn_k" in theirs:
+            tensor = interleaved(tensor, c.n_heads if "attn_q" in theirs else c.n_kv_heads)
+        stored = gguf.GGMLQuantizationType[kind if tensor.ndim == 2 else "F32"]
+        data = gguf.quants.quantize(tensor, stored)
+        writer.add_tensor(theirs, data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf", kind)
+    model = ours.open_gguf(path)
+    assert (model.config.n_kv_heads, model.config.k_dim, model.config.rope_theta) == (2, 16, 5e4)
+    params = load(model.source, model.config, abstract_params(model.config))
+    tokens_BT = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, 40))
+    wanted = hf_logits(tmp_path, tokens_BT, path.name)
+    assert wanted.std() > 0.5
+    np.testing.assert_allclose(our_logits(model.config, params, tokens_BT), wanted, rtol=0, atol=1e-4)
+
+
+def test_quantized_weights_are_near_what_they_were(tmp_path: Path) -> None:
+    """Not only the same as another reader's: a block of 32 values keeps its largest within half a step."""
+    true = mapping.to_hf(random_params(CONFIG), CONFIG)
+    for kind, steps in (("F16", 2**11), ("Q8_0", 127), ("Q5_0", 15), ("Q4_0", 7)):
+        source = ours.open_gguf(write(tmp_path / f"{kind}.gguf", kind)).source
+        for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.2.mlp.down_proj.weight"):
+            off = np.abs(source.read(name) - true[name]).max()
+            assert off < 1.1 * np.abs(true[name]).max() / steps, (kind, name)
+
+
+def test_its_tokenizer_comes_along(tmp_path: Path) -> None:
+    tokenizer = ours.tokenizer_of(write(tmp_path / "model.gguf", "F32"))
+    ids = tokenizer.encode("Hi!")
+    assert ids == [PIECES.index("Hi"), PIECES.index("!")] and tokenizer.decode(ids) == "Hi!"
+    assert tokenizer.bos == 94 and 95 in tokenizer.stop_tokens
+
+
+def test_what_is_not_ours_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"architecture 'gptneox'.*closest is llama"):
+        ours.open_gguf(write(tmp_path / "neox.gguf", "F32", "gptneox"))
+    with pytest.raises(UserError, match="tokenizer of the kind 'rwkv'"):
+        ours.tokenizer_of(write(tmp_path / "rwkv.gguf", "F32", tokenizer="rwkv"))
+    whole = (tmp_path / "rwkv.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a whole GGUF file"):
+        ours.open_gguf(tmp_path / "cut.gguf")
+    with pytest.raises(UserError, match="does not exist"):
+        ours.open_gguf(tmp_path / "none.gguf")
