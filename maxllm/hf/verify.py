@@ -85,22 +85,28 @@ def hf_logits(folder: str | os.PathLike[str], tokens_BT: np.ndarray, gguf: str |
     import torch
     from transformers import AutoModelForCausalLM
 
-    more = {"gguf_file": gguf} if gguf else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **more)
+    model = hf_model(AutoModelForCausalLM, folder, **({"gguf_file": gguf} if gguf else {}))
     with torch.no_grad():
-        return model.eval()(torch.tensor(tokens_BT)).logits.numpy()
+        return model(torch.tensor(tokens_BT)).logits.numpy()
 
 
-def hf_score(folder: str | os.PathLike[str], ids: Sequence[int]) -> float:
-    """What `transformers` scores a sequence with, in float32."""
+def hf_scores(folder: str | os.PathLike[str], sequences: Sequence[Sequence[int]]) -> list[float]:
+    """What `transformers` scores each sequence with, in float32."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
-    )
+    model = hf_model(AutoModelForSequenceClassification, folder)
     with torch.no_grad():
-        return float(model.eval()(torch.tensor([list(ids)])).logits[0, 0])
+        return [float(model(torch.tensor([list(ids)])).logits[0, 0]) for ids in sequences]
+
+
+def hf_model(auto: Any, folder: str | os.PathLike[str], **more: Any) -> Any:
+    """A model of one of the auto classes in float32, from this machine and without its progress bar."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **more).eval()
 
 
 def verify_greedy(
@@ -126,10 +132,9 @@ def verify_greedy(
     """
     if not has_torch():
         return None
-    import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(out_dir, dtype=torch.float32, local_files_only=True).eval()
+    model = hf_model(AutoModelForCausalLM, out_dir)
     first_difference, tokens = None, 0
     for number, (prompt, expected) in enumerate(zip(prompts_ids, ours, strict=True)):
         found = greedy(model, list(prompt), max_new_tokens, tokenizer)

@@ -19,7 +19,7 @@ from maxllm.errors import RunFailed, UserError
 from maxllm.hf import export as hf
 from maxllm.hf.hub import upload
 from maxllm.hf.peft import export_adapters
-from maxllm.hf.verify import TOLERANCE, has_torch, hf_score, verify_greedy
+from maxllm.hf.verify import TOLERANCE, has_torch, hf_scores, verify_greedy
 from maxllm.model.heads import ScalarModel
 from maxllm.records import Params
 from maxllm.run.checkpoint import find, load_params
@@ -158,7 +158,8 @@ def export_scorer(
             return
         talks = [render_to_reply(session.tokenizer, conversation(prompt, "42")) for prompt in prompts]
         talks = [ids[: session.model.max_seq_len] for ids in talks]
-        difference = max(abs(score_of(model, params, ids) - hf_score(folder, ids)) for ids in talks)
+        scores = zip((score_of(model, params, ids) for ids in talks), hf_scores(folder, talks), strict=True)
+        difference = max(abs(ours - theirs) for ours, theirs in scores)
         if not difference <= TOLERANCE[dtype]:
             raise RunFailed(f"{run_dir} scores otherwise in transformers: by up to {difference:.3g}")
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from maxllm.data.instruct import pad_prompts  # noqa: E402
 from maxllm.data.render import render_prompt  # noqa: E402
 from maxllm.data.sources import Tally, read_documents  # noqa: E402
 from maxllm.generate.decode import generate  # noqa: E402
+from maxllm.model.forward import forward  # noqa: E402
 from maxllm.model.llama import Llama  # noqa: E402
 from maxllm.run.checkpoint import find, load_params  # noqa: E402
 from maxllm.run.session import reopen  # noqa: E402
+from maxllm.stages.shared import abstract_adapters  # noqa: E402
 from maxllm.steps.state import init_params  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -178,3 +181,38 @@ def test_exported_back_it_decodes_the_same_in_transformers(
         ids = torch.tensor([prompt])
         first, second = (m.generate(ids, do_sample=False, max_new_tokens=32) for m in (again, theirs))
         assert first.tolist() == second.tolist()
+
+
+def test_twenty_steps_of_lora_load_in_peft(run: Path, ours: Any, tmp_path: Path) -> None:
+    """The truth is PEFT in float64; PEFT in float32 says what float32 costs on logits of up to 40."""
+    from transformers import AutoModelForCausalLM
+
+    peft = pytest.importorskip("peft")
+    model, params, tokenizer = ours
+    settings = ["run.steps=20", "run.eval_every=20", "run.checkpoint_every=20", "run.log_every=1"]
+    settings += ["batch.rows=2", "batch.sequence_length=128", "lora.rank=8", "optimizer.learning_rate=1e-3"]
+    settings += ['data.sources=["tasks:train:500"]', 'data.heldout_sources=["tasks:heldout:16"]']
+    start = f"start.policy={run}", f"run.dir={tmp_path / 'lora'}"
+    figures = json.loads(maxllm("sft", "sft/tiny_tasks_cpu", *start, *settings, "--json"))
+    assert figures["heldout_last"]["loss"] < 0.5 * figures["heldout_first"]["loss"]
+    maxllm("convert", "to-hf", run, tmp_path / "base")
+    maxllm("export", tmp_path / "lora", tmp_path / "adapter", "--base", tmp_path / "base")
+
+    session = reopen(tmp_path / "lora")
+    assert session.config.lora is not None
+    adapters = load_params(find(tmp_path / "lora"), abstract_adapters(session, session.config.lora))
+    beside = jax.jit(partial(forward, Llama(model.config, session.config.lora)))
+    theirs = {}
+    for dtype in (torch.float32, torch.float64):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+        theirs[dtype] = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").to(dtype).eval()
+    for question in QUESTIONS:
+        ids = np.array([render_prompt(tokenizer, [{"role": "user", "content": question}])])
+        found = beside(params, ids, np.ones_like(ids), np.arange(ids.shape[1])[None], adapters=adapters)
+        plain = forward(model, params, ids, np.ones_like(ids), np.arange(ids.shape[1])[None])
+        with torch.no_grad():
+            near, truth = (theirs[dtype](torch.tensor(ids)).logits.numpy() for dtype in theirs)
+        cost = np.abs(near - truth).max()
+        print(f"ours {np.abs(found - truth).max():.2e}, PEFT in float32 {cost:.2e}")
+        assert cost < 2e-4 and np.abs(found - truth).max() < 4 * cost
+        assert np.abs(plain - truth).max() > 1  # the adapters do something
