@@ -1,0 +1,177 @@
+"""The words of the command line: one subparser per verb. What a verb does is in cli.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import maxllm
+
+EPILOG = """\
+A recipe is a YAML file, or the name of one under configs/ (pretrain/tiny_slice_cpu). Any of its fields can be
+overridden by words after it: optimizer.learning_rate=3e-4 run.dir=runs/mine. --print-config shows the result.
+
+the whole road in one command:
+  maxllm quickstart
+stage by stage:
+  maxllm prepare  pretrain/tiny_slice_cpu
+  maxllm pretrain pretrain/tiny_slice_cpu
+  maxllm sft      sft/tiny_tasks_cpu
+  maxllm reward   reward/tiny_tasks_cpu
+  maxllm ppo      ppo/tiny_tasks_cpu
+  maxllm chat     runs/tiny/ppo
+  maxllm export   runs/tiny/ppo runs/tiny/hf
+
+Interrupt a run (Ctrl-C, SIGTERM, even kill -9) and give the same command again: it continues.
+"""
+
+TRAINERS = {
+    "prepare": "clean text, train the tokenizer, pack the corpus of a pretrain recipe",
+    "pretrain": "train a language model from scratch on the prepared corpus",
+    "sft": "fine-tune it on instructions and replies",
+    "reward": "train a reward model on preferred and rejected replies",
+    "ppo": "improve the policy against the reward model",
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed words. Overrides may stand anywhere, also after options, where argparse alone loses them."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with one subparser per verb."""
+    parser = argparse.ArgumentParser(
+        prog="maxllm",
+        description="The whole life of a LLaMA model in JAX: text, tokenizer, pretraining, SFT, "
+        "reward model, PPO, Hugging Face.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"maxllm {maxllm.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add_quickstart(verbs)
+    for verb, description in TRAINERS.items():
+        add_trainer(verbs, verb, description)
+    add_convert(verbs)
+    add_readers(verbs)
+    return parser
+
+
+def add_verb(verbs: Any, name: str, description: str) -> Any:
+    """A subparser with what all verbs have."""
+    verb = verbs.add_parser(
+        name, help=description, description=description[0].upper() + description[1:] + "."
+    )
+    verb.add_argument("--debug", action="store_true", help="show the traceback behind an error")
+    return verb
+
+
+def add_overrides(verb: Any, example: str) -> None:
+    """The trailing key=value words."""
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=f"override a field, as in {example}")
+
+
+def add_json(verb: Any) -> None:
+    """--json for verbs that inspect."""
+    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def add_push(verb: Any) -> None:
+    """--push for verbs that write Hugging Face folders."""
+    verb.add_argument("--push", metavar="OWNER/NAME", help="put the folder on the Hugging Face hub, private")
+
+
+def add_quickstart(verbs: Any) -> None:
+    """quickstart."""
+    verb = add_verb(
+        verbs,
+        "quickstart",
+        "take the whole road, from text to a Hugging Face folder and a report",
+    )
+    verb.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="folder (default %(default)s)"
+    )
+    verb.add_argument("--fast", action="store_true", help="the same road in under two minutes, for tests")
+    add_json(verb)
+
+
+def add_trainer(verbs: Any, name: str, description: str) -> None:
+    """A verb that takes a recipe."""
+    verb = add_verb(verbs, name, description)
+    verb.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of one under configs/")
+    add_overrides(verb, "run.steps=100")
+    verb.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    add_json(verb)
+
+
+def add_convert(verbs: Any) -> None:
+    """convert."""
+    verb = add_verb(verbs, "convert", "convert between Hugging Face folders, GGUF files and run folders")
+    verb.add_argument(
+        "direction",
+        choices=("from-hf", "from-gguf", "to-hf"),
+        help="from-hf FOLDER RUN; from-gguf FILE RUN; to-hf RUN FOLDER",
+    )
+    verb.add_argument("source", metavar="SRC", help="folder, file or (with --hub) the name of a repository")
+    verb.add_argument("target", metavar="DST", type=Path, help="folder to write")
+    verb.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
+    verb.add_argument("--hub", action="store_true", help="from-hf: download SRC from the Hugging Face hub")
+    verb.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="from-hf: read .bin and .pth, with torch's safe loader",
+    )
+    verb.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="to-hf: of the weights (default: kept)",
+    )
+    add_push(verb)
+    add_json(verb)
+
+
+def add_readers(verbs: Any) -> None:
+    """The verbs that take a run folder."""
+    verb = add_verb(verbs, "generate", "complete prompts with the model of a run")
+    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of pretrain, sft or ppo")
+    add_overrides(verb, "generation.temperature=0.8")
+    verb.add_argument(
+        "--prompt", action="append", required=True, help="a prompt; give it again for more than one"
+    )
+    add_json(verb)
+
+    verb = add_verb(verbs, "chat", "talk to the model of a run, line by line")
+    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of sft or ppo")
+    add_overrides(verb, "generation.temperature=0.7")
+
+    verb = add_verb(verbs, "evaluate", "compute the held-out figures of a run's newest checkpoint")
+    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of any stage")
+    add_overrides(verb, "'data.heldout_sources=[\"mine.jsonl\"]' (pretrain: data.prepared_dir=…)")
+    add_json(verb)
+
+    verb = add_verb(verbs, "export", "write a Hugging Face folder, checked against transformers")
+    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of pretrain, sft or ppo")
+    verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    add_overrides(verb, "mesh.fsdp=4")
+    verb.add_argument(
+        "--base", metavar="MODEL", help="of a LoRA run: write the adapters alone, for PEFT to load onto MODEL"
+    )
+    verb.add_argument("--critic", action="store_true", help="of a ppo run: write the value model instead")
+    verb.add_argument(
+        "--no-verify", action="store_true", help="do not compare with transformers (needs torch)"
+    )
+    add_push(verb)
+    add_json(verb)
+
+    verb = add_verb(verbs, "report", "draw report.html from a run folder or a folder of runs")
+    verb.add_argument("folder", metavar="FOLDER", type=Path, help="run folder, or a folder that holds some")
