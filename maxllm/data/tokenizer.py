@@ -1,4 +1,4 @@
-"""What every tokenizer can do, and reading one back from a folder.
+"""What every tokenizer can do; load_tokenizer.py reads one back from a folder.
 
 Two kinds exist: SentencePiece models (data/spm.py; the ones `prepare` trains by default) and anything that
 Hugging Face's `tokenizers` library runs (data/bpe.py; byte-level BPE, and every imported model's tokenizer).
@@ -8,12 +8,8 @@ Text goes in as it is; control tokens are never produced from text, so a documen
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Protocol
-
-from maxllm.errors import UserError
 
 UNK, BOS, EOS, IM_START, IM_END, PAD = range(6)
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>")
@@ -83,20 +79,3 @@ def fingerprint_of(files: Mapping[str, bytes]) -> str:
     for name, content in sorted(files.items()):
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads the tokenizer in a folder that holds `Tokenizer.files`, or a tokenizer.model by its own path.
-
-    Raises:
-      UserError: nothing there, or not a tokenizer.
-    """
-    from maxllm.data import bpe, spm
-
-    path = Path(path)
-    if path.is_dir() and (path / FAST_CONFIG_FILE).is_file():
-        return bpe.load(path)
-    file = path / SPM_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"tokenizer {file} does not exist; `maxllm prepare RECIPE` trains one")
-    return spm.from_bytes(file.read_bytes(), str(file))

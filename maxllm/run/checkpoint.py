@@ -184,7 +184,7 @@ def save_params(run_dir: Path, params: Params) -> None:
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_ocdbt=False, use_compression=False)
     folder = (run_dir / FOLDER).absolute()
-    chunks = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=1 << 24), params)
+    chunks = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=1 << 23), params)
     with (
         writable(folder),
         without_merge_warning(),

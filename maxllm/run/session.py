@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 
 from maxllm import recipe
 from maxllm.config import Config, ModelConfig
-from maxllm.data.tokenizer import Tokenizer, load_tokenizer
+from maxllm.data.load_tokenizer import load_tokenizer
+from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
 from maxllm.files import read_json, write_bytes, write_json, write_text
 from maxllm.parallel import processes, sharding

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from maxllm.config import Config, GenerationConfig
 from maxllm.data import loader
 from maxllm.data.instruct import Question, question_of, read_split
-from maxllm.data.tokenizer import load_tokenizer
+from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.errors import UserError
 from maxllm.generate.decode import generate
 from maxllm.losses.policy import kl_k1

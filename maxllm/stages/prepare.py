@@ -23,9 +23,10 @@ from maxllm.config import Config, DataConfig, TokenizerConfig
 from maxllm.data import bpe, ngram, spm
 from maxllm.data.clean import clean_text, reason_to_drop
 from maxllm.data.dedup import drop_duplicates, text_key
+from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.pack import chunks, pack
 from maxllm.data.sources import Tally, read_documents, source_bytes
-from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start, load_tokenizer
+from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start
 from maxllm.errors import UserError
 from maxllm.files import read_json, whole_folder, write_bytes, write_json
 from maxllm.records import LmBatch

@@ -7,8 +7,9 @@ import pytest
 from maxllm.config import TokenizerConfig
 from maxllm.data import bpe
 from maxllm.data.chat import RowError
+from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.render import render, render_prompt, render_to_reply
-from maxllm.data.tokenizer import CHAT_TEMPLATE, EOS, IM_END, PAD, SPECIAL_TOKENS, load_tokenizer
+from maxllm.data.tokenizer import CHAT_TEMPLATE, EOS, IM_END, PAD, SPECIAL_TOKENS
 from maxllm.errors import UserError
 
 RNG = random.Random(0)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from maxllm import recipe
-from maxllm.data.tokenizer import BOS, EOS, load_tokenizer
+from maxllm.data.load_tokenizer import load_tokenizer
+from maxllm.data.tokenizer import BOS, EOS
 from maxllm.errors import UserError
 from maxllm.stages import prepare
 

@@ -1,0 +1,25 @@
+"""A tokenizer of either kind from its files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from maxllm.data import bpe, spm
+from maxllm.data.tokenizer import FAST_CONFIG_FILE, SPM_FILE, Tokenizer
+from maxllm.errors import UserError
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Reads the tokenizer in a folder that holds `Tokenizer.files`, or a tokenizer.model by its own path.
+
+    Raises:
+      UserError: nothing there, or not a tokenizer.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / FAST_CONFIG_FILE).is_file():
+        return bpe.load(path)
+    file = path / SPM_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"tokenizer {file} does not exist; `maxllm prepare RECIPE` trains one")
+    return spm.from_bytes(file.read_bytes(), str(file))
