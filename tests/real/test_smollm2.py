@@ -200,7 +200,8 @@ def test_twenty_steps_of_lora_load_in_peft(run: Path, ours: Any, tmp_path: Path)
 
     session = reopen(tmp_path / "lora")
     assert session.config.lora is not None
-    adapters = load_params(find(tmp_path / "lora"), abstract_adapters(session, session.config.lora))
+    wanted = abstract_adapters(session, session.config.lora)
+    adapters = jax.device_get(load_params(find(tmp_path / "lora"), wanted))
     beside = jax.jit(partial(forward, Llama(model.config, session.config.lora)))
     theirs = {}
     for dtype in (torch.float32, torch.float64):
