@@ -160,7 +160,7 @@ def add_readers(verbs: Any) -> None:
     add_json(verb)
 
     verb = add_verb(verbs, "export", "write a Hugging Face folder, checked against transformers")
-    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of pretrain, sft or ppo")
+    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of any stage that trains")
     verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     add_overrides(verb, "mesh.fsdp=4")
     verb.add_argument(
