@@ -5,6 +5,7 @@ import random
 import pytest
 
 from maxllm.config import TokenizerConfig
+from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.spm import TRAINING_LINE_CHARS, train, training_lines
 from maxllm.data.tokenizer import (
     BOS,
@@ -14,7 +15,6 @@ from maxllm.data.tokenizer import (
     PAD,
     SPECIAL_TOKENS,
     UNK,
-    load_tokenizer,
 )
 from maxllm.errors import UserError
 
