@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -26,7 +27,10 @@ MAX_SHARD_BYTES = 5 * 10**9
 """As in transformers: larger files are split."""
 
 Read = Callable[[str, Any], Any]
-"""(path, leaf) -> array: for parameters that still lie in a checkpoint, leaves are their shapes and types."""
+"""(path, leaf) -> array, perhaps still on disk: what `array[layer]` and `np.asarray` make NumPy of. Leaves of
+parameters that lie in a checkpoint are their shapes and types."""
+
+Item = TypeVar("Item")
 
 NAME_OF = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
@@ -82,7 +86,7 @@ def write_weights(
     ]
     shards = split(slots, max_shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else shard_names(len(shards))
-    tensors = hf_tensors(params, config, dtype, head, read)
+    tensors = ahead(hf_tensors(params, config, dtype, head, read))
     for name, shard in zip(names, shards, strict=True):
         write_file(folder / name, shard, tensors, tick)
     total = sum(slot.nbytes for slot in slots)
@@ -132,6 +136,15 @@ def write_file(
             tick(array.nbytes)
 
 
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next one under way while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+
+
 def hf_tensors(
     params: Params,
     config: ModelConfig,
@@ -163,7 +176,9 @@ def on_host(array: Any, layer: int | None) -> np.ndarray:
     """An array, or one layer of it, as NumPy; a view where it lies whole in host memory."""
     if layer is None:
         return np.asarray(array)
-    if isinstance(array, np.ndarray) or (array.is_fully_replicated and jax.default_backend() == "cpu"):
+    if not isinstance(array, jax.Array):
+        return np.asarray(array[layer])  # NumPy, or still on disk
+    if array.is_fully_replicated and jax.default_backend() == "cpu":
         return np.asarray(array)[layer]
     return np.asarray(layer_of(array, layer))  # only this layer leaves the devices
 
@@ -176,5 +191,7 @@ def layer_of(array: jax.Array, layer: jax.Array) -> jax.Array:
 
 def contiguous(view: np.ndarray) -> np.ndarray:
     """The same array in row-major order. PJRT transposes in blocks, at ten times NumPy's speed."""
+    if view.flags.c_contiguous:
+        return view
     bits = view.view(np.dtype(f"u{view.dtype.itemsize}"))
     return np.asarray(jax.device_put(bits, jax.local_devices(backend="cpu")[0])).view(view.dtype)

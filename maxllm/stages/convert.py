@@ -36,13 +36,12 @@ from maxllm.hf.load import load
 from maxllm.hf.source import DTYPES, open_folder
 from maxllm.hf.tokenizer_read import read_tokenizer
 from maxllm.hf.verify import TOLERANCE, check_tensors, compare_logits, has_torch, hf_logits
-from maxllm.hf.write import Read
 from maxllm.model.llama import Llama
 from maxllm.parallel import processes
 from maxllm.parallel.mesh import make_mesh
 from maxllm.records import Params
-from maxllm.run.checkpoint import find, load_params, read_array, save_params, stored_dtypes
-from maxllm.run.record import console, peak_rss_bytes
+from maxllm.run.checkpoint import find, load_params, open_array, save_params, stored_dtypes
+from maxllm.run.record import console, peak_rss_bytes, trim_heap
 from maxllm.run.session import CONFIG, HF_CONFIG, reopen
 from maxllm.stages.export import CHECK_PROMPTS, export_scorer
 from maxllm.stages.shared import abstract_params, policy_params
@@ -190,11 +189,18 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
     checkpoint = find(run_dir)
     if session.config.lora is not None:
         params = policy_params(session, run_dir)
-        read: Read = lambda path, leaf: leaf  # noqa: E731
-        whole = lambda: params  # noqa: E731
+
+        def read(path: str, leaf: Any) -> Any:
+            return leaf
+
+        whole: Callable[[], Params] = partial(policy_params, session, run_dir)
     else:
         params = stored_dtypes(checkpoint, abstract_params(session, Llama(session.model)))
-        read = partial(read_array, checkpoint)  # an array at a time, when its turn comes
+
+        def read(path: str, leaf: Any) -> Any:
+            trim_heap()
+            return open_array(checkpoint, path)  # when its turn comes
+
         whole = partial(load_params, checkpoint, params)
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     kept = kinds.pop() if len(kinds) == 1 else "float32"
