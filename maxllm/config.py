@@ -111,8 +111,13 @@ class ModelConfig(Section):
         "bfloat16",
         description="Compute type of matmuls; parameters, norms, softmax and logits are float32.",
     )
-    remat: Literal["none", "full"] = Field(
-        "none", description="Backward pass recomputes each layer (full) or keeps its activations (none)."
+    attention: Literal["auto", "xla", "splash"] = Field(
+        "auto", description="Kernel: splash on TPU, xla anywhere; auto takes the one of the hardware."
+    )
+    remat: Literal["none", "dots", "full", "offload"] = Field(
+        "none",
+        description="The backward pass keeps all activations (none), matmuls' results (dots), each layer's "
+        "input (full), or that in host memory (offload), and recomputes the rest.",
     )
     scan_unroll: int = Field(
         1, ge=1, description="Layers unrolled per iteration of the layer scan; n_layers is fastest on CPU."
@@ -126,6 +131,8 @@ class ModelConfig(Section):
             raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
         if self.k_dim % 2:
             raise ValueError(f"head_dim={self.k_dim} is odd; rotary embeddings need pairs")
+        if self.attention == "splash" and self.attention_dropout:
+            raise ValueError("attention=splash has no attention_dropout; give attention=xla")
         if self.n_layers % self.scan_unroll:
             raise ValueError(f"scan_unroll={self.scan_unroll} does not divide n_layers={self.n_layers}")
         return self
@@ -253,6 +260,10 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second-moment decay.")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     clip_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+    gradient_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Type of the layers' gradients until they are summed or clipped; bfloat16 halves them.",
+    )
 
 
 class MeshConfig(Section):
@@ -262,12 +273,19 @@ class MeshConfig(Section):
     fsdp: int = Field(
         1, ge=-1, description="Shards of parameters and optimizer state (ZeRO-3); rows are split here too."
     )
+    context: int = Field(
+        1, ge=-1, description="Shards of every row's positions, for long sequences; parameters split too."
+    )
     tensor: int = Field(1, ge=-1, description="Shards of heads, feed-forward and vocabulary.")
 
+    @property
+    def sizes(self) -> list[int]:
+        """Sizes in the order of the mesh's axes."""
+        return [self.data, self.fsdp, self.context, self.tensor]
+
     @model_validator(mode="after")
-    def _sizes(self) -> Self:
-        sizes = (self.data, self.fsdp, self.tensor)
-        if 0 in sizes or sizes.count(-1) > 1:
+    def _positive(self) -> Self:
+        if 0 in self.sizes or self.sizes.count(-1) > 1:
             raise ValueError("axis sizes are positive, and at most one is -1")
         return self
 

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from maxllm.records import Array, Params
+from maxllm.records import Array, Params, Slotted
 
 
 def forward(
@@ -14,17 +14,23 @@ def forward(
     positions_BT: Array,
     dropout_key: jax.Array | None = None,
     adapters: Params | None = None,
+    method: str = "__call__",
 ) -> jax.Array:
     """What a `Llama` (logits [B, T, V]) or a `ScalarModel` (numbers [B, T]) says, in float32.
 
-    Without a dropout key, dropout is off. `adapters` are those of a `Llama` that was made with `lora`.
+    Without a dropout key, dropout is off. `adapters` are those of a `Llama` that was made with `lora`. With
+    method="hidden", what the head of a `Llama` reads, [B, T, D] in the compute type.
     """
+    slots = {}
+    if isinstance(params, Slotted):
+        params, slots = params.params, {"slots": params.slots}
     output = model.apply(
-        {"params": params} if adapters is None else {"params": params, "lora": adapters},
+        {"params": params, **slots} if adapters is None else {"params": params, "lora": adapters, **slots},
         tokens_BT,
         segment_ids_BT,
         positions_BT,
         deterministic=dropout_key is None,
+        method=method,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     assert isinstance(output, jax.Array), "no collection is mutable, so the output stands alone"

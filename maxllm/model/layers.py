@@ -1,5 +1,6 @@
 """What every block of the model is made of: declared weights, flat matmuls, RMSNorm, SwiGLU."""
 
+from functools import partial
 from typing import cast
 
 import flax.linen as nn
@@ -21,6 +22,62 @@ def weight(
     """Declares a float32 parameter: its shape, logical axes and normal initializer on one line."""
     initializer = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
     return cast(jax.Array, module.param(name, initializer, shape, jnp.float32))
+
+
+def matrix(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float, dtype: jnp.dtype
+) -> jax.Array:
+    """Declares a weight as `weight` does, and returns it ready to multiply: in the compute type, and whole
+    but for tensor parallelism."""
+    w = weight(module, name, shape, axes, std)
+    slot = module.get_variable("slots", name) if module.has_variable("slots", name) else None
+    return gathered(w, slot, axes, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def gathered(w: jax.Array, slot: jax.Array | None, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
+    """The all-gather of FSDP: a shard of a float32 parameter is cast, then collected from all devices.
+
+    Its gradient crosses the network in the compute type too, as a reduce-scatter, and becomes float32 then,
+    or is that of `slot`, in its type. Said here once, because the partitioner, left alone, collects a weight
+    again for each use of it.
+    """
+    return collect(w, slot, axes, dtype)[0]
+
+
+def collect(
+    w: jax.Array, slot: jax.Array | None, axes: tuple[str, ...], dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array | None]:
+    """Forward: only the slot is kept, which has nothing in it."""
+    whole = tuple(None if axis == "embed" else axis for axis in axes)
+    cast = bfloat16_of(w) if dtype == jnp.bfloat16 else w
+    return nn.with_logical_constraint(cast, whole), slot
+
+
+def scatter(
+    axes: tuple[str, ...], dtype: jnp.dtype, slot: jax.Array | None, gradient: jax.Array
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Backward."""
+    gradient = nn.with_logical_constraint(gradient, axes)
+    if slot is None:
+        return gradient.astype(jnp.float32), None
+    return None, gradient.astype(slot.dtype)
+
+
+gathered.defvjp(collect, scatter)
+
+
+def bfloat16_of(w: jax.Array) -> jax.Array:
+    """A float32 array rounded to the nearest bfloat16, ties to even, as a cast does.
+
+    By its bits, because XLA takes a cast of a layer's slice out of the loop over layers and keeps a second
+    copy of all parameters, 2 bytes each, through the step.
+    """
+    bits = jax.lax.bitcast_convert_type(w, jnp.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    # Rounding would carry a NaN into the sign bit; it stays a NaN.
+    rounded = jnp.where(jnp.isnan(w), jnp.uint32(0x7FC0), rounded)
+    return jax.lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16)
 
 
 def bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
@@ -72,10 +129,12 @@ class SwiGLU(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         c = self.config
         D, F = c.d_model, c.d_ff
-        gate_DF = weight(self, "w_gate", (D, F), ("embed", "mlp"), c.init_std)
-        up_DF = weight(self, "w_up", (D, F), ("embed", "mlp"), c.init_std)
+        dtype = dtype_of(c)
+        gate_DF = matrix(self, "w_gate", (D, F), ("embed", "mlp"), c.init_std, dtype)
+        up_DF = matrix(self, "w_up", (D, F), ("embed", "mlp"), c.init_std, dtype)
         # Residual outputs start smaller with depth (GPT-2): wo and w_down, not w_up.
-        down_FD = weight(self, "w_down", (F, D), ("mlp", "embed"), c.init_std / (2 * c.n_layers) ** 0.5)
+        residual_std = c.init_std / (2 * c.n_layers) ** 0.5
+        down_FD = matrix(self, "w_down", (F, D), ("mlp", "embed"), residual_std, dtype)
         gate_BTF, up_BTF = matmul(x_BTD, gate_DF), matmul(x_BTD, up_DF)
         gate_BTF = adapted(self, self.lora, "w_gate", x_BTD, gate_BTF, ("embed", "mlp"), deterministic)
         up_BTF = adapted(self, self.lora, "w_up", x_BTD, up_BTF, ("embed", "mlp"), deterministic)

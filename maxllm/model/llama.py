@@ -10,12 +10,28 @@ Layers are scanned: every parameter of `layers` has a leading axis L.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model import rope
-from maxllm.model.attention import Attention, attention_mask
+from maxllm.model.attend import Keys
+from maxllm.model.attention import Attention
 from maxllm.model.layers import RMSNorm, SwiGLU, dtype_of, matmul, weight
-from maxllm.records import Params
+from maxllm.records import Params, Slotted
+
+LAYER_INPUT = "layer_input"
+
+POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+"""What each `remat` keeps of a layer for the backward pass, besides its input."""
 
 
 class Layer(nn.Module):
@@ -28,20 +44,18 @@ class Layer(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        mask_BTS: jax.Array,
+        keys: Keys,
         cos: jax.Array,
         sin: jax.Array,
-        first_slot: jax.Array,
         deterministic: bool,
         cache_length: int | None,
     ) -> tuple[jax.Array, None]:
         """[B, T, D] -> [B, T, D], in the (carry, output) form that nn.scan wants."""
         c = self.config
+        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
         residual = nn.Dropout(c.residual_dropout, deterministic=deterministic)
         h_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
-        h_BTD = Attention(c, self.lora, name="attention")(
-            h_BTD, mask_BTS, cos, sin, first_slot, deterministic, cache_length
-        )
+        h_BTD = Attention(c, self.lora, name="attention")(h_BTD, keys, cos, sin, deterministic, cache_length)
         x_BTD = x_BTD + residual(h_BTD)
         h_BTD = SwiGLU(c, self.lora, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD), deterministic)
         x_BTD = x_BTD + residual(h_BTD)
@@ -81,9 +95,9 @@ class Decoder(nn.Module):
             self, "embedding", (c.vocab_size, c.d_model), ("vocab", "embed"), c.init_std
         )
         layer = Layer
-        if c.remat == "full":
+        if c.remat != "none":
             # Inside a scan XLA cannot undo the recomputation, so its guard against that is not needed.
-            layer = nn.remat(Layer, prevent_cse=False, static_argnums=(6, 7))
+            layer = nn.remat(Layer, prevent_cse=False, static_argnums=(5, 6), policy=POLICIES[c.remat])
         self.final_norm = RMSNorm(c)
         self.embedding_dropout = nn.Dropout(c.embedding_dropout)
         self.cached_segments = CachedSegments()
@@ -92,7 +106,7 @@ class Decoder(nn.Module):
             return
         self.layers = nn.scan(
             layer,
-            variable_axes={"params": 0, "cache": 0, "lora": 0},
+            variable_axes={"params": 0, "cache": 0, "lora": 0, "slots": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=c.n_layers,
@@ -125,10 +139,10 @@ class Decoder(nn.Module):
         first_slot, key_segments_BS = jnp.int32(0), segment_ids_BT
         if cache_length is not None:
             first_slot, key_segments_BS = self.cached_segments(segment_ids_BT, cache_length)
-        mask_BTS = attention_mask(segment_ids_BT, key_segments_BS, first_slot, c.sliding_window)
+        keys = Keys(segment_ids_BT, key_segments_BS, first_slot)
         cos, sin = rope.angles(c, positions_BT)
         for layer in self.layer if self.unstacked else [self.layers]:
-            x_BTD, _ = layer(x_BTD, mask_BTS, cos, sin, first_slot, deterministic, cache_length)
+            x_BTD, _ = layer(x_BTD, keys, cos, sin, deterministic, cache_length)
         return self.final_norm(x_BTD)
 
 
@@ -147,6 +161,16 @@ class Llama(nn.Module):
             self.lm_head_DV = weight(
                 self, "lm_head", (c.d_model, c.vocab_size), ("embed", "vocab"), c.init_std
             )
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """What the head reads, [B, T, D]: for losses that do not want the logits."""
+        return self.decoder(tokens_BT, segment_ids_BT, positions_BT, deterministic)
 
     def __call__(
         self,
@@ -170,6 +194,13 @@ class Llama(nn.Module):
         else:
             logits_BTV = matmul(x_BTD, self.lm_head_DV, jnp.dtype(jnp.float32))
         return nn.with_logical_constraint(logits_BTV, ("batch", "length", "act_vocab"))
+
+
+def head_weight(model: Llama, params: Params) -> jax.Array:
+    """The output projection, [D, V]."""
+    if isinstance(params, Slotted):
+        params = params.params
+    return params["decoder"]["embedding"].T if model.config.tie_embeddings else params["lm_head"]
 
 
 def unstack(model: Llama, params: Params) -> tuple[Llama, Params]:

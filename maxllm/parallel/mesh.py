@@ -1,34 +1,40 @@
 """The named device mesh. A parallel strategy is the sizes of its axes; an unused axis has size 1."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
 
 from maxllm.config import BatchConfig, MeshConfig, ModelConfig
 from maxllm.errors import UserError
+from maxllm.parallel.sharding import PARAMETERS
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """All devices of all processes, arranged as (data, fsdp, tensor).
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices arranged along AXES.
+
+    Args:
+      config: sizes of the axes.
+      devices: all devices of all processes when absent; else those of a machine that is only planned.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
-    sizes = [config.data, config.fsdp, config.tensor]
+    count = jax.device_count() if devices is None else len(devices)
+    sizes = config.sizes
     given = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
-        if devices % rest:
-            raise UserError(f"mesh {given}: {rest} does not divide the {devices} devices that are here")
-        sizes[sizes.index(-1)] = devices // rest
-    if math.prod(sizes) != devices:
-        raise UserError(f"mesh {given} is {math.prod(sizes)} devices; {devices} are here")
+        if count % rest:
+            raise UserError(f"mesh {given}: {rest} does not divide the {count} devices that are here")
+        sizes[sizes.index(-1)] = count // rest
+    if math.prod(sizes) != count:
+        raise UserError(f"mesh {given} is {math.prod(sizes)} devices; {count} are here")
     # Auto, because under Explicit axes (make_mesh's default) the lookup in an FSDP-sharded table is an error.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def check_batch_divides(mesh: Mesh, batch: BatchConfig) -> None:
@@ -43,6 +49,11 @@ def check_batch_divides(mesh: Mesh, batch: BatchConfig) -> None:
             f"batch.rows={batch.rows} in {batch.microbatches} microbatches is {rows} rows at a time, "
             f"which mesh data x fsdp = {split} does not divide"
         )
+    if batch.sequence_length % mesh.shape["context"]:
+        raise UserError(
+            f"batch.sequence_length={batch.sequence_length} is not divisible by "
+            f"mesh.context={mesh.shape['context']}"
+        )
 
 
 def check_model_divides(mesh: Mesh, model: ModelConfig) -> None:
@@ -51,12 +62,14 @@ def check_model_divides(mesh: Mesh, model: ModelConfig) -> None:
     Raises:
       UserError: naming the dimension and the mesh axis that does not divide it.
     """
-    for name, size, axis in (
-        ("model.n_heads", model.n_heads, "tensor"),
-        ("model.n_kv_heads", model.n_kv_heads, "tensor"),
-        ("model.d_ff", model.d_ff, "tensor"),
-        ("model.vocab_size", model.vocab_size, "tensor"),
-        ("model.d_model", model.d_model, "fsdp"),
+    for name, size, axes in (
+        ("model.n_heads", model.n_heads, ("tensor",)),
+        ("model.n_kv_heads", model.n_kv_heads, ("tensor",)),
+        ("model.d_ff", model.d_ff, ("tensor",)),
+        ("model.vocab_size", model.vocab_size, ("tensor",)),
+        ("model.d_model", model.d_model, PARAMETERS),
     ):
-        if size % mesh.shape[axis]:
-            raise UserError(f"{name}={size} is not divisible by mesh.{axis}={mesh.shape[axis]}")
+        split = math.prod(mesh.shape[axis] for axis in axes)
+        if size % split:
+            given = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
+            raise UserError(f"{name}={size} is not divisible by {given}")

@@ -1,6 +1,7 @@
 """Logical axis -> mesh axis: the one table that says how everything is laid out.
 
-DP, FSDP and TP are sizes of mesh axes, not code: an axis of size 1 leaves its dimension whole.
+DP, FSDP, context and tensor parallelism are sizes of mesh axes, not code: an axis of size 1 leaves its
+dimension whole.
 """
 
 from typing import Any
@@ -9,22 +10,28 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+BATCH, CONTEXT, TENSOR = ("data", "fsdp"), "context", "tensor"
+"""Mesh axes of a batch's rows, of their positions, and of heads, feed-forward and vocabulary."""
+PARAMETERS = ("fsdp", "context")
+"""Mesh axes over which every parameter is split besides: devices that share a row share its weights too."""
+
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # activations
-    ("batch", ("data", "fsdp")),
-    ("length", None),
+    ("batch", BATCH),
+    ("length", CONTEXT),
+    ("keys", None),
     ("act_embed", None),
-    ("act_heads", "tensor"),
-    ("act_mlp", "tensor"),
-    ("act_vocab", "tensor"),
+    ("act_heads", TENSOR),
+    ("act_mlp", TENSOR),
+    ("act_vocab", TENSOR),
     # parameters
     ("layers", None),
-    ("vocab", "tensor"),
-    ("embed", "fsdp"),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
+    ("vocab", TENSOR),
+    ("embed", PARAMETERS),
+    ("heads", TENSOR),
+    ("kv_heads", TENSOR),
     ("head_dim", None),
-    ("mlp", "tensor"),
+    ("mlp", TENSOR),
     ("norm", None),
 )
 
@@ -54,8 +61,8 @@ def shardings_of(abstract: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp, every other dimension whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Rows over data and fsdp, every other dimension whole: the model splits positions where it needs to."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

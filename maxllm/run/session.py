@@ -24,8 +24,9 @@ from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
 from maxllm.files import read_json, write_bytes, write_json, write_text
+from maxllm.model.attend import resolve
 from maxllm.parallel import processes, sharding
-from maxllm.parallel.mesh import check_batch_divides, check_model_divides, make_mesh
+from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
 from maxllm.run.record import console
 
 CONFIG, HF_CONFIG, LOCK = "config.yaml", "hf_config.json", ".lock"
@@ -78,6 +79,7 @@ def open_session(config: Config) -> Session:
             f"model.max_seq_len={model.max_seq_len}"
         )
     check_replies_fit(config)
+    resolve(model.attention, jax.default_backend())
     mesh = make_mesh(config.mesh)
     check_model_divides(mesh, model)
     check_batch_divides(mesh, config.batch)
@@ -140,7 +142,15 @@ def check_same_model(model: ModelConfig, run_dir: Path) -> None:
       UserError: naming the first setting in which the model of `run_dir` is another.
     """
     other = run_config(run_dir).model
-    free = {"dtype", "remat", "scan_unroll", "embedding_dropout", "attention_dropout", "residual_dropout"}
+    free = {
+        "dtype",
+        "attention",
+        "remat",
+        "scan_unroll",
+        "embedding_dropout",
+        "attention_dropout",
+        "residual_dropout",
+    }
     for name in sorted(set(ModelConfig.model_fields) - free):
         ours, theirs = getattr(model, name), getattr(other, name)
         if ours != theirs:
@@ -284,12 +294,10 @@ def reopen(run_dir: Path, overrides: Sequence[str] = (), may_change: Sequence[st
     words = [*overrides, f"run.dir={run_dir}"]
     processes.initialize()
     if not any(word.startswith("mesh") for word in overrides):
-        saved = run_config(run_dir).mesh
-        sizes = [size for size in (saved.data, saved.fsdp, saved.tensor) if size != -1]
-        if jax.device_count() % math.prod(sizes) or (
-            len(sizes) == 3 and math.prod(sizes) != jax.device_count()
-        ):
-            words += ["mesh.data=-1", "mesh.fsdp=1", "mesh.tensor=1"]
+        saved = run_config(run_dir).mesh.sizes
+        fixed = math.prod(size for size in saved if size != -1)
+        if jax.device_count() % fixed or (-1 not in saved and fixed != jax.device_count()):
+            words += ["mesh.data=-1", *(f"mesh.{axis}=1" for axis in AXES[1:])]
     config = recipe.apply_overrides(recipe.read_yaml(run_dir / CONFIG), words)
     assert config.model is not None, "a run folder's config is resolved"
     mesh = make_mesh(config.mesh)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from maxllm.config import Config
 from maxllm.data import loader
@@ -58,6 +59,7 @@ def job(session: Session) -> Job:
             optimizer=optimizer,
             seed=config.run.seed,
             microbatches=config.batch.microbatches,
+            gradient_dtype=jnp.dtype(config.optimizer.gradient_dtype),
         ),
         batches=loader.Batches(pad_pairs(train_pairs, length, pad), config.batch.rows, config.run.seed),
         evaluate=heldout_pairs_evaluator(session, loss_fn, pad_pairs(heldout_pairs, length, pad)),

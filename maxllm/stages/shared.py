@@ -118,7 +118,12 @@ def language_job(
     return Job(
         abstract_state=abstract_state,
         fresh=fresh,
-        step=partial(step, seed=config.run.seed, microbatches=config.batch.microbatches),
+        step=partial(
+            step,
+            seed=config.run.seed,
+            microbatches=config.batch.microbatches,
+            gradient_dtype=jnp.dtype(config.optimizer.gradient_dtype),
+        ),
         batches=loader.Batches(rows, config.batch.rows, config.run.seed),
         evaluate=evaluate,
         best=best,

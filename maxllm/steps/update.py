@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from maxllm.records import Metrics, Params
+from maxllm.config import LoraTarget
+from maxllm.records import Metrics, Params, Slotted
 from maxllm.steps.state import TrainState
+
+FLOAT32 = jnp.dtype("float32")
+
+MATRICES = get_args(LoraTarget)
+"""Names of the layers' matrices: nearly all of a model's parameters."""
 
 
 class Loss(struct.PyTreeNode):
@@ -40,29 +48,62 @@ def split(batch: Any, microbatches: int) -> Any:
 
 
 def accumulate(
-    loss_fn: LossFn, params: Params, batch: Any, key: jax.Array, microbatches: int
+    loss_fn: LossFn,
+    params: Params,
+    batch: Any,
+    key: jax.Array,
+    microbatches: int,
+    dtype: jnp.dtype = FLOAT32,
 ) -> tuple[Params, Loss]:
-    """Gradient of sum(losses) / sum(weights) over all microbatches, and the summed Loss."""
+    """Gradient of sum(losses) / sum(weights) over all microbatches, and the summed Loss.
+
+    The gradients of the layers' matrices are in `dtype` as they are made; what is summed and returned is
+    float32.
+    """
 
     def total_and_loss(params: Params, part: Any, key: jax.Array) -> tuple[jax.Array, Loss]:
         loss = loss_fn(params, part, key)
         return loss.total, loss
 
-    gradient_fn = jax.grad(total_and_loss, has_aux=True)
+    gradient_fn = partial(slotted_gradient, total_and_loss, dtype)
     if microbatches == 1:
         sums, loss = gradient_fn(params, batch, key)
     else:
         parts = split(batch, microbatches)
         keys = jax.random.split(key, microbatches)
         first = jax.eval_shape(gradient_fn, params, jax.tree.map(lambda x: x[0], parts), keys[0])
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, FLOAT32)), first
+        )
 
         def add(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient_fn(params, *part)), None
 
         (sums, loss), _ = jax.lax.scan(add, zeros, (parts, keys))
-    gradients = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1e-9), sums)
+    gradients = jax.tree.map(lambda g: g.astype(FLOAT32) / jnp.maximum(loss.weight, 1e-9), sums)
     return gradients, loss
+
+
+def slotted_gradient(
+    function: Callable[..., tuple[jax.Array, Loss]],
+    dtype: jnp.dtype,
+    params: Params,
+    batch: Any,
+    key: jax.Array,
+) -> tuple[Params, Loss]:
+    """`jax.grad(function, has_aux=True)`, where the layers' matrices have gradients of type `dtype`."""
+    if dtype == FLOAT32:
+        return jax.grad(function, has_aux=True)(params, batch, key)
+    flat = flatten_dict(params)
+    matrices = {path: leaf for path, leaf in flat.items() if path[-1] in MATRICES}
+    others = {path: leaf for path, leaf in flat.items() if path not in matrices}
+    slots = {path: jnp.zeros_like(leaf, dtype) for path, leaf in matrices.items()}
+
+    def of_slots(slots: Any, others: Any) -> tuple[jax.Array, Loss]:
+        return function(Slotted(unflatten_dict(matrices | others), unflatten_dict(slots)), batch, key)
+
+    (first, second), loss = jax.grad(of_slots, (0, 1), has_aux=True)(slots, others)
+    return unflatten_dict(first | second), loss
 
 
 def update(
@@ -73,12 +114,13 @@ def update(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
+    gradient_dtype: jnp.dtype = FLOAT32,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step. A non-finite loss or gradient leaves parameters and optimizer as they were.
 
     Metrics: those of the loss, `loss`, `gradient_norm` before clipping, and `skipped` (1 if not finite).
     """
-    gradients, loss = accumulate(loss_fn, state.params, batch, key, microbatches)
+    gradients, loss = accumulate(loss_fn, state.params, batch, key, microbatches, gradient_dtype)
     chex.assert_trees_all_equal_shapes(gradients, state.params)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
@@ -105,6 +147,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     seed: int,
     microbatches: int,
+    gradient_dtype: jnp.dtype = FLOAT32,
 ) -> tuple[TrainState, Metrics]:
     """The step of every stage that trains one model on a batch: pretrain, SFT (LoRA too), reward.
 
@@ -116,6 +159,7 @@ def train_step(
       optimizer: its state is in `state`.
       seed: the dropout key is a function of it and of the step.
       microbatches: the batch is split into as many.
+      gradient_dtype: of the layers' matrices; see `accumulate`.
     """
     return update(
         state,
@@ -124,6 +168,7 @@ def train_step(
         loss_fn=lambda params, part, key: loss_fn(params, part, key, *frozen),
         optimizer=optimizer,
         microbatches=microbatches,
+        gradient_dtype=gradient_dtype,
     )
 
 

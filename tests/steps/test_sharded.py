@@ -1,9 +1,10 @@
-"""Eight simulated devices do what one does: DP, FSDP, TP and their products are layouts and nothing more.
+"""Eight simulated devices do what one does: DP, FSDP, context and tensor parallelism and their products are
+layouts and nothing more.
 
 One step of each kind is compiled as the project does it (abstract state, `create` into its shardings,
-`compile_step`) on a mesh of one device and on meshes (data, fsdp, tensor) of eight. SGD with rate 1 makes the
-new parameters the gradient. Tolerance 1e-5: partial sums of at most 256 float32 terms are added in another
-order, 256 x 6e-8 at worst, and gradients here are of order 1.
+`compile_step`) on a mesh of one device and on meshes (data, fsdp, context, tensor) of eight. SGD with rate 1
+makes the new parameters the gradient. Tolerance 1e-5: partial sums of at most 256 float32 terms are added in
+another order, 256 x 6e-8 at worst, and gradients here are of order 1.
 """
 
 from dataclasses import replace
@@ -33,8 +34,18 @@ from maxllm.steps.update import eval_step, train_step
 B, T, V = 8, 16, 64
 SGD = optax.sgd(1.0)
 TOLERANCE = 1e-5
-ONE = (1, 1, 1)
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (1, 2, 4)]
+ONE = (1, 1, 1, 1)
+MESHES = [
+    (8, 1, 1, 1),
+    (1, 8, 1, 1),
+    (1, 1, 8, 1),
+    (1, 1, 1, 8),
+    (2, 2, 1, 2),
+    (4, 2, 1, 1),
+    (1, 2, 1, 4),
+    (1, 2, 2, 2),
+    (2, 1, 4, 1),
+]
 
 
 @cache
@@ -42,7 +53,7 @@ def mesh_of(shape):
     if shape == ONE:
         kinds = (AxisType.Auto,) * len(AXES)
         return jax.make_mesh(shape, AXES, axis_types=kinds, devices=jax.devices()[:1])
-    return make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+    return make_mesh(MeshConfig(**dict(zip(AXES, shape, strict=True))))
 
 
 @pytest.fixture(scope="module")
@@ -153,15 +164,15 @@ def test_language_model_step(run_lm, shape):
 def test_ppo_iteration(run_ppo):
     """All three axes at once, in two microbatches on eight devices and in one on one: rows are split twice,
     the same samples are drawn and the same updates of actor and critic follow."""
-    assert_same(run_ppo((2, 2, 2), 2), run_ppo(ONE, 1))
+    assert_same(run_ppo((2, 2, 1, 2), 2), run_ppo(ONE, 1))
 
 
 # What is where
 
 
-def shard_sizes(config, fsdp, tensor):
+def shard_sizes(config, fsdp, context, tensor):
     """Shapes of one device's shard of each parameter, from the sizes and nothing else."""
-    D, F, K = config.d_model // fsdp, config.d_ff // tensor, config.k_dim
+    D, F, K = config.d_model // (fsdp * context), config.d_ff // tensor, config.k_dim
     H, G, L = config.n_heads // tensor, config.n_kv_heads // tensor, config.n_layers
     return {
         "wq": (L, D, H, K),
@@ -183,7 +194,7 @@ def adam_init(config):
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_state_lies_as_abstract_says_and_in_shards(config, adam_init, shape):
-    """Every matrix, and its optimizer moments, is cut along fsdp and tensor; norm scales are whole."""
+    """Every matrix, and its moments, is cut along fsdp, context and tensor; norm scales are whole."""
     description = abstract(adam_init, mesh_of(shape))
     state = create(adam_init, description, jax.random.key(0))
     assert jax.tree.structure(state) == jax.tree.structure(description)
@@ -204,7 +215,7 @@ def test_state_lies_as_abstract_says_and_in_shards(config, adam_init, shape):
 
 def test_batches_are_split_by_rows():
     rows = np.arange(16).reshape(8, 2)
-    placed = processes.to_global({"x": rows}, sharding.batch_sharding(mesh_of((2, 2, 2))))["x"]
+    placed = processes.to_global({"x": rows}, sharding.batch_sharding(mesh_of((2, 2, 1, 2))))["x"]
     assert placed.sharding.spec == PartitionSpec(("data", "fsdp"))
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
     np.testing.assert_array_equal(placed, rows)
@@ -213,7 +224,7 @@ def test_batches_are_split_by_rows():
 def test_compile_reader_answers_on_a_mesh(config, run_lm):
     """A numpy batch in; out come the loss and accuracy that the training step saw on one device."""
     before, _, wanted = run_lm(ONE)
-    model, mesh = Llama(config), mesh_of((2, 2, 2))
+    model, mesh = Llama(config), mesh_of((2, 2, 1, 2))
     shardings = sharding.shardings_of(abstract(partial(init_params, model), mesh))
     params = jax.device_put(before.params, shardings)
     got = compile_reader(mesh, partial(eval_step, loss_fn=partial(language_loss, model)))(params, lm_batch())
@@ -225,7 +236,7 @@ def test_tied_embeddings_and_unboxing(tiny_model):
     """Nothing of Linen's boxes stays in a created state."""
     model = Llama(tiny_model(tie_embeddings=True))
     init = partial(init_params, model)
-    params = create(init, abstract(init, mesh_of((2, 2, 2))), jax.random.key(0))
+    params = create(init, abstract(init, mesh_of((2, 2, 1, 2))), jax.random.key(0))
     assert "lm_head" not in params
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
     assert jax.tree.structure(params) == jax.tree.structure(nn.unbox(params))
@@ -235,33 +246,53 @@ def test_tied_embeddings_and_unboxing(tiny_model):
 
 
 def test_minus_one_takes_the_rest():
-    assert dict(make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(MeshConfig(data=1, fsdp=-1)).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2)).shape) == {
+        "data": 2,
+        "fsdp": 2,
+        "context": 1,
+        "tensor": 2,
+    }
+    assert dict(make_mesh(MeshConfig(data=1, fsdp=-1)).shape) == {
+        "data": 1,
+        "fsdp": 8,
+        "context": 1,
+        "tensor": 1,
+    }
 
 
 @pytest.mark.parametrize(
     ("sizes", "given"),
-    [((3, 1, 1), "data=3 x fsdp=1 x tensor=1"), ((-1, 3, 1), "fsdp=3"), ((-1, 16, 1), "fsdp=16")],
+    [
+        ((3, 1, 1, 1), "data=3 x fsdp=1 x context=1 x tensor=1"),
+        ((-1, 3, 1, 1), "fsdp=3"),
+        ((-1, 16, 1, 1), "fsdp=16"),
+    ],
 )
 def test_a_mesh_that_does_not_fit_says_so(sizes, given):
     with pytest.raises(UserError, match=r"8( devices that)? are here") as error:
-        make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+        make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
     assert given in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("shape", "changes", "rows", "microbatches", "sentence"),
     [
-        ((1, 1, 8), {}, 8, 1, "model.n_heads=4 is not divisible by mesh.tensor=8"),
-        ((2, 1, 4), {}, 8, 1, "model.n_kv_heads=2 is not divisible by mesh.tensor=4"),
-        ((1, 8, 1), {"d_model": 36, "head_dim": 8}, 8, 1, "model.d_model=36 is not divisible by mesh.fsdp=8"),
-        ((4, 1, 2), {"d_ff": 49}, 8, 1, "model.d_ff=49 is not divisible by mesh.tensor=2"),
-        ((4, 1, 2), {"vocab_size": 65}, 8, 1, "model.vocab_size=65 is not divisible by mesh.tensor=2"),
-        ((8, 1, 1), {}, 16, 4, "4 rows at a time, which mesh data x fsdp = 8 does not divide"),
+        ((1, 1, 1, 8), {}, 8, 1, "model.n_heads=4 is not divisible by mesh.tensor=8"),
+        ((2, 1, 1, 4), {}, 8, 1, "model.n_kv_heads=2 is not divisible by mesh.tensor=4"),
+        (
+            (1, 8, 1, 1),
+            {"d_model": 36, "head_dim": 8},
+            8,
+            1,
+            "model.d_model=36 is not divisible by mesh.fsdp=8",
+        ),
+        ((4, 1, 1, 2), {"d_ff": 49}, 8, 1, "model.d_ff=49 is not divisible by mesh.tensor=2"),
+        ((4, 1, 1, 2), {"vocab_size": 65}, 8, 1, "model.vocab_size=65 is not divisible by mesh.tensor=2"),
+        ((8, 1, 1, 1), {}, 16, 4, "4 rows at a time, which mesh data x fsdp = 8 does not divide"),
     ],
 )
 def test_a_dimension_that_does_not_divide_is_named(tiny_model, shape, changes, rows, microbatches, sentence):
-    batch = BatchConfig(rows=rows, sequence_length=T, microbatches=microbatches)
+    batch = BatchConfig(rows=rows, sequence_length=20, microbatches=microbatches)
     with pytest.raises(UserError) as error:
         check_model_divides(mesh_of(shape), tiny_model(**changes))
         check_batch_divides(mesh_of(shape), batch)

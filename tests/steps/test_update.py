@@ -2,19 +2,21 @@
 
 from functools import cache, partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from maxllm.config import OptimizerConfig
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.records import LmBatch
 from maxllm.steps.language import language_loss
-from maxllm.steps.state import TrainState
-from maxllm.steps.update import Loss, accumulate, eval_step, split, train_step, update
+from maxllm.steps.state import TrainState, init_params
+from maxllm.steps.update import MATRICES, Loss, accumulate, eval_step, split, train_step, update
 
 B, T, V = 8, 16, 64
 
@@ -229,3 +231,34 @@ def test_evaluation_has_no_dropout(state, tiny_model):
         for model in (plain, dropping)
     ]
     assert_identical(*losses)
+
+
+def test_bfloat16_gradients_are_the_float32_ones_rounded(tiny_model):
+    """The layers' matrices to a bfloat16's 8 bits, everything else exactly; also summed over microbatches."""
+    model = Llama(tiny_model())
+    params = nn.unbox(init_params(model, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(6, 64, (4, 9)), jnp.int32)
+    ones = jnp.ones((4, 8), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(8), (4, 8))
+    batch = LmBatch(tokens[:, :-1], tokens[:, 1:], ones.astype(jnp.float32), ones, positions)
+
+    def loss_fn(params, part, _):
+        return language_loss(model, params, part, None)
+
+    def gradients(dtype, parts):
+        run = jax.jit(lambda params: accumulate(loss_fn, params, batch, jax.random.key(0), parts, dtype)[0])
+        return run(params)
+
+    for microbatches in (1, 2):
+        exact = flatten_dict(gradients(jnp.dtype("float32"), microbatches))
+        rounded = flatten_dict(gradients(jnp.dtype("bfloat16"), microbatches))
+        assert rounded.keys() == exact.keys()
+        for path, gradient in rounded.items():
+            assert gradient.dtype == jnp.float32
+            if path[-1] in MATRICES:
+                largest = float(jnp.abs(exact[path]).max())
+                np.testing.assert_allclose(gradient, exact[path], rtol=2**-8, atol=2**-8 * largest)
+                assert float(jnp.abs(gradient - exact[path]).max()) > 0
+            else:
+                np.testing.assert_allclose(gradient, exact[path], rtol=1e-6, atol=1e-9)

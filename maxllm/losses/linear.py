@@ -1,0 +1,97 @@
+"""Cross-entropy of a linear head without its logits: of [N, V] in float32, only some rows are ever held.
+
+The loss is the last thing a forward pass computes, so its gradient is known as soon as it is: each part of
+the logits is made once, gives its share of the loss and of both gradients, and is dropped: the three
+matmuls that a head costs anyway (forward, dx, dw), where recomputing logits would take four. The idea is
+that of Liger kernels (Hsu et al. 2024) and Cut Cross-Entropy (Wijmans et al. 2024).
+
+The vocabulary may be split over a mesh axis (Shoeybi et al. 2019): each device holds some columns, and three
+numbers per row are summed over the axis.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PART_BYTES = 1 << 28
+"""Logits that a device holds at once, float32."""
+
+
+class Sums(NamedTuple):
+    """What the loss of a block of rows adds up to; float32 scalars."""
+
+    total: jax.Array
+    """Sum of weighted -log p(target), nats."""
+    weight: jax.Array
+    """Sum of the weights."""
+    right: jax.Array
+    """Sum of the weights of targets that no other token is likelier than."""
+
+
+def cross_entropy(
+    x_ND: jax.Array,
+    w_DV: jax.Array,
+    targets_N: jax.Array,
+    weights_N: jax.Array,
+    vocab_axis: str | None = None,
+    gradients: bool = False,
+) -> tuple[Sums, jax.Array | None, jax.Array | None]:
+    """Sums over rows, and where asked for the gradients of `total`.
+
+    Args:
+      x_ND: hidden states; matmuls are in their type.
+      w_DV: the head; V is this device's share of the vocabulary.
+      targets_N: int32 ids in the whole vocabulary.
+      weights_N: float32.
+      vocab_axis: mesh axis over which V is split, inside `shard_map`.
+      gradients: whether dx_ND (in x's type) and dw_DV (float32) are wanted; None otherwise.
+    """
+    (N, D), V = x_ND.shape, w_DV.shape[1]
+    rows = rows_at_once(N, V)
+    w_DV = w_DV.astype(x_ND.dtype)
+    first = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * V
+
+    def over_vocab(x: jax.Array) -> jax.Array:
+        return x if vocab_axis is None else jax.lax.psum(x, vocab_axis)
+
+    def part(x_nD: jax.Array, targets_n: jax.Array, weights_n: jax.Array):
+        logits_nV = jnp.matmul(x_nD, w_DV, preferred_element_type=jnp.float32)
+        largest_n = jax.lax.stop_gradient(jnp.max(logits_nV, -1))
+        if vocab_axis is not None:
+            largest_n = jax.lax.pmax(largest_n, vocab_axis)
+        exp_nV = jnp.exp(logits_nV - largest_n[:, None])
+        sum_n = over_vocab(jnp.sum(exp_nV, -1))
+        target_nV = jnp.arange(V) == (targets_n - first)[:, None]
+        chosen_n = over_vocab(jnp.sum(jnp.where(target_nV, logits_nV, 0.0), -1))
+        losses_n = (jnp.log(sum_n) + largest_n - chosen_n) * weights_n
+        right_n = (chosen_n >= largest_n) * weights_n
+        sums = Sums(jnp.sum(losses_n), jnp.sum(weights_n), jnp.sum(right_n))
+        if not gradients:
+            return sums, None, None
+        dlogits_nV = (exp_nV / sum_n[:, None] - target_nV) * weights_n[:, None]
+        dlogits_nV = dlogits_nV.astype(x_nD.dtype)
+        dx_nD = over_vocab(jnp.matmul(dlogits_nV, w_DV.T))
+        dw_DV = jnp.matmul(x_nD.T, dlogits_nV, preferred_element_type=jnp.float32)
+        return sums, dx_nD, dw_DV
+
+    if rows == N:
+        return part(x_ND, targets_N, weights_N)
+
+    def add(so_far, block):
+        sums, dx_nD, dw_DV = part(*block)
+        return jax.tree.map(jnp.add, so_far, (sums, dw_DV)), dx_nD
+
+    zero = jnp.float32(0)
+    start = (Sums(zero, zero, zero), jnp.zeros((D, V), jnp.float32) if gradients else None)
+    blocks = jax.tree.map(lambda a: a.reshape(N // rows, rows, *a.shape[1:]), (x_ND, targets_N, weights_N))
+    (sums, dw_DV), dx = jax.lax.scan(add, start, blocks)
+    return sums, dx.reshape(N, D) if gradients else None, dw_DV
+
+
+def rows_at_once(N: int, V: int) -> int:
+    """The largest divisor of N whose logits take at most PART_BYTES."""
+    parts = -(-N * V * 4 // PART_BYTES)
+    return N // next(count for count in range(parts, N + 1) if N % count == 0)

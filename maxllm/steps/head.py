@@ -1,0 +1,93 @@
+"""The language-model head and its loss on the mesh: rows over data, FSDP and context, vocabulary over tensor.
+
+Each device multiplies its rows with its columns. The head's gradient is summed over rows on the device, part
+after part, and crosses the network once; left to the partitioner it would be summed over the devices at every
+part.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from maxllm.losses.linear import Sums, cross_entropy
+from maxllm.parallel.sharding import BATCH, CONTEXT, PARAMETERS, TENSOR
+
+ROWS = (*BATCH, CONTEXT)
+X, W = PartitionSpec(BATCH, CONTEXT), PartitionSpec(PARAMETERS, TENSOR)
+
+
+@jax.custom_vjp
+def head_loss(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Sums:
+    """Cross-entropy of x w against targets, summed over all rows of all devices; only `total` has a gradient.
+
+    Args:
+      x_BTD: hidden states after the final norm.
+      w_DV: the output projection.
+      targets_BT: int32 ids.
+      weights_BT: float32; 0 where the target does not count.
+    """
+    return on_mesh(False, x_BTD, w_DV, targets_BT, weights_BT)[0]
+
+
+def on_mesh(gradients: bool, *arrays: jax.Array) -> tuple[Sums, jax.Array | None, jax.Array | None]:
+    """`cross_entropy` of each device's rows and columns, summed over all; without a mesh, of everything."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return block(gradients, False, *arrays)
+    return jax.shard_map(
+        partial(block, gradients, True),
+        in_specs=(X, W, X, X),
+        out_specs=(PartitionSpec(), X, W) if gradients else (PartitionSpec(), None, None),
+        check_vma=False,
+    )(*arrays)
+
+
+def block(
+    gradients: bool,
+    mesh: bool,
+    x_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+) -> tuple[Sums, jax.Array | None, jax.Array | None]:
+    """One device's share."""
+    B, T, D = x_BTD.shape
+    kind = w_DV.dtype
+    w_DV = w_DV.astype(x_BTD.dtype)  # before it crosses the network
+    if mesh:
+        w_DV = jax.lax.all_gather(w_DV, PARAMETERS, axis=0, tiled=True)
+    sums, dx, dw = cross_entropy(
+        x_BTD.reshape(B * T, D),
+        w_DV,
+        targets_BT.reshape(B * T),
+        weights_BT.reshape(B * T),
+        vocab_axis=TENSOR if mesh else None,
+        gradients=gradients,
+    )
+    if dx is not None and dw is not None:
+        dx, dw = dx.reshape(B, T, D), dw.astype(kind)
+    if mesh:
+        sums = jax.lax.psum(sums, ROWS)
+        if dw is not None:
+            dw = jax.lax.psum_scatter(dw, PARAMETERS, scatter_dimension=0, tiled=True)
+            dw = jax.lax.psum(dw, tuple(axis for axis in ROWS if axis not in PARAMETERS))
+    return sums, dx, dw
+
+
+def forward(*arrays: jax.Array) -> tuple[Sums, tuple[jax.Array | None, jax.Array | None]]:
+    """The loss, and its gradients as what the backward pass needs."""
+    sums, dx_BTD, dw_DV = on_mesh(True, *arrays)
+    return sums, (dx_BTD, dw_DV)
+
+
+def backward(gradients: tuple[jax.Array, jax.Array], cotangent: Sums) -> tuple[Any, Any, None, None]:
+    """The gradients times that of `total`; counts have none."""
+    dx_BTD, dw_DV = gradients
+    g = cotangent.total
+    return (dx_BTD * g).astype(dx_BTD.dtype), (dw_DV * g).astype(dw_DV.dtype), None, None
+
+
+head_loss.defvjp(forward, backward)

@@ -1,0 +1,63 @@
+"""The loss of a head without its logits, against the loss of its logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxllm.losses import linear, token
+
+N, D, V = 24, 8, 40
+
+
+@pytest.fixture
+def rows():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(N, D)), rng.normal(size=(D, V))
+    return (
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(w, jnp.float32),
+        jnp.asarray(rng.integers(0, V, N)),
+        jnp.asarray(rng.random(N), jnp.float32),
+    )
+
+
+def by_logits(x_ND, w_DV, targets_N, weights_N):
+    return token.cross_entropy((x_ND @ w_DV)[None], targets_N[None], weights_N[None])[0]
+
+
+@pytest.mark.parametrize("part_bytes", [1 << 28, 4 * V * 8, 4 * V * 7, 4 * V], ids=["1", "3", "4", "24"])
+def test_loss_and_gradients_in_parts(rows, monkeypatch, part_bytes):
+    """Parts of 24, 8, 6 and 1 rows. Tolerance: sums of at most 40 float32 terms of order 1."""
+    monkeypatch.setattr(linear, "PART_BYTES", part_bytes)
+    sums, dx, dw = linear.cross_entropy(*rows, gradients=True)
+    total, (dx_wanted, dw_wanted) = jax.value_and_grad(by_logits, (0, 1))(*rows)
+    np.testing.assert_allclose(sums.total, total, rtol=1e-5)
+    np.testing.assert_allclose(dx, dx_wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dw, dw_wanted, rtol=1e-5, atol=1e-5)
+    x, w, targets, weights = rows
+    right = (jnp.argmax(x @ w, -1) == targets) * weights
+    np.testing.assert_allclose(sums.right, right.sum(), rtol=1e-6)
+    np.testing.assert_allclose(sums.weight, weights.sum(), rtol=1e-6)
+    alone, nothing, nothing_either = linear.cross_entropy(*rows)
+    np.testing.assert_array_equal(alone.total, sums.total)
+    assert nothing is None and nothing_either is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "part", "wanted"),
+    [(8192, 32000, 1 << 28, 2048), (2048, 8192, 1 << 28, 2048), (7, 100, 400, 1), (6, 100, 800, 2)],
+)
+def test_parts_divide_the_rows_and_fit(monkeypatch, rows, vocabulary, part, wanted):
+    monkeypatch.setattr(linear, "PART_BYTES", part)
+    assert linear.rows_at_once(rows, vocabulary) == wanted
+
+
+def test_logits_are_never_whole(monkeypatch):
+    """The compiled loss with its gradients needs less memory than half the logits would take."""
+    monkeypatch.setattr(linear, "PART_BYTES", 1 << 20)
+    N, D, V = 4096, 16, 2048
+    kinds = [((N, D), jnp.float32), ((D, V), jnp.float32), ((N,), jnp.int32), ((N,), jnp.float32)]
+    shapes = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
+    compiled = jax.jit(lambda *rows: linear.cross_entropy(*rows, gradients=True)).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < N * V * 4 / 2
