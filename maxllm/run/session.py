@@ -26,14 +26,23 @@ from maxllm.errors import UserError
 from maxllm.files import read_json, write_bytes, write_json, write_text
 from maxllm.model.attend import resolve
 from maxllm.parallel import processes, sharding
+from maxllm.parallel.compiler import compiler_options
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
 from maxllm.run.record import console
 
 CONFIG, HF_CONFIG, LOCK = "config.yaml", "hf_config.json", ".lock"
 
-MAY_CHANGE = {"mesh", "run.dir", "run.log_every", "run.eval_every", "run.checkpoint_every"} | {
-    "run.keep_checkpoints",
-    "run.max_nonfinite_steps",
+MAY_CHANGE = {"mesh"} | {
+    f"run.{name}"
+    for name in (
+        "dir",
+        "hardware",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_nonfinite_steps",
+    )
 }
 """Settings that a resumed run may change: they alter neither its data nor its arithmetic."""
 
@@ -245,15 +254,22 @@ def compile_step(
     Returns:
       The compiled function of (state, batch, *frozen), and the seconds that compiling took.
     """
+    started = time.perf_counter()
+    options = compiler_options(mesh.devices.flat[0].platform)
+    compiled = lower_step(mesh, step, state, batch, *frozen).compile(compiler_options=options)
+    return compiled, time.perf_counter() - started
+
+
+def lower_step(mesh: Mesh, step: Callable[..., Any], state: Any, batch: Any, *frozen: Any) -> Any:
+    """`compile_step` before the compiler; the devices of the mesh may be of a machine that is not here."""
     rows = sharding.batch_sharding(mesh)
     abstract_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
     jitted = jax.jit(
         step, donate_argnums=0, out_shardings=(sharding.shardings_of(state), sharding.replicated(mesh))
     )
-    started = time.perf_counter()
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        compiled = jitted.lower(state, abstract_batch, *frozen).compile()
-    return compiled, time.perf_counter() - started
+    # The abstract mesh: constants that are made while tracing must not go to devices that are not here.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(sharding.RULES):
+        return jitted.lower(state, abstract_batch, *frozen)
 
 
 def compile_reader(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,8 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from maxllm.config import Config, GenerationConfig
+from maxllm.config import Config, GenerationConfig, ModelConfig
 from maxllm.data import loader
 from maxllm.data.instruct import Question, question_of, read_split
 from maxllm.data.load_tokenizer import load_tokenizer
@@ -32,6 +33,7 @@ from maxllm.records import Metrics, Params, PromptBatch
 from maxllm.run.checkpoint import find, load_params, restore
 from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import Session, check_same_model, compile_reader, open_session
+from maxllm.stages.program import Program
 from maxllm.stages.shared import (
     abstract_params,
     check_start,
@@ -44,7 +46,7 @@ from maxllm.stages.shared import (
 )
 from maxllm.steps import ppo as algorithm
 from maxllm.steps.ppo import Frozen, Ppo, PpoState
-from maxllm.steps.state import abstract, initializer
+from maxllm.steps.state import abstract, init_params, initializer
 
 
 def iteration(
@@ -87,8 +89,8 @@ def job(session: Session) -> Job:
         config.data, "prompt", config.run.seed, lambda row: question_of(session.tokenizer, row, length)
     )
     # 2. The algorithm and its four models.
-    ppo = algorithm_of(session)
-    abstract_state = abstract(partial(init_state, ppo), session.mesh)
+    ppo = algorithm_of(config, session.model, session.tokenizer.stop_tokens, session.tokenizer.pad)
+    program = program_of(config, session.model, session.mesh, ppo)
     frozen = Frozen(
         reference=start(),
         reward=load_params(judge, reward),
@@ -96,9 +98,9 @@ def job(session: Session) -> Job:
     # 3. Train; the best checkpoint is the one with the highest held-out score.
     per_pass = config.batch.rows * config.batch.sequence_length
     return Job(
-        abstract_state=abstract_state,
-        fresh=lambda: fresh_state(ppo, frozen, abstract_state),
-        step=partial(iteration, ppo=ppo, generation=config.generation, seed=config.run.seed),
+        abstract_state=program.abstract_state,
+        fresh=lambda: fresh_state(ppo, frozen, program.abstract_state),
+        step=program.step,
         batches=loader.Batches(
             prompts_of(train_questions, length, ppo.pad), config.batch.rows, config.run.seed
         ),
@@ -111,20 +113,38 @@ def job(session: Session) -> Job:
     )
 
 
-def algorithm_of(session: Session) -> Ppo:
-    """The algorithm as this session's recipe has it."""
-    config = session.config
+def algorithm_of(config: Config, model: ModelConfig, stop_tokens: tuple[int, ...], pad: int) -> Ppo:
+    """The algorithm as a recipe has it."""
     critic = config.optimizer.model_copy(update={"learning_rate": config.ppo.critic_learning_rate})
     return Ppo(
         config=config.ppo,
-        policy_model=Llama(session.model),
-        scalar_model=ScalarModel(session.model),
+        policy_model=Llama(model),
+        scalar_model=ScalarModel(model),
         actor_optimizer=make_optimizer(config.optimizer, config.updates),
         critic_optimizer=make_optimizer(critic, config.updates),
         temperature=config.generation.temperature,
-        stop_tokens=session.tokenizer.stop_tokens,
-        pad=session.tokenizer.pad,
+        stop_tokens=stop_tokens,
+        pad=pad,
         microbatches=config.batch.microbatches,
+    )
+
+
+def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Program:
+    """Rollout, scores and updates: four models in one program."""
+    init = partial(init_state, ppo)
+    prompt = config.batch.sequence_length - config.generation.max_new_tokens
+    reference, reward = (
+        abstract(partial(init_params, m), mesh) for m in (ppo.policy_model, ppo.scalar_model)
+    )
+    return Program(
+        init=init,
+        abstract_state=abstract(init, mesh),
+        step=partial(iteration, ppo=ppo, generation=config.generation, seed=config.run.seed),
+        abstract_batch=PromptBatch(
+            jax.ShapeDtypeStruct((config.batch.rows, prompt), jnp.int32),
+            jax.ShapeDtypeStruct((config.batch.rows,), jnp.int32),
+        ),
+        frozen=(Frozen(reference=reference, reward=reward),),
     )
 
 
@@ -136,7 +156,8 @@ def critic_params(session: Session, run_dir: Path) -> Params:
     """
     if session.config.stage != "ppo":
         raise UserError(f"{run_dir} is a {session.config.stage} run: only ppo trains a critic")
-    init = partial(init_state, algorithm_of(session))
+    ppo = algorithm_of(session.config, session.model, session.tokenizer.stop_tokens, session.tokenizer.pad)
+    init = partial(init_state, ppo)
     return restore(find(run_dir), abstract(init, session.mesh)).critic.params
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,17 @@ import jax
 
 from maxllm.config import Config
 from maxllm.errors import UserError
-from maxllm.model.llama import Llama
-from maxllm.optim import make_optimizer
 from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import Session, open_session
 from maxllm.stages import prepare
+from maxllm.stages.program import language_program
 from maxllm.stages.shared import (
     heldout_language,
     language_job,
     start_from,
     start_policy,
 )
-from maxllm.steps.language import language_loss
-from maxllm.steps.state import TrainState, abstract, create, initializer
-from maxllm.steps.update import train_step
+from maxllm.steps.state import TrainState, create
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -46,24 +42,19 @@ def job(session: Session) -> Job:
     manifest = prepare.read_manifest(prepared)
     check_prepared(session, prepared, manifest)
     # 2. State: initialized, or read, straight into its shardings.
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
-    model = Llama(session.model)
-    init = initializer(model, optimizer)
-    abstract_state = abstract(init, session.mesh)
-
+    program = language_program(config, session.model, session.mesh)
     start = start_policy(session) if config.start.policy else None
 
     def fresh() -> TrainState:
         if start is None:
-            return create(init, abstract_state, jax.random.key(config.run.seed))
-        return start_from(start(), optimizer, abstract_state)
+            return create(program.init, program.abstract_state, jax.random.key(config.run.seed))
+        return start_from(start(), program.optimizer, program.abstract_state)
 
     # 3. Train; the best checkpoint is the one with the fewest held-out bits per byte.
     return language_job(
         session,
-        abstract_state=abstract_state,
+        program,
         fresh=fresh,
-        step=partial(train_step, loss_fn=partial(language_loss, model), optimizer=optimizer),
         rows=prepare.read_rows(prepared, "train"),
         evaluate=bits_per_byte(session, prepared, manifest),
         best=("bits_per_byte", "min"),

@@ -10,21 +10,19 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from maxllm.config import Config
 from maxllm.data import loader
 from maxllm.data.instruct import pad_pairs, pair_ids, read_split
 from maxllm.model.heads import ScalarModel
-from maxllm.optim import make_optimizer
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import PairBatch, Params
 from maxllm.run.loop import Job, finished, mean_over, train
 from maxllm.run.session import Session, compile_reader, open_session
+from maxllm.stages.program import reward_program
 from maxllm.stages.shared import start_from, start_policy, told
-from maxllm.steps.reward import reward_loss
-from maxllm.steps.state import TrainState, abstract, create, init_params, initializer
-from maxllm.steps.update import Loss, eval_step, train_step
+from maxllm.steps.state import TrainState, abstract, create, init_params
+from maxllm.steps.update import Loss, eval_step
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -43,26 +41,16 @@ def job(session: Session) -> Job:
     )
     pad = session.tokenizer.pad
     # 2. State: the policy's decoder under a new head.
-    model = ScalarModel(session.model)
+    program = reward_program(config, session.model, session.mesh)
     start = start_policy(session)
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
-    abstract_state = abstract(initializer(model, optimizer), session.mesh)
-    loss_fn = partial(reward_loss, model, config.reward)
     tokens = 2 * config.batch.rows * length
     # 3. Train; the best checkpoint is the one that orders most held-out pairs right.
     return Job(
-        abstract_state=abstract_state,
-        fresh=lambda: start_from(with_new_head(session, model, start), optimizer, abstract_state),
-        step=partial(
-            train_step,
-            loss_fn=loss_fn,
-            optimizer=optimizer,
-            seed=config.run.seed,
-            microbatches=config.batch.microbatches,
-            gradient_dtype=jnp.dtype(config.optimizer.gradient_dtype),
-        ),
+        abstract_state=program.abstract_state,
+        fresh=lambda: start_from(with_new_head(session, start), program.optimizer, program.abstract_state),
+        step=program.step,
         batches=loader.Batches(pad_pairs(train_pairs, length, pad), config.batch.rows, config.run.seed),
-        evaluate=heldout_pairs_evaluator(session, loss_fn, pad_pairs(heldout_pairs, length, pad)),
+        evaluate=heldout_pairs_evaluator(session, program.loss_fn, pad_pairs(heldout_pairs, length, pad)),
         best=("accuracy", "max"),
         tokens_per_step=tokens,
         flops_per_step=tokens * train_flops_per_token(session.model, length, head=1),
@@ -70,9 +58,9 @@ def job(session: Session) -> Job:
     )
 
 
-def with_new_head(session: Session, model: ScalarModel, start: Callable[[], Params]) -> Params:
+def with_new_head(session: Session, start: Callable[[], Params]) -> Params:
     """Scalar-model parameters whose decoder is the policy's."""
-    init = partial(init_params, model)
+    init = partial(init_params, ScalarModel(session.model))
     params = create(init, abstract(init, session.mesh), jax.random.key(session.config.run.seed))
     return params | {"decoder": start()["decoder"]}
 

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import optax
 
 from maxllm.config import Config
 from maxllm.data.chat import Message, messages_of
@@ -22,11 +21,10 @@ from maxllm.data.render import render_prompt
 from maxllm.data.sources import Tally
 from maxllm.errors import UserError
 from maxllm.model.adapters import merge
-from maxllm.model.llama import Llama
-from maxllm.optim import make_optimizer
 from maxllm.records import Params
 from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import Session, open_session, say
+from maxllm.stages.program import Trainer, language_program
 from maxllm.stages.shared import (
     exact_match,
     heldout_language,
@@ -38,9 +36,7 @@ from maxllm.stages.shared import (
     start_policy,
     told,
 )
-from maxllm.steps.language import adapters_loss, language_loss
-from maxllm.steps.state import TrainState, abstract, create, init_adapters, initializer
-from maxllm.steps.update import train_step
+from maxllm.steps.state import TrainState, create
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -58,8 +54,8 @@ def job(session: Session) -> Job:
     rows = pack_conversations([talk.piece for talk in train_talks], length, pad)
     heldout = pack_conversations([talk.piece for talk in heldout_talks], length, pad)
     # 2. State: all parameters, or adapters beside parameters that stay.
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
-    trained = all_parameters(session, optimizer) if config.lora is None else adapters(session, optimizer)
+    program = language_program(config, session.model, session.mesh)
+    trained = all_parameters(session, program) if config.lora is None else adapters(session, program)
     # 3. Held-out figures: loss on the replies, and greedy exact match.
     loss_of = heldout_language(session, heldout)
     respond = responder(session, config.generation)
@@ -74,9 +70,8 @@ def job(session: Session) -> Job:
 
     return language_job(
         session,
-        abstract_state=trained.abstract_state,
+        program,
         fresh=trained.fresh,
-        step=trained.step,
         frozen=trained.frozen,
         rows=rows,
         evaluate=evaluate,
@@ -93,39 +88,30 @@ def job(session: Session) -> Job:
 class Trained:
     """What of the model is trained."""
 
-    abstract_state: TrainState
     fresh: Callable[[], TrainState]
-    step: Callable[..., Any]
     frozen: tuple[Params, ...]
     """What the step reads besides."""
     whole: Callable[[Params], Params]
     """All parameters of the model, from the trained ones."""
 
 
-def all_parameters(session: Session, optimizer: optax.GradientTransformation) -> Trained:
+def all_parameters(session: Session, program: Trainer) -> Trained:
     """The whole model."""
-    model, start = Llama(session.model), start_policy(session)
-    abstract_state = abstract(initializer(model, optimizer), session.mesh)
+    start = start_policy(session)
     return Trained(
-        abstract_state,
-        fresh=lambda: start_from(start(), optimizer, abstract_state),
-        step=partial(train_step, loss_fn=partial(language_loss, model), optimizer=optimizer),
+        fresh=lambda: start_from(start(), program.optimizer, program.abstract_state),
         frozen=(),
         whole=lambda params: params,
     )
 
 
-def adapters(session: Session, optimizer: optax.GradientTransformation) -> Trained:
+def adapters(session: Session, program: Trainer) -> Trained:
     """LoRA: fresh adapters; the model itself stays as it is."""
     config = session.config
     assert config.lora is not None, "the recipe asks for adapters"
-    model, base = Llama(session.model, config.lora), start_policy(session)()
-    init = initializer(model, optimizer, init_adapters)
-    abstract_state = abstract(init, session.mesh)
+    base = start_policy(session)()
     return Trained(
-        abstract_state,
-        fresh=lambda: create(init, abstract_state, jax.random.key(config.run.seed)),
-        step=partial(train_step, loss_fn=partial(adapters_loss, model), optimizer=optimizer),
+        fresh=lambda: create(program.init, program.abstract_state, jax.random.key(config.run.seed)),
         frozen=(base,),
         whole=partial(jax.jit(partial(merge, lora=config.lora)), base),
     )

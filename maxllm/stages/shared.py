@@ -27,6 +27,7 @@ from maxllm.run.checkpoint import Which, check_params, find, load_params
 from maxllm.run.loop import Job, mean_over
 from maxllm.run.record import read_summary
 from maxllm.run.session import Session, compile_reader, run_config, say
+from maxllm.stages.program import Program
 from maxllm.steps.language import language_loss
 from maxllm.steps.state import TrainState, abstract, init_adapters, init_params
 from maxllm.steps.update import eval_step
@@ -102,10 +103,9 @@ def check_start(session: Session, run_dir: Path, wanted: Params) -> Path:
 
 def language_job(
     session: Session,
+    program: Program,
     *,
-    abstract_state: TrainState,
     fresh: Callable[[], TrainState],
-    step: Callable[..., Any],
     rows: LmBatch,
     evaluate: Callable[[TrainState], dict[str, float]],
     best: tuple[str, Any],
@@ -116,14 +116,9 @@ def language_job(
     config = session.config
     tokens = config.batch.rows * config.batch.sequence_length
     return Job(
-        abstract_state=abstract_state,
+        abstract_state=program.abstract_state,
         fresh=fresh,
-        step=partial(
-            step,
-            seed=config.run.seed,
-            microbatches=config.batch.microbatches,
-            gradient_dtype=jnp.dtype(config.optimizer.gradient_dtype),
-        ),
+        step=program.step,
         batches=loader.Batches(rows, config.batch.rows, config.run.seed),
         evaluate=evaluate,
         best=best,

@@ -1,0 +1,35 @@
+"""What XLA is told beside the program, by platform; training and planning compile with the same words."""
+
+import glob
+import os
+
+COMPILER_OPTIONS: dict[str, dict[str, str | bool | int]] = {
+    "tpu": {
+        # Weights are gathered once for each pass (model/layers.py). Left alone, XLA turns gather and matmul
+        # into a loop of small exchanges and gathers again for every use: 79 GB of them instead of 35 for
+        # Llama-2-7B on eight v5p chips.
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+        # A reduce-scatter over more than one dimension of the torus; otherwise it becomes an all-reduce of
+        # twice the bytes.
+        "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
+    }
+}
+"""Platform -> `compiler_options` of `lowered.compile`."""
+
+
+def compiler_options(platform: str) -> dict[str, str | bool | int] | None:
+    """Those of a platform; None where there are none."""
+    return COMPILER_OPTIONS.get(platform)
+
+
+def without_tpu() -> None:
+    """Where no TPU is, keeps libtpu, installed for its compiler, from looking for one and complaining."""
+    if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+        return
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5p-8"),
+    ):
+        os.environ.setdefault(name, value)

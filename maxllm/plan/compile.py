@@ -1,0 +1,109 @@
+"""Asking the real compiler, with no accelerator here: libtpu compiles for a slice that is only described."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from maxllm.errors import RunFailed, UserError
+from maxllm.parallel.compiler import compiler_options, without_tpu
+from maxllm.plan.hardware import GIB, Hardware
+from maxllm.plan.hlo import Collective, collectives
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler says of a program, per device."""
+
+    argument_bytes: int
+    """Parameters, optimizer state and batch."""
+    temp_bytes: int
+    """Everything else that is in use at once, donated arguments' space included."""
+    peak_bytes: int
+    """The most that is in use at one time."""
+    host_bytes: int
+    """In the memory of the host, of this device."""
+    seconds: float
+    """Compiling took."""
+    collectives: dict[str, Collective]
+    text: str
+    """The program, XLA's text."""
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A program that the compiler refuses for its memory."""
+
+    peak_bytes: int
+    """What it would need."""
+    seconds: float
+    largest: tuple[str, ...]
+    """The compiler's own list of what is large."""
+
+
+def topology_devices(hardware: Hardware) -> Sequence[jax.Device]:
+    """The devices of a machine that is not here, for a mesh to compile for.
+
+    Raises:
+      UserError: its compiler is not installed, or does not know such a slice.
+    """
+    if hardware.chip.platform != "tpu":
+        raise UserError(f"--hardware {hardware.name}: only TPUs can be compiled for as yet")
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"compiling for {hardware.name} needs TPU's compiler, which runs on any machine: "
+            "pip install 'maxllm[tpu]'"
+        ) from None
+    without_tpu()
+    from jax.experimental import topologies
+
+    name = f"{hardware.generation}:{'x'.join(map(str, hardware.shape))}"
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"--hardware {hardware.name}: TPU's compiler refuses {name} ({reason})") from None
+
+
+def compiled_for(hardware: Hardware, lower: Callable[[], Any]) -> Compiled | TooLarge:
+    """Compiles what `lower` lowers.
+
+    Raises:
+      RunFailed: the compiler fails for another reason than memory.
+    """
+    started = time.perf_counter()
+    try:
+        compiled = lower().compile(compiler_options=compiler_options(hardware.chip.platform))
+    except jax.errors.JaxRuntimeError as error:
+        message, seconds = str(error), time.perf_counter() - started
+        if found := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message):
+            size = float(found[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[found[2]]
+            return TooLarge(int(size), seconds, largest_in(message))
+        raise RunFailed(f"the compiler for {hardware.name} fails: {message.splitlines()[0][:300]}") from error
+    seconds = time.perf_counter() - started
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    return Compiled(
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+        host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        seconds=seconds,
+        collectives=collectives(text),
+        text=text,
+    )
+
+
+def largest_in(message: str) -> tuple[str, ...]:
+    """Sizes and shapes of the largest allocations that the compiler names when it runs out of memory."""
+    sizes = re.findall(r"Size: ([\d.]+[KMGT]?)", message)
+    shapes = re.findall(r"Shape: (\S+?)\{", message)
+    names = re.findall(r'Operator: op_name="([^"]*)"', message)
+    rows = zip(sizes, shapes, (*names, *[""] * len(sizes)), strict=False)
+    return tuple(f"{size} {shape} {name.split('/')[-1]}".strip() for size, shape, name in rows)[:8]

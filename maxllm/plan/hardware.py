@@ -1,0 +1,115 @@
+"""Machines that can be planned for: what a chip has, and how chips are named and arranged.
+
+v5e-256, v6e-16: TPUs counted in chips; v5p-16, v4-32: TPUs counted in cores, two to a chip; v5p:2x2x2,
+v6e:4x4: a TPU slice by its shape; h100x8, h100x64: GPUs, eight to a node.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from maxllm.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator. TPU: Google's system architecture pages, XLA's own limit for memory, and for links
+    Austin et al. 2025, "How to scale your model"; GPU: NVIDIA's data sheets."""
+
+    platform: str
+    flops: float
+    """Dense bfloat16 FLOP/s."""
+    hbm_bytes: int
+    """What a program may use."""
+    hbm_bandwidth: float
+    """Bytes/s."""
+    link_bandwidth: float
+    """Bytes/s that a chip sends, over all its links together."""
+    cores: int = 1
+    """TensorCores, which some names count."""
+    watts: float | None = None
+    """Power of the board, where published."""
+
+
+CHIPS = {
+    "v4": Chip("tpu", 275e12, int(30.75 * GIB), 1.228e12, 3 * 2 * 4.5e10, cores=2),
+    "v5e": Chip("tpu", 197e12, int(15.75 * GIB), 8.19e11, 2 * 2 * 4.5e10),
+    "v5p": Chip("tpu", 459e12, int(95.74 * GIB), 2.765e12, 3 * 2 * 9e10, cores=2),
+    "v6e": Chip("tpu", 918e12, int(31.25 * GIB), 1.64e12, 2 * 2 * 9e10),
+    "a100": Chip("gpu", 312e12, 80 * 10**9, 2.039e12, 3e11, watts=400),
+    "h100": Chip("gpu", 989e12, 80 * 10**9, 3.35e12, 4.5e11, watts=700),
+}
+
+SLICES = {
+    2: {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    3: {
+        4: "2x2x1",
+        8: "2x2x2",
+        16: "2x2x4",
+        32: "2x4x4",
+        64: "4x4x4",
+        128: "4x4x8",
+        256: "4x8x8",
+        512: "8x8x8",
+        1024: "8x8x16",
+        2048: "8x16x16",
+        4096: "16x16x16",
+    },
+}
+"""Chips -> shape of the slice, by the dimensions of the torus."""
+
+TORUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine."""
+
+    name: str
+    """As the user gave it."""
+    generation: str
+    """Key of CHIPS."""
+    shape: tuple[int, ...]
+    """TPU: the slice; GPU: (nodes, GPUs of a node)."""
+
+    @property
+    def chip(self) -> Chip:
+        """What each device is."""
+        return CHIPS[self.generation]
+
+    @property
+    def devices(self) -> int:
+        """JAX devices: chips (both cores of a v4 or v5p chip are one)."""
+        return math.prod(self.shape)
+
+
+def hardware_of(name: str) -> Hardware:
+    """A machine by its name.
+
+    Raises:
+      UserError: it is none that is known, with those that are.
+    """
+    known = f"{', '.join(sorted(TORUS))} as NAME-COUNT or NAME:SHAPE (v5e-256, v5p:2x2x2), h100xCOUNT"
+    if match := re.fullmatch(r"(a100|h100)x(\d+)", name):
+        generation, count = match[1], int(match[2])
+        if count < 1 or (count > 8 and count % 8):
+            raise UserError(f"--hardware {name}: GPUs come up to eight to a node; give a multiple of 8")
+        return Hardware(name, generation, (max(1, count // 8), min(8, count)))
+    if match := re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+)+)", name):
+        shape = tuple(int(size) for size in match[2].split("x"))
+        if len(shape) != TORUS[match[1]] or 0 in shape:
+            raise UserError(f"--hardware {name}: a {match[1]} slice has {TORUS[match[1]]} dimensions")
+        return Hardware(name, match[1], shape)
+    if match := re.fullmatch(r"(v4|v5e|v5p|v6e)-(\d+)", name):
+        generation, count = match[1], int(match[2])
+        per_chip, slices = CHIPS[generation].cores, SLICES[TORUS[generation]]
+        if count % per_chip or count // per_chip not in slices:
+            sizes = ", ".join(str(chips * per_chip) for chips in slices)
+            raise UserError(f"--hardware {name}: {generation} slices have {sizes}")
+        shape = tuple(int(size) for size in slices[count // per_chip].split("x"))
+        return Hardware(name, generation, shape)
+    raise UserError(f"--hardware {name} is not known; known are {known}")

@@ -1,0 +1,74 @@
+"""The least time that a step can take, from three floors: arithmetic, memory traffic, links.
+
+A bound, not a prediction: it takes the three to overlap perfectly and each to run at its peak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maxllm.config import ModelConfig
+from maxllm.plan.flops import matmul_parameters, train_flops_per_token
+from maxllm.plan.hardware import Chip
+
+UPDATE_BYTES = 4 * 7
+"""Bytes moved per parameter in an AdamW update in float32: gradient, parameter and two moments read, three
+written."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds of a step, at least."""
+
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        """The highest floor."""
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def by(self) -> str:
+        """Which floor it is."""
+        return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
+
+
+def step_bound(
+    chip: Chip,
+    *,
+    model: ModelConfig,
+    sequence_length: int,
+    tokens_per_device: float,
+    parameter_shard: float,
+    gathered_parameters: float,
+    sent_bytes: float,
+    passes: int,
+) -> Bound:
+    """The bound of a training step on one device.
+
+    Args:
+      chip: the device.
+      model: the model.
+      sequence_length: tokens of a row.
+      tokens_per_device: tokens of the batch divided by the devices.
+      parameter_shard: parameters whose optimizer state this device holds.
+      gathered_parameters: parameters that this device multiplies with, whoever holds them.
+      sent_bytes: of collectives, by the compiled program.
+      passes: times that the weights are read for matmuls: 3, or 4 with recomputation.
+    """
+    flops = hardware_flops_per_token(model, sequence_length) * tokens_per_device
+    memory = parameter_shard * UPDATE_BYTES + gathered_parameters * 2 * passes
+    return Bound(flops / chip.flops, memory / chip.hbm_bandwidth, sent_bytes / chip.link_bandwidth)
+
+
+def hardware_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Forward, backward, and what `remat` computes again: each layer's forward but its last matmul (w_down),
+    whose result the backward pass does not read; and attention once more."""
+    flops = train_flops_per_token(model, sequence_length)
+    if model.remat in ("none", "dots"):
+        return flops
+    layers = matmul_parameters(model, 0) - model.n_layers * model.d_model * model.d_ff
+    attention = 2 * model.n_layers * model.n_heads * model.k_dim * sequence_length
+    return flops + 2 * layers + attention

@@ -1,0 +1,46 @@
+"""The bound of a step, by hand."""
+
+import pytest
+
+from maxllm.config import ModelConfig
+from maxllm.plan.hardware import CHIPS
+from maxllm.plan.roofline import hardware_flops_per_token, step_bound
+
+LLAMA2_7B = ModelConfig(
+    vocab_size=32_000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, d_ff=11_008, max_seq_len=4096
+)
+MATRICES = 32 * (4 * 4096**2 + 3 * 4096 * 11_008)
+
+
+def test_full_remat_computes_again_all_but_the_last_matmul():
+    """407 TF of matmuls for 4 x 2048 tokens of Llama-2-7B: 8 per weight, 6 of w_down and of the head."""
+    remat = LLAMA2_7B.model_copy(update={"remat": "full"})
+    tokens, T = 4 * 2048, 2048
+    attention = 4 * 2 * 32 * 4096 * T  # forward twice, backward two forwards' worth; causal half
+    down, head = 32 * 4096 * 11_008, 4096 * 32_000
+    wanted = 8 * (MATRICES - down) + 6 * (down + head)
+    assert hardware_flops_per_token(remat, T) == wanted + attention
+    assert wanted * tokens == pytest.approx(407e12, rel=2e-3)
+
+
+def test_without_remat_the_model_is_all_there_is():
+    T = 2048
+    assert hardware_flops_per_token(LLAMA2_7B, T) == 6 * (MATRICES + 4096 * 32_000) + 6 * 32 * 4096 * T
+
+
+def test_the_highest_floor_is_the_bound():
+    chip = CHIPS["v5p"]
+    figures = {
+        "model": LLAMA2_7B,
+        "sequence_length": 2048,
+        "parameter_shard": 1e9,
+        "gathered_parameters": 8e9,
+    }
+    bound = step_bound(chip, **figures, tokens_per_device=8192, sent_bytes=35e9, passes=3)
+    flops = hardware_flops_per_token(LLAMA2_7B, 2048) * 8192
+    assert bound.compute == flops / 459e12
+    assert bound.memory == (1e9 * 28 + 8e9 * 2 * 3) / 2.765e12
+    assert bound.links == 35e9 / 5.4e11
+    assert (bound.seconds, bound.by) == (bound.compute, "compute")
+    few = step_bound(chip, **figures, tokens_per_device=1, sent_bytes=35e9, passes=3)
+    assert few.by == "links"

@@ -1,0 +1,181 @@
+"""`maxllm plan`: TPU's own compiler is asked, on this machine without one."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maxllm.cli import main
+
+RECIPE = {
+    "stage": "pretrain",
+    "run": {"dir": "runs/unused", "steps": 10, "hardware": "v5e:2x2"},
+    "model": {
+        "vocab_size": 512,
+        "d_model": 512,
+        "n_layers": 4,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "d_ff": 1024,
+        "max_seq_len": 256,
+        "remat": "full",
+    },
+    "tokenizer": {"path": "unused"},
+    "data": {"prepared_dir": "unused"},
+    "batch": {"rows": 8, "sequence_length": 256},
+}
+D, L, F, V = 512, 4, 1024, 512
+PARAMETERS = 2 * V * D + D + L * (D * D * (1 + 0.5 + 0.5 + 1) + 3 * D * F + 2 * D)
+
+
+@pytest.fixture
+def plan(tmp_path, capsys):
+    """plan(*words, **changes of the recipe's sections): exit code, figures, stderr."""
+
+    def run(*words, **changes):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(RECIPE | changes))
+        code = main(["plan", str(recipe), "--json", *words])
+        said = capsys.readouterr()
+        return code, json.loads(said.out) if said.out else None, said.err
+
+    return run
+
+
+def test_a_plan_has_the_figures(plan):
+    """The state has 12 bytes a parameter, over the shards; weights are gathered twice, scattered once."""
+    code, figures, _ = plan("mesh.fsdp=4", "--tokens", "1e6", "--price", "2")
+    assert code == 0 and figures["fits"]
+    assert (figures["hardware"], figures["devices"]) == ("v5e:2x2", 4)
+    assert figures["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+    assert figures["parameters"] == PARAMETERS
+    state = 12 * PARAMETERS / 4
+    assert state <= figures["argument_bytes"] < 1.1 * state  # norms are whole, rows of the batch are small
+    assert figures["argument_bytes"] < figures["peak_bytes"] <= figures["hbm_bytes"]
+    assert figures["temp_bytes"] > 0 and figures["host_bytes"] == 0 and figures["compile_seconds"] > 0
+    weights = L * (3 * D * D + 3 * D * F)
+    gathered, scattered = (figures["collectives"][kind]["bytes"] for kind in ("all-gather", "reduce-scatter"))
+    assert gathered >= 2 * 2 * weights * 3 / 4
+    assert scattered >= 2 * weights * 3 / 4
+    # The head is gathered once, and both tables' gradients are scattered in float32.
+    assert gathered + scattered < 3 * 2 * weights * 3 / 4 + (2 + 4 + 4) * V * D
+    assert figures["flops_per_token"] == 6 * (weights + D * V) + 6 * L * D * 256
+    assert figures["tokens_per_second"] == pytest.approx(8 * 256 / figures["step_seconds_bound"])
+    assert figures["mfu_bound"] == pytest.approx(
+        figures["flops_per_token"] * figures["tokens_per_second"] / (4 * 197e12)
+    )
+    assert figures["days"] == pytest.approx(1e6 / figures["tokens_per_second"] / 86400)
+    assert figures["cost"] == pytest.approx(figures["days"] * 24 * 4 * 2)
+
+
+def test_data_parallelism_reduces_gradients_and_keeps_the_state_whole(plan):
+    code, figures, _ = plan()
+    assert code == 0 and figures["mesh"]["data"] == 4
+    assert figures["argument_bytes"] >= 12 * PARAMETERS
+    assert set(figures["collectives"]) == {"all-reduce"}
+
+
+def test_bfloat16_gradients_need_less(plan):
+    deep = {"model": RECIPE["model"] | {"n_layers": 16}}
+    peaks = {
+        kind: plan("mesh.fsdp=4", f"optimizer.gradient_dtype={kind}", **deep)[1]["peak_bytes"]
+        for kind in ("float32", "bfloat16")
+    }
+    weights = 16 * (3 * D * D + 3 * D * F)
+    assert peaks["float32"] - peaks["bfloat16"] > 0.9 * 2 * weights / 4
+
+
+@pytest.mark.parametrize(
+    "mesh", [["mesh.fsdp=2", "mesh.tensor=2"], ["mesh.context=2", "mesh.fsdp=2"]], ids=str
+)
+def test_products_compile(plan, mesh):
+    code, figures, _ = plan(*mesh)
+    assert code == 0 and figures["fits"]
+    assert figures["argument_bytes"] < 1.1 * 12 * PARAMETERS / 4
+
+
+def test_what_does_not_fit_is_exit_3_and_says_how_much(plan):
+    large = RECIPE["model"] | {"d_model": 8192, "n_heads": 64, "n_kv_heads": 64, "d_ff": 28672}
+    code, figures, error = plan("mesh.fsdp=4", model=large)
+    assert code == 3 and not figures["fits"]
+    # 4 layers of 0.97 B parameters and two tables: 12 bytes each of four shards, on 16.9 GB.
+    assert figures["peak_bytes"] > 12 * 3.89e9 / 4 > 0.6 * figures["hbm_bytes"]
+    assert "GB per device are needed on v5e:2x2, which has 16.91" in error
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("sft", {}),
+        ("sft", {"lora": {"rank": 4}}),
+        ("reward", {}),
+        ("ppo", {"generation": {"max_new_tokens": 128, "temperature": 1.0}}),
+    ],
+    ids=["sft", "lora", "reward", "ppo"],
+)
+def test_every_stage_has_a_plan(plan, stage, changes):
+    start = {"policy": "not/here", "reward": "not/here"}
+    data = {"sources": ["unused.jsonl"]}
+    batch = {"rows": 8, "sequence_length": 256}
+    code, figures, error = plan("mesh.fsdp=4", stage=stage, start=start, data=data, batch=batch, **changes)
+    assert code == 0, error
+    assert figures["fits"] and figures["collectives"]
+
+
+def test_four_models_of_ppo_hold_what_they_should(plan):
+    """Actor and critic 12 bytes a parameter, reference and reward model 4: 32 in all, over the shards."""
+    _, figures, _ = plan(
+        "mesh.fsdp=4",
+        stage="ppo",
+        start={"policy": "not/here", "reward": "not/here"},
+        data={"sources": ["unused.jsonl"]},
+        generation={"max_new_tokens": 128, "temperature": 1.0},
+    )
+    scalar = PARAMETERS - V * D + D
+    wanted = (16 * PARAMETERS + 16 * scalar) / 4
+    assert wanted <= figures["argument_bytes"] < 1.1 * wanted
+
+
+# What cannot be planned
+
+
+def test_a_machine_must_be_named(plan):
+    code, _, error = plan(run={"dir": "runs/unused", "steps": 10})
+    assert code == 2 and "give --hardware" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--hardware", "v5x-8"], "v5x-8 is not known"),
+        (["--hardware", "h100x8"], "only TPUs can be compiled for as yet"),
+        (["--hardware", "v5e:3x3"], "TPU's compiler refuses v5e:3x3"),
+        (["mesh.fsdp=3"], "3 does not divide the 4 devices"),
+        (["mesh.tensor=4"], "model.n_kv_heads=2 is not divisible by mesh.tensor=4"),
+        (["batch.sequence_length=200"], "a multiple of 128 positions per device, not 200"),
+        (["stage=sft", "start.policy=not/here", "model=null"], "train that stage first, or give the section"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_what_cannot_be_planned_is_told(plan, words, sentence):
+    code, figures, error = plan(*words)
+    assert (code, figures) == (2, None)
+    assert sentence in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_without_the_compiler_the_extra_is_named(plan, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    code, _, error = plan()
+    assert code == 2 and "pip install 'maxllm[tpu]'" in error
+
+
+def test_people_get_tables(tmp_path: Path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    assert main(["plan", str(recipe)]) == 0
+    said = capsys.readouterr().out
+    for word in ("fits", "peak", "all-reduce", "model FLOPs utilization", "compiling took"):
+        assert word in said

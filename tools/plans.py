@@ -1,0 +1,100 @@
+"""Compiles every recipe that names its machine, and compares the peak with the figure recorded for it.
+
+    python tools/plans.py               all of them; fails where one does not fit or moved by more than 3 %
+    python tools/plans.py llama2-7b     those whose name has this in it
+    python tools/plans.py --record      writes down what is found
+
+The figures are in configs/plans.json. A recipe takes one to five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECORD = CONFIGS / "plans.json"
+MOVED = 0.03
+
+
+def main() -> int:
+    """Prints a table; 1 where something is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", nargs="?", default="", help="only recipes whose name has this in it")
+    parser.add_argument("--record", action="store_true", help="write the figures down")
+    options = parser.parse_args()
+    recipes = [recipe for recipe in with_machines() if options.name in name_of(recipe)]
+    if not recipes:
+        print(f"no recipe that names its machine has {options.name!r} in its name", file=sys.stderr)
+        return 2
+    recorded = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    table = Table("recipe", "machine", "peak GB", "of", "recorded", "sent GB", "compiled in", "")
+    wrong = 0
+    for recipe in recipes:
+        figures, former = plan(recipe), recorded.get(name_of(recipe))
+        verdict = verdict_on(figures, former)
+        wrong += bool(verdict)
+        sent = sum(exchange["bytes"] for exchange in (figures["collectives"] or {}).values())
+        table.add_row(
+            name_of(recipe),
+            figures["hardware"],
+            f"{figures['peak_bytes'] / 1e9:.2f}",
+            f"{figures['hbm_bytes'] / 1e9:.1f}",
+            f"{former['peak_bytes'] / 1e9:.2f}" if former else "-",
+            f"{sent / 1e9:.1f}",
+            f"{figures['compile_seconds']:.0f} s",
+            verdict or "fits",
+        )
+        if options.record and figures["fits"]:
+            recorded[name_of(recipe)] = {"peak_bytes": figures["peak_bytes"], "sent_bytes": sent}
+            RECORD.write_text(json.dumps(dict(sorted(recorded.items())), indent=2) + "\n")
+        print(f"{name_of(recipe)}: {verdict or 'fits'}", file=sys.stderr)
+    Console().print(table)
+    return int(wrong > 0 and not options.record)
+
+
+def with_machines() -> list[Path]:
+    """Recipes with run.hardware."""
+    found = []
+    for path in sorted(CONFIGS.glob("*/*.yaml")):
+        if yaml.safe_load(path.read_text())["run"].get("hardware"):
+            found.append(path)
+    return found
+
+
+def name_of(recipe: Path) -> str:
+    """pretrain/llama2-7b_synthetic_v5p-16"""
+    return f"{recipe.parent.name}/{recipe.stem}"
+
+
+def plan(recipe: Path) -> dict[str, Any]:
+    """What `maxllm plan --json` says, also of a recipe that does not fit."""
+    words = [sys.executable, "-m", "maxllm.cli", "plan", str(recipe), "--json"]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 3):
+        raise SystemExit(f"{name_of(recipe)} cannot be planned")
+    return json.loads(done.stdout)
+
+
+def verdict_on(figures: dict[str, Any], former: dict[str, Any] | None) -> str:
+    """What is wrong; empty where nothing is."""
+    if not figures["fits"]:
+        return "DOES NOT FIT"
+    if former is None:
+        return "not recorded"
+    change = figures["peak_bytes"] / former["peak_bytes"] - 1
+    return f"moved by {change:+.1%}" if abs(change) > MOVED else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
