@@ -15,6 +15,11 @@ from maxllm.parallel.compiler import compiler_options, without_tpu
 from maxllm.plan.hardware import GIB, Hardware
 from maxllm.plan.hlo import Collective, collectives
 
+OUT_OF_MEMORY = re.compile(
+    r"(?:Used |HLO temporaries \()(?P<size>[\d.]+)(?P<unit>[KMGT])(?: of |\) exceeds available HBM)"
+)
+"""The compiler's two ways to say it: all that a program uses, or its temporaries, where they are too much."""
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -40,7 +45,7 @@ class TooLarge:
     """A program that the compiler refuses for its memory."""
 
     peak_bytes: int
-    """What it would need."""
+    """What it would need, at least."""
     seconds: float
     largest: tuple[str, ...]
     """The compiler's own list of what is large."""
@@ -83,8 +88,8 @@ def compiled_for(hardware: Hardware, lower: Callable[[], Any]) -> Compiled | Too
         compiled = lower().compile(compiler_options=compiler_options(hardware.chip.platform))
     except jax.errors.JaxRuntimeError as error:
         message, seconds = str(error), time.perf_counter() - started
-        if found := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message):
-            size = float(found[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[found[2]]
+        if found := OUT_OF_MEMORY.search(message):
+            size = float(found["size"]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[found["unit"]]
             return TooLarge(int(size), seconds, largest_in(message))
         raise RunFailed(f"the compiler for {hardware.name} fails: {message.splitlines()[0][:300]}") from error
     seconds = time.perf_counter() - started

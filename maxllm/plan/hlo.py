@@ -44,8 +44,14 @@ def collectives(text: str) -> dict[str, Collective]:
     """
     computations, entry = parse(text)
     totals: dict[str, list[int]] = {}
+    seen: set[str] = set()
     for line, times in walk(computations, entry, 1):
         if found := exchange(line, computations):
+            # TPU's compiler spreads an exchange over the fusions that it overlaps with, by its channel.
+            channel = re.search(r"channel_id=\d+", line)
+            if channel is not None and channel[0] in seen:
+                continue
+            seen.add(channel[0] if channel else "")
             kind, size = found
             total = totals.setdefault(kind, [0, 0])
             total[0] += size * times

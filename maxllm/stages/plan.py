@@ -136,7 +136,12 @@ def compiler_figures(plan: Plan, asked: Compiled | TooLarge) -> dict[str, Any]:
     figures = {"hbm_bytes": limit, "peak_bytes": asked.peak_bytes, "compile_seconds": round(asked.seconds, 2)}
     if isinstance(asked, TooLarge):
         nothing = dict.fromkeys(("argument_bytes", "temp_bytes", "host_bytes", "collectives"))
-        return {"fits": False, **figures, **nothing, "largest": list(asked.largest)}
+        return {
+            "fits": False,
+            **figures,
+            **nothing,
+            "largest": list(asked.largest) or largest_arguments(plan),
+        }
     return {
         "fits": asked.peak_bytes <= limit,
         **figures,

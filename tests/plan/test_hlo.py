@@ -37,8 +37,17 @@ HloModule step
   ROOT %less = pred[] compare(%i, %limit), direction=LT
 }
 
+%async_collective_fusion (w: u16[8,16]) -> u16[64,16] {
+  ROOT %gathered = u16[64,16]{1,0} all-gather(%w), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'a','b'}
+}
+
+%async_collective_fusion.1 (w: u16[8,16]) -> u16[64,16] {
+  ROOT %gathered.1 = u16[64,16]{1,0} all-gather(%w), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'a','b'}
+}
+
 %outer_body (p: (s32[])) -> (s32[]) {
-  %gathered = u16[64,16]{1,0:T(8,128)(2,1)} all-gather(%w), replica_groups=mesh['a'=2,'b'=4] {'a','b'}
+  %start = u16[64,16]{1,0:T(8,128)(2,1)} fusion(%w), kind=kCustom, calls=%async_collective_fusion
+  %done = u16[64,16]{1,0:T(8,128)(2,1)} fusion(%start), kind=kCustom, calls=%async_collective_fusion.1
   %scattered = f32[1,32]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
   %loop = (s32[]) while(%t), condition=%inner_condition, body=%inner_body
   ROOT %out = (s32[]) tuple(%i)
