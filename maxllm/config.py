@@ -112,7 +112,9 @@ class ModelConfig(Section):
         description="Compute type of matmuls; parameters, norms, softmax and logits are float32.",
     )
     attention: Literal["auto", "xla", "splash"] = Field(
-        "auto", description="Kernel: splash on TPU, xla anywhere; auto takes the one of the hardware."
+        "auto",
+        description="Kernel: splash on TPU, xla anywhere; auto takes the hardware's, or xla where "
+        "attention_dropout is on.",
     )
     remat: Literal["none", "dots", "full", "offload"] = Field(
         "none",

@@ -59,7 +59,7 @@ def main() -> int:
             recorded[name_of(recipe)] = {"peak_bytes": figures["peak_bytes"], "sent_bytes": sent}
             RECORD.write_text(json.dumps(dict(sorted(recorded.items())), indent=2) + "\n")
         print(f"{name_of(recipe)}: {verdict or 'fits'}", file=sys.stderr)
-    Console().print(table)
+    Console(width=140).print(table)
     return int(wrong > 0 and not options.record)
 
 

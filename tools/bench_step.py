@@ -1,0 +1,153 @@
+"""A pretraining step on this machine beside Hugging Face transformers and torch's AdamW, in one run.
+
+    python tools/bench_step.py [--steps 6] [--ours-only]
+
+The model has 34 M parameters (d 512, 8 layers, vocabulary 8,192), the batch 8 rows of 256 tokens, float32;
+both clip gradients and take AdamW. Prints seconds per step, tokens per second, and the share of the speed
+that this machine reaches on one of the model's own matmuls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from maxllm.config import BatchConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from maxllm.parallel import processes, sharding
+from maxllm.parallel.mesh import make_mesh
+from maxllm.plan.flops import train_flops_per_token
+from maxllm.records import LmBatch
+from maxllm.run.session import compile_step
+from maxllm.stages.program import language_program
+from maxllm.steps.state import create
+
+ROWS, LENGTH = 8, 256
+MODEL = ModelConfig(
+    vocab_size=8192,
+    d_model=512,
+    n_layers=8,
+    n_heads=8,
+    n_kv_heads=8,
+    d_ff=1408,
+    max_seq_len=LENGTH,
+    dtype="float32",
+    scan_unroll=8,
+)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-4, weight_decay=0.1)
+
+
+def seconds_of(step: Callable[[], object], steps: int) -> float:
+    """Median of some steps after two that warm up."""
+    times = []
+    for _ in range(steps + 2):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])
+
+
+def ours(tokens: np.ndarray) -> Callable[[], object]:
+    """A step of ours, compiled as `pretrain` does it."""
+    config = Config.model_construct(
+        stage="pretrain",
+        run=RunConfig(dir="unused", steps=1000),
+        batch=BatchConfig(rows=ROWS, sequence_length=LENGTH),
+        optimizer=OPTIMIZER,
+        lora=None,
+    )
+    mesh = make_mesh(MeshConfig())
+    program = language_program(config, MODEL, mesh)
+    ones = np.ones((ROWS, LENGTH), np.int32)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    batch = LmBatch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
+    step, _ = compile_step(mesh, program.step, program.abstract_state, batch)
+    placed = processes.to_global(batch, sharding.batch_sharding(mesh))
+    state = create(program.init, program.abstract_state, jax.random.key(0))
+
+    def advance() -> object:
+        nonlocal state
+        state, metrics = step(state, placed)
+        return jax.block_until_ready(metrics)
+
+    return advance
+
+
+def theirs(tokens: np.ndarray) -> Callable[[], object]:
+    """The same in torch."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = MODEL
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            intermediate_size=c.d_ff,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=False,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=OPTIMIZER.learning_rate, weight_decay=0.1)
+    ids = torch.from_numpy(tokens[:, :-1]).long()
+
+    def advance() -> object:
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
+        optimizer.step()
+        return loss
+
+    return advance
+
+
+def matmul_flops() -> float:
+    """FLOP/s of the feed-forward's matmul alone."""
+    x, w = jnp.ones((ROWS * LENGTH, MODEL.d_model)), jnp.ones((MODEL.d_model, MODEL.d_ff))
+    multiply = jax.jit(jnp.matmul)
+    seconds = seconds_of(partial(repeat, lambda: multiply(x, w), 20), 5) / 20
+    return 2 * x.size * MODEL.d_ff / seconds
+
+
+def repeat(work: Callable[[], jax.Array], times: int) -> None:
+    """Calls that are waited for."""
+    for _ in range(times):
+        work().block_until_ready()
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--ours-only", action="store_true")
+    options = parser.parse_args()
+    tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
+    flops = ROWS * LENGTH * train_flops_per_token(MODEL, LENGTH)
+    peak = matmul_flops()
+    table = Table(
+        "", "s per step", "tokens/s", "of the matmul speed", title=f"matmul {peak / 1e9:.0f} GFLOP/s"
+    )
+    steps = {"ours": ours} if options.ours_only else {"ours": ours, "transformers + torch": theirs}
+    for name, make in steps.items():
+        seconds = seconds_of(make(tokens), options.steps)
+        speed, share = ROWS * LENGTH / seconds, flops / seconds / peak
+        table.add_row(name, f"{seconds:.2f}", f"{speed:,.0f}", f"{share:.0%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
