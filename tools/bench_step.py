@@ -23,6 +23,7 @@ from rich.table import Table
 
 from maxllm.config import BatchConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from maxllm.parallel import processes, sharding
+from maxllm.parallel.compiler import without_tpu
 from maxllm.parallel.mesh import make_mesh
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import LmBatch
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--ours-only", action="store_true")
     options = parser.parse_args()
+    without_tpu()
     tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
     flops = ROWS * LENGTH * train_flops_per_token(MODEL, LENGTH)
     peak = matmul_flops()

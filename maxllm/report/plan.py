@@ -37,6 +37,7 @@ def memory(figures: dict[str, Any]) -> Table:
     ):
         if figures[name] is not None:
             table.add_row(label, f"{figures[name] / 1e9:.2f}")
+    table.add_row("classic recipe's state, nothing split", f"{figures['classic_state_bytes'] / 1e9:.2f}")
     for line in figures["largest"]:
         table.add_row(f"  {line}", "")
     return table
@@ -55,6 +56,10 @@ def speed(figures: dict[str, Any]) -> Table:
     """The bound, and what follows from it."""
     table = Table("at best", "", title="speed", title_justify="left")
     table.add_row("FLOPs per token (causal)", f"{figures['flops_per_token']:.3g}")
+    optimal = figures["compute_optimal_tokens"]
+    table.add_row("compute-optimal for this model (20 per parameter)", f"{optimal:.3g} tokens")
+    best = figures["compute_optimal_parameters"]
+    table.add_row(f"compute-optimal for its {figures['tokens']:.3g} tokens", f"{best:.3g} parameters")
     if figures["step_seconds_bound"] is not None:
         table.add_row("step", f"{figures['step_seconds_bound']:.3f} s, bound by {figures['bound_by']}")
         table.add_row("model FLOPs utilization", f"{figures['mfu_bound']:.1%}")

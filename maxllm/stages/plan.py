@@ -25,6 +25,13 @@ from maxllm.plan.compile import Compiled, TooLarge, compiled_for, topology_devic
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.plan.hardware import Hardware, hardware_of
 from maxllm.plan.roofline import Bound, step_bound
+from maxllm.plan.scaling import (
+    classic_bytes,
+    classic_ppo_bytes,
+    optimal_parameters,
+    optimal_tokens,
+    training_flops,
+)
 from maxllm.run.session import check_replies_fit, lower_step, resolved
 from maxllm.stages.ppo import algorithm_of, check_sampling, program_of
 from maxllm.stages.program import Program, language_program, reward_program
@@ -120,12 +127,16 @@ def program_for(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
 
 
 def machine_figures(plan: Plan) -> dict[str, Any]:
-    """The machine and the model."""
+    """The machine and the model; `classic_state_bytes` is what all devices together would hold of it in the
+    classic recipe (mixed precision, Adam, nothing split)."""
+    classic = classic_ppo_bytes if plan.config.stage == "ppo" else classic_bytes
     return {
         "hardware": plan.hardware.name,
         "devices": plan.hardware.devices,
         "mesh": {axis: int(size) for axis, size in plan.mesh.shape.items()},
         "parameters": parameters_of(plan),
+        "compute_optimal_tokens": optimal_tokens(parameters_of(plan)),
+        "classic_state_bytes": classic(parameters_of(plan)),
         "attention": plan.model.attention,
     }
 
@@ -164,10 +175,13 @@ def speed_figures(
     batch, model = plan.config.batch, plan.model
     per_step = batch.rows * batch.sequence_length * (2 if plan.config.stage == "reward" else 1)
     flops = train_flops_per_token(model, batch.sequence_length)
+    total = tokens if tokens is not None else float(per_step * plan.config.run.steps)
     figures: dict[str, Any] = {
         "flops_per_token": flops,
         "flops_per_token_full_attention": full_attention(model, batch.sequence_length),
         "tokens_per_step": per_step,
+        "tokens": total,
+        "compute_optimal_parameters": optimal_parameters(training_flops(parameters_of(plan), total)),
     }
     names = ("step_seconds_bound", "bound_by", "mfu_bound", "tokens_per_second", "days", "cost", "energy_kwh")
     if isinstance(asked, TooLarge) or plan.config.stage == "ppo":
@@ -175,14 +189,12 @@ def speed_figures(
     bound = bound_of(plan, asked, per_step)
     speed = per_step / bound.seconds
     chip, devices = plan.hardware.chip, plan.hardware.devices
-    total = tokens if tokens is not None else float(per_step * plan.config.run.steps)
     hours = total / speed / 3600
     return figures | {
         "step_seconds_bound": bound.seconds,
         "bound_by": bound.by,
         "mfu_bound": flops * speed / (chip.flops * devices),
         "tokens_per_second": speed,
-        "tokens": total,
         "days": hours / 24,
         "cost": None if price is None else price * devices * hours,
         "energy_kwh": None if chip.watts is None else chip.watts * devices * hours / 1000,

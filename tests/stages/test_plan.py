@@ -9,6 +9,8 @@ import yaml
 
 from maxllm.cli import main
 
+pytest.importorskip("libtpu", reason="TPU's compiler is made for Linux on x86-64")
+
 RECIPE = {
     "stage": "pretrain",
     "run": {"dir": "runs/unused", "steps": 10, "hardware": "v5e:2x2"},
