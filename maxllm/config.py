@@ -150,7 +150,7 @@ class RunConfig(Section):
 
     dir: Name = Field(description="Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/.")
     hardware: Name | None = Field(
-        None, description="The machine that the recipe is meant for, for `plan`: v5p-16, v6e:4x4, …"
+        None, description="The machine that the recipe is meant for, as `plan` names it: v5p-16."
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seeds initialization, data order, dropout and sampling."
@@ -275,13 +275,16 @@ class MeshConfig(Section):
     """Devices along each mesh axis; -1 (at most once) takes what is left."""
 
     data: int = Field(-1, ge=-1, description="Replicas that each see other rows.")
-    fsdp: int = Field(
-        1, ge=-1, description="Shards of parameters and optimizer state (ZeRO-3); rows are split here too."
-    )
+    fsdp: int = Field(1, ge=-1, description="Shards of the state, as `zero` says; rows are split here too.")
     context: int = Field(
-        1, ge=-1, description="Shards of every row's positions, for long sequences; parameters split too."
+        1, ge=-1, description="Shards of every row's positions, for long sequences; state is split too."
     )
     tensor: int = Field(1, ge=-1, description="Shards of heads, feed-forward and vocabulary.")
+    zero: Literal[0, 1, 2, 3] = Field(
+        3,
+        description="What fsdp and context split (ZeRO): nothing (0), optimizer state (1), gradients too "
+        "(2), parameters too (3).",
+    )
 
     @property
     def sizes(self) -> list[int]:

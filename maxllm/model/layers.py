@@ -58,7 +58,8 @@ def scatter(
     axes: tuple[str, ...], dtype: jnp.dtype, slot: jax.Array | None, gradient: jax.Array
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """Backward."""
-    gradient = nn.with_logical_constraint(gradient, axes)
+    split = tuple("gradient_embed" if axis == "embed" else axis for axis in axes)
+    gradient = nn.with_logical_constraint(gradient, split)
     if slot is None:
         return gradient.astype(jnp.float32), None
     return None, gradient.astype(slot.dtype)

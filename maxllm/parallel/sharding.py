@@ -15,7 +15,12 @@ BATCH, CONTEXT, TENSOR = ("data", "fsdp"), "context", "tensor"
 PARAMETERS = ("fsdp", "context")
 """Mesh axes over which every parameter is split besides: devices that share a row share its weights too."""
 
-RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+OPTIMIZER_STATE = "opt_state"
+"""The part of every training state whose arrays are the optimizer's."""
+
+RULES: Rules = (
     # activations
     ("batch", BATCH),
     ("length", CONTEXT),
@@ -28,6 +33,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("layers", None),
     ("vocab", TENSOR),
     ("embed", PARAMETERS),
+    ("gradient_embed", PARAMETERS),
     ("heads", TENSOR),
     ("kv_heads", TENSOR),
     ("head_dim", None),
@@ -36,23 +42,34 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 
-def abstract_tree(boxed: Any, mesh: Mesh) -> Any:
+def rules_of(zero: int) -> Rules:
+    """RULES for a stage of ZeRO (Rajbhandari et al. 2020): parameters whole below 3, gradients below 2."""
+    whole = {"embed": zero < 3, "gradient_embed": zero < 2}
+    return tuple((name, None if whole.get(name) else axes) for name, axes in RULES)
+
+
+def abstract_tree(boxed: Any, mesh: Mesh, zero: int = 3) -> Any:
     """Shapes with shardings, from the output of `jax.eval_shape` on an initializer.
 
     Args:
       boxed: tree of ShapeDtypeStruct whose parameters still carry their logical axis names.
       mesh: the device mesh.
+      zero: stage of ZeRO: the optimizer's state is split from 1 on, parameters at 3.
 
     Returns:
       The unboxed tree of `jax.ShapeDtypeStruct(shape, dtype, sharding)`: feed it to `jit`'s shardings, to
       Orbax's restore, to shape checks.
     """
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        shardings,
-    )
+    specs = nn.get_partition_spec(boxed)
+    of_parameters = nn.logical_to_mesh_sharding(specs, mesh, rules_of(zero))
+    of_optimizer = nn.logical_to_mesh_sharding(specs, mesh, rules_of(3 if zero >= 1 else 0))
+
+    def describe(path: Any, leaf: Any, parameter: NamedSharding, optimizer: NamedSharding) -> Any:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        sharding = optimizer if OPTIMIZER_STATE in names else parameter
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(describe, nn.unbox(boxed), of_parameters, of_optimizer)
 
 
 def shardings_of(abstract: Any) -> Any:

@@ -152,7 +152,12 @@ class _Loop:
             self.evaluate(state, 0)
         rows = sharding.batch_sharding(self.session.mesh)
         step_fn, compile_seconds = compile_step(
-            self.session.mesh, job.step, job.abstract_state, job.batches.at(0), *job.frozen
+            self.session.mesh,
+            job.step,
+            job.abstract_state,
+            job.batches.at(0),
+            *job.frozen,
+            zero=self.session.config.mesh.zero,
         )
         self.recorder.say(f"compiled the step in {compile_seconds:.1f} s")
 

@@ -240,7 +240,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def compile_step(
-    mesh: Mesh, step: Callable[..., Any], state: Any, batch: Any, *frozen: Any
+    mesh: Mesh, step: Callable[..., Any], state: Any, batch: Any, *frozen: Any, zero: int = 3
 ) -> tuple[Callable[..., Any], float]:
     """Jits, shards and donates a pure step `(state, batch, *frozen) -> (state, metrics)`.
 
@@ -250,17 +250,20 @@ def compile_step(
       state: abstract state; its shardings are those of the result too.
       batch: one batch of numpy arrays.
       frozen: abstract trees that the step reads and that are not donated.
+      zero: stage of ZeRO that `state` was made for.
 
     Returns:
       The compiled function of (state, batch, *frozen), and the seconds that compiling took.
     """
     started = time.perf_counter()
     options = compiler_options(mesh.devices.flat[0].platform)
-    compiled = lower_step(mesh, step, state, batch, *frozen).compile(compiler_options=options)
+    compiled = lower_step(mesh, step, state, batch, *frozen, zero=zero).compile(compiler_options=options)
     return compiled, time.perf_counter() - started
 
 
-def lower_step(mesh: Mesh, step: Callable[..., Any], state: Any, batch: Any, *frozen: Any) -> Any:
+def lower_step(
+    mesh: Mesh, step: Callable[..., Any], state: Any, batch: Any, *frozen: Any, zero: int = 3
+) -> Any:
     """`compile_step` before the compiler; the devices of the mesh may be of a machine that is not here."""
     rows = sharding.batch_sharding(mesh)
     abstract_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
@@ -268,7 +271,8 @@ def lower_step(mesh: Mesh, step: Callable[..., Any], state: Any, batch: Any, *fr
         step, donate_argnums=0, out_shardings=(sharding.shardings_of(state), sharding.replicated(mesh))
     )
     # The abstract mesh: constants that are made while tracing must not go to devices that are not here.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(sharding.RULES):
+    rules = sharding.rules_of(zero)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
         return jitted.lower(state, abstract_batch, *frozen)
 
 

@@ -72,6 +72,7 @@ def run(
             plan.program.abstract_state,
             plan.program.abstract_batch,
             *plan.program.frozen,
+            zero=config.mesh.zero,
         ),
     )
     return machine_figures(plan) | compiler_figures(plan, asked) | speed_figures(plan, asked, tokens, price)

@@ -8,8 +8,9 @@ part.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
 
@@ -17,7 +18,14 @@ from maxllm.losses.linear import Sums, cross_entropy
 from maxllm.parallel.sharding import BATCH, CONTEXT, PARAMETERS, TENSOR
 
 ROWS = (*BATCH, CONTEXT)
-X, W = PartitionSpec(BATCH, CONTEXT), PartitionSpec(PARAMETERS, TENSOR)
+X = PartitionSpec(BATCH, CONTEXT)
+
+
+class Split(NamedTuple):
+    """What of the head is split over PARAMETERS: see ZeRO in parallel/sharding.py."""
+
+    parameters: bool
+    gradients: bool
 
 
 @jax.custom_vjp
@@ -36,44 +44,52 @@ def head_loss(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_
 def on_mesh(gradients: bool, *arrays: jax.Array) -> tuple[Sums, jax.Array | None, jax.Array | None]:
     """`cross_entropy` of each device's rows and columns, summed over all; without a mesh, of everything."""
     if jax.sharding.get_abstract_mesh().empty:
-        return block(gradients, False, *arrays)
+        return block(gradients, None, *arrays)
+    w, dw = spec("embed"), spec("gradient_embed")
     return jax.shard_map(
-        partial(block, gradients, True),
-        in_specs=(X, W, X, X),
-        out_specs=(PartitionSpec(), X, W) if gradients else (PartitionSpec(), None, None),
+        partial(block, gradients, Split(parameters=w[0] is not None, gradients=dw[0] is not None)),
+        in_specs=(X, w, X, X),
+        out_specs=(PartitionSpec(), X, dw) if gradients else (PartitionSpec(), None, None),
         check_vma=False,
     )(*arrays)
 
 
+def spec(first: str) -> PartitionSpec:
+    """How the head is laid out, by the rules in force."""
+    return nn.logical_to_mesh_axes((first, "vocab")) or PartitionSpec(None, TENSOR)
+
+
 def block(
     gradients: bool,
-    mesh: bool,
+    split: Split | None,
     x_BTD: jax.Array,
     w_DV: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> tuple[Sums, jax.Array | None, jax.Array | None]:
-    """One device's share."""
+    """One device's share; `split` is None where there are no other devices."""
     B, T, D = x_BTD.shape
     kind = w_DV.dtype
     w_DV = w_DV.astype(x_BTD.dtype)  # before it crosses the network
-    if mesh:
+    if split and split.parameters:
         w_DV = jax.lax.all_gather(w_DV, PARAMETERS, axis=0, tiled=True)
     sums, dx, dw = cross_entropy(
         x_BTD.reshape(B * T, D),
         w_DV,
         targets_BT.reshape(B * T),
         weights_BT.reshape(B * T),
-        vocab_axis=TENSOR if mesh else None,
+        vocab_axis=TENSOR if split else None,
         gradients=gradients,
     )
     if dx is not None and dw is not None:
         dx, dw = dx.reshape(B, T, D), dw.astype(kind)
-    if mesh:
+    if split:
         sums = jax.lax.psum(sums, ROWS)
-        if dw is not None:
+        if dw is not None and split.gradients:
             dw = jax.lax.psum_scatter(dw, PARAMETERS, scatter_dimension=0, tiled=True)
             dw = jax.lax.psum(dw, tuple(axis for axis in ROWS if axis not in PARAMETERS))
+        elif dw is not None:
+            dw = jax.lax.psum(dw, ROWS)
     return sums, dx, dw
 
 

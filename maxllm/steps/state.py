@@ -59,9 +59,9 @@ def initializer(
     return init
 
 
-def abstract(init: Callable[[jax.Array], Any], mesh: Mesh) -> Any:
+def abstract(init: Callable[[jax.Array], Any], mesh: Mesh, zero: int = 3) -> Any:
     """Shapes, types and shardings of what `init` makes, without making it."""
-    return sharding.abstract_tree(jax.eval_shape(init, jax.random.key(0)), mesh)
+    return sharding.abstract_tree(jax.eval_shape(init, jax.random.key(0)), mesh, zero)
 
 
 def create(init: Callable[[jax.Array], Any], abstract_state: Any, key: jax.Array) -> Any:

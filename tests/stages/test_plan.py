@@ -80,6 +80,18 @@ def test_data_parallelism_reduces_gradients_and_keeps_the_state_whole(plan):
     assert set(figures["collectives"]) == {"all-reduce"}
 
 
+def test_zero_trades_memory_for_exchanges(plan):
+    """Bytes of state per parameter on each of four devices: 12, 4 + 8/4, 4 + 8/4, 12/4. Gradients are reduced
+    whole at stage 0 and scattered at 2; at 1 the compiler may do either, as only shares of them are used."""
+    each = {0: 12, 1: 6, 2: 6, 3: 3}
+    figures = {zero: plan("mesh.fsdp=4", f"mesh.zero={zero}")[1] for zero in each}
+    for zero, expected in each.items():
+        assert figures[zero]["argument_bytes"] == pytest.approx(expected * PARAMETERS, rel=0.1), zero
+    scattered = [figures[zero]["collectives"].get("reduce-scatter", {"bytes": 0})["bytes"] for zero in each]
+    assert scattered[0] == 0 < min(scattered[2:])
+    assert figures[0]["collectives"].keys() == {"all-reduce"}
+
+
 @pytest.mark.parametrize(
     "mesh", [["mesh.fsdp=2", "mesh.tensor=2"], ["mesh.context=2", "mesh.fsdp=2"]], ids=str
 )

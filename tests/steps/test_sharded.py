@@ -86,14 +86,14 @@ def created(init):
     return jax.device_get(create(init, abstract(init, mesh_of(ONE)), jax.random.key(0)))
 
 
-def one_step(mesh, init, step, batch, frozen_init=None):
+def one_step(mesh, init, step, batch, frozen_init=None, zero=3):
     """(state before, state after, metrics), compiled the project's way, on this mesh."""
-    description, before = abstract(init, mesh), created(init)
+    description, before = abstract(init, mesh, zero), created(init)
     state, frozen = jax.device_put(before, sharding.shardings_of(description)), ()
     if frozen_init is not None:
         frozen_shardings = sharding.shardings_of(abstract(frozen_init, mesh))
         frozen = (jax.device_put(created(frozen_init), frozen_shardings),)
-    compiled, _ = compile_step(mesh, step, description, batch, *frozen)
+    compiled, _ = compile_step(mesh, step, description, batch, *frozen, zero=zero)
     state, metrics = compiled(state, processes.to_global(batch, sharding.batch_sharding(mesh)), *frozen)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(description), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
@@ -109,8 +109,8 @@ def run_lm(config):
     step = partial(train_step, loss_fn=partial(language_loss, model), optimizer=SGD, seed=0, microbatches=1)
 
     @cache
-    def run(shape):
-        return one_step(mesh_of(shape), init, step, lm_batch())
+    def run(shape, zero=3):
+        return one_step(mesh_of(shape), init, step, lm_batch(), zero=zero)
 
     return run
 
@@ -159,6 +159,26 @@ def assert_same(many, one, atol=TOLERANCE):
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_language_model_step(run_lm, shape):
     assert_same(run_lm(shape), run_lm(ONE))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_stages_of_zero(run_lm, shape, zero):
+    """ZeRO-3 is every other test here."""
+    assert_same(run_lm(shape, zero), run_lm(ONE))
+
+
+@pytest.mark.parametrize(
+    ("zero", "split"), [(0, set()), (1, {"moments"}), (2, {"moments"}), (3, {"moments", "parameters"})]
+)
+def test_what_a_stage_of_zero_splits(config, adam_init, zero, split):
+    """On eight devices a device holds an eighth of what is split, and all of the rest."""
+    description = abstract(adam_init, mesh_of((1, 8, 1, 1)), zero)
+    parts = {"parameters": description.params, "moments": description.opt_state[0].mu}
+    for name, tree in parts.items():
+        leaf = tree["decoder"]["layers"]["mlp"]["w_gate"]
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        assert leaf.size // np.prod(shard) == (8 if name in split else 1), name
 
 
 def test_ppo_iteration(run_ppo):
