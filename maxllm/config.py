@@ -121,6 +121,19 @@ class ModelConfig(Section):
         description="The backward pass keeps all activations (none), matmuls' results (dots), each layer's "
         "input (full), or that in host memory (offload), and recomputes the rest.",
     )
+    pipeline_microbatches: int | None = Field(
+        None,
+        gt=0,
+        description="Parts of a (micro)batch that pass through the stages of mesh.stage one after another; "
+        "a multiple of them. As many as stages when absent.",
+    )
+    pipeline_rounds: int = Field(
+        1,
+        gt=0,
+        description="Times that a microbatch passes around mesh.stage; each stage has as many blocks of "
+        "layers. More make the bubble smaller and exchanges more frequent; each block is then recomputed in "
+        "the backward pass, beside what `remat` says of its layers.",
+    )
     scan_unroll: int = Field(
         1, ge=1, description="Layers unrolled per iteration of the layer scan; n_layers is fastest on CPU."
     )
@@ -276,6 +289,7 @@ class MeshConfig(Section):
 
     data: int = Field(-1, ge=-1, description="Replicas that each see other rows.")
     fsdp: int = Field(1, ge=-1, description="Shards of the state, as `zero` says; rows are split here too.")
+    stage: int = Field(1, ge=-1, description="Stages of a pipeline, each with a share of the layers.")
     context: int = Field(
         1, ge=-1, description="Shards of every row's positions, for long sequences; state is split too."
     )
@@ -289,7 +303,7 @@ class MeshConfig(Section):
     @property
     def sizes(self) -> list[int]:
         """Sizes in the order of the mesh's axes."""
-        return [self.data, self.fsdp, self.context, self.tensor]
+        return [self.data, self.fsdp, self.stage, self.context, self.tensor]
 
     @model_validator(mode="after")
     def _positive(self) -> Self:
@@ -398,6 +412,11 @@ class Config(Section):
             raise ValueError(f"lora trains adapters in sft; a {self.stage} recipe cannot have it yet")
         if self.stage == "ppo" and self.start.reward is None:
             raise ValueError("a ppo recipe needs start.reward, the reward model's run folder")
+        if self.mesh.stage != 1 and self.optimizer.gradient_dtype != "float32":
+            raise ValueError(
+                "the stages of a pipeline sum gradients over microbatches: mesh.stage needs "
+                "optimizer.gradient_dtype=float32"
+            )
         if self.batch.rows % self.batch.microbatches:
             raise ValueError(
                 f"batch.microbatches={self.batch.microbatches} does not divide batch.rows={self.batch.rows}"

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from maxllm.errors import UserError
-from maxllm.parallel.sharding import BATCH, CONTEXT, TENSOR
+from maxllm.parallel.sharding import CONTEXT, MICROBATCH, TENSOR
 
 Backend = Literal["auto", "xla", "splash"]
 
@@ -135,8 +135,9 @@ def splash(
     arrays = (q_BTHK, k_BSGK, v_BSGK, keys.query_segments_BT, keys.key_segments_BS)
     if mesh.empty:
         return per_device(kernel, *arrays)
-    queries, all_keys = PartitionSpec(BATCH, CONTEXT, TENSOR), PartitionSpec(BATCH, None, TENSOR)
-    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, CONTEXT)))
+    queries, all_keys = PartitionSpec(MICROBATCH, CONTEXT, TENSOR), PartitionSpec(MICROBATCH, None, TENSOR)
+    outside = AbstractMesh(mesh.axis_sizes, mesh.axis_names)  # in a pipeline, `mesh` is that of one stage
+    kernel_spec = kernel.manual_sharding_spec(NamedSharding(outside, PartitionSpec(None, CONTEXT)))
     return jax.shard_map(
         per_device,
         in_specs=(
@@ -144,10 +145,11 @@ def splash(
             queries,
             all_keys,
             all_keys,
-            PartitionSpec(BATCH, CONTEXT),
-            PartitionSpec(BATCH),
+            PartitionSpec(MICROBATCH, CONTEXT),
+            PartitionSpec(MICROBATCH),
         ),
         out_specs=queries,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,  # Pallas kernels do not say what varies over which axis
     )(kernel, *arrays)
 

@@ -18,7 +18,7 @@ class ScalarModel(nn.Module):
         """Declares the decoder and the head, N(0, 1 / sqrt(D + 1)) (Stiennon et al. 2020)."""
         c = self.config
         self.decoder = Decoder(c)
-        self.head_D1 = weight(self, "head", (c.d_model, 1), ("embed", "norm"), (c.d_model + 1) ** -0.5)
+        self.head_D1 = weight(self, "head", (c.d_model, 1), ("table", "norm"), (c.d_model + 1) ** -0.5)
 
     def __call__(
         self,

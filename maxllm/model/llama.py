@@ -7,6 +7,8 @@
 Layers are scanned: every parameter of `layers` has a leading axis L.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from maxllm.model import rope
 from maxllm.model.attend import Keys
 from maxllm.model.attention import Attention
 from maxllm.model.layers import RMSNorm, SwiGLU, dtype_of, matmul, weight
+from maxllm.parallel.pipeline import pipeline, stages_here
 from maxllm.records import Params, Slotted
 
 LAYER_INPUT = "layer_input"
@@ -62,6 +65,14 @@ class Layer(nn.Module):
         return nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed")), None
 
 
+def layer_class(config: ModelConfig) -> type[Layer]:
+    """Layer, with as much of it computed again in the backward pass as `remat` says."""
+    if config.remat == "none":
+        return Layer
+    # Inside a scan XLA cannot undo the recomputation, so its guard against that is not needed.
+    return nn.remat(Layer, prevent_cse=False, static_argnums=(5, 6), policy=POLICIES[config.remat])
+
+
 class CachedSegments(nn.Module):
     """What all layers' caches share: how many slots are filled, and the segment of each."""
 
@@ -92,12 +103,9 @@ class Decoder(nn.Module):
         """Declares the embedding table, the scanned layers and the final norm."""
         c = self.config
         self.embedding_VD = weight(
-            self, "embedding", (c.vocab_size, c.d_model), ("vocab", "embed"), c.init_std
+            self, "embedding", (c.vocab_size, c.d_model), ("vocab", "table"), c.init_std
         )
-        layer = Layer
-        if c.remat != "none":
-            # Inside a scan XLA cannot undo the recomputation, so its guard against that is not needed.
-            layer = nn.remat(Layer, prevent_cse=False, static_argnums=(5, 6), policy=POLICIES[c.remat])
+        layer = layer_class(c)
         self.final_norm = RMSNorm(c)
         self.embedding_dropout = nn.Dropout(c.embedding_dropout)
         self.cached_segments = CachedSegments()
@@ -141,9 +149,42 @@ class Decoder(nn.Module):
             first_slot, key_segments_BS = self.cached_segments(segment_ids_BT, cache_length)
         keys = Keys(segment_ids_BT, key_segments_BS, first_slot)
         cos, sin = rope.angles(c, positions_BT)
+        if stages_here() > 1 and cache_length is None and not self.is_initializing():
+            x_BTD = self._through_stages(x_BTD, (segment_ids_BT, cos, sin), deterministic)
+            return self.final_norm(x_BTD)
         for layer in self.layer if self.unstacked else [self.layers]:
             x_BTD, _ = layer(x_BTD, keys, cos, sin, deterministic, cache_length)
         return self.final_norm(x_BTD)
+
+    def _through_stages(
+        self, x_BTD: jax.Array, rows: tuple[jax.Array, ...], deterministic: bool
+    ) -> jax.Array:
+        """All layers, as `pipeline` runs them."""
+        c = self.config
+        layer = layer_class(c)(c, self.lora, parent=None)
+
+        def block(weights: Params, x_bTD: jax.Array, rows: Any, key: jax.Array | None) -> jax.Array:
+            segment_ids_bT, cos, sin = rows
+            keys = Keys(segment_ids_bT, segment_ids_bT, jnp.int32(0))
+
+            def one(x_bTD: jax.Array, number_and_weights: tuple[jax.Array, Params]) -> tuple[jax.Array, None]:
+                number, weights = number_and_weights
+                rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
+                y_bTD, _ = layer.apply(weights, x_bTD, keys, cos, sin, deterministic, None, rngs=rngs)
+                return y_bTD, None
+
+            count = jax.tree.leaves(weights)[0].shape[0]
+            return jax.lax.scan(one, x_bTD, (jnp.arange(count), weights))[0]
+
+        return pipeline(
+            block,
+            self.layers.variables,
+            x_BTD,
+            rows,
+            None if deterministic else self.make_rng("dropout"),
+            microbatches=c.pipeline_microbatches or stages_here(),
+            rounds=c.pipeline_rounds,
+        )
 
 
 class Llama(nn.Module):
@@ -159,7 +200,7 @@ class Llama(nn.Module):
         self.decoder = Decoder(c, self.lora, self.unstacked)
         if not c.tie_embeddings:
             self.lm_head_DV = weight(
-                self, "lm_head", (c.d_model, c.vocab_size), ("embed", "vocab"), c.init_std
+                self, "lm_head", (c.d_model, c.vocab_size), ("table", "vocab"), c.init_std
             )
 
     def hidden(

@@ -8,9 +8,9 @@ from jax.sharding import AxisType, Mesh
 
 from maxllm.config import BatchConfig, MeshConfig, ModelConfig
 from maxllm.errors import UserError
-from maxllm.parallel.sharding import PARAMETERS
+from maxllm.parallel.sharding import TABLES
 
-AXES = ("data", "fsdp", "context", "tensor")
+AXES = ("data", "fsdp", "stage", "context", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -37,7 +37,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def check_batch_divides(mesh: Mesh, batch: BatchConfig) -> None:
+def check_batch_divides(mesh: Mesh, batch: BatchConfig, model: ModelConfig) -> None:
     """The rows of a batch must split evenly.
 
     Raises:
@@ -48,6 +48,13 @@ def check_batch_divides(mesh: Mesh, batch: BatchConfig) -> None:
         raise UserError(
             f"batch.rows={batch.rows} in {batch.microbatches} microbatches is {rows} rows at a time, "
             f"which mesh data x fsdp = {split} does not divide"
+        )
+    stages = mesh.shape["stage"]
+    parts = model.pipeline_microbatches or stages
+    if stages > 1 and (parts % stages or rows % (split * parts)):
+        raise UserError(
+            f"mesh.stage={stages} works on model.pipeline_microbatches={parts}, which must be a multiple of "
+            f"the stages and split {rows} rows at a time into parts that mesh data x fsdp = {split} divides"
         )
     if batch.sequence_length % mesh.shape["context"]:
         raise UserError(
@@ -62,12 +69,18 @@ def check_model_divides(mesh: Mesh, model: ModelConfig) -> None:
     Raises:
       UserError: naming the dimension and the mesh axis that does not divide it.
     """
+    blocks = mesh.shape["stage"] * model.pipeline_rounds
+    if mesh.shape["stage"] > 1 and model.n_layers % blocks:
+        raise UserError(
+            f"model.n_layers={model.n_layers} is not divisible by mesh.stage={mesh.shape['stage']} x "
+            f"model.pipeline_rounds={model.pipeline_rounds}"
+        )
     for name, size, axes in (
         ("model.n_heads", model.n_heads, ("tensor",)),
         ("model.n_kv_heads", model.n_kv_heads, ("tensor",)),
         ("model.d_ff", model.d_ff, ("tensor",)),
         ("model.vocab_size", model.vocab_size, ("tensor",)),
-        ("model.d_model", model.d_model, PARAMETERS),
+        ("model.d_model", model.d_model, TABLES),
     ):
         split = math.prod(mesh.shape[axis] for axis in axes)
         if size % split:

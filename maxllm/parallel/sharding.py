@@ -10,10 +10,16 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-BATCH, CONTEXT, TENSOR = ("data", "fsdp"), "context", "tensor"
-"""Mesh axes of a batch's rows, of their positions, and of heads, feed-forward and vocabulary."""
-PARAMETERS = ("fsdp", "context")
-"""Mesh axes over which every parameter is split besides: devices that share a row share its weights too."""
+STAGE, CONTEXT, TENSOR = "stage", "context", "tensor"
+"""Mesh axes of layers, of a row's positions, and of heads, feed-forward and vocabulary."""
+MICROBATCH = ("data", "fsdp")
+"""Mesh axes of the rows of a microbatch inside the layers: every stage of a pipeline sees all of them."""
+BATCH = (STAGE, *MICROBATCH)
+"""Mesh axes of the rows of a batch everywhere else, so that no stage repeats another's embedding and head."""
+PARAMETERS = ("fsdp", CONTEXT)
+"""Mesh axes that split a layer's weights besides: devices that share a row share its weights too."""
+TABLES = (STAGE, *PARAMETERS)
+"""The same for the embedding table and the head, which belong to no stage."""
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
@@ -30,10 +36,12 @@ RULES: Rules = (
     ("act_mlp", TENSOR),
     ("act_vocab", TENSOR),
     # parameters
-    ("layers", None),
+    ("layers", STAGE),
     ("vocab", TENSOR),
     ("embed", PARAMETERS),
     ("gradient_embed", PARAMETERS),
+    ("table", TABLES),
+    ("gradient_table", TABLES),
     ("heads", TENSOR),
     ("kv_heads", TENSOR),
     ("head_dim", None),
@@ -44,7 +52,9 @@ RULES: Rules = (
 
 def rules_of(zero: int) -> Rules:
     """RULES for a stage of ZeRO (Rajbhandari et al. 2020): parameters whole below 3, gradients below 2."""
-    whole = {"embed": zero < 3, "gradient_embed": zero < 2}
+    whole = dict.fromkeys(("embed", "table"), zero < 3) | dict.fromkeys(
+        ("gradient_embed", "gradient_table"), zero < 2
+    )
     return tuple((name, None if whole.get(name) else axes) for name, axes in RULES)
 
 
@@ -78,7 +88,7 @@ def shardings_of(abstract: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp, every other dimension whole: the model splits positions where it needs to."""
+    """Rows over BATCH, every other dimension whole: the model splits positions where it needs to."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 

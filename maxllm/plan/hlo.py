@@ -44,19 +44,29 @@ def collectives(text: str) -> dict[str, Collective]:
     """
     computations, entry = parse(text)
     totals: dict[str, list[int]] = {}
-    seen: set[str] = set()
-    for line, times in walk(computations, entry, 1):
+    seen: set[tuple[str, ...]] = set()
+    for line, times, fused in walk(computations, entry, 1):
         if found := exchange(line, computations):
-            # TPU's compiler spreads an exchange over the fusions that it overlaps with, by its channel.
-            channel = re.search(r"channel_id=\d+", line)
-            if channel is not None and channel[0] in seen:
-                continue
-            seen.add(channel[0] if channel else "")
+            if fused and (name := identity(line)):
+                if name in seen:
+                    continue
+                seen.add(name)
             kind, size = found
             total = totals.setdefault(kind, [0, 0])
             total[0] += size * times
             total[1] += times
     return {kind: Collective(*totals[kind]) for kind in KINDS if kind in totals}
+
+
+def identity(line: str) -> tuple[str, ...] | None:
+    """What the pieces of one exchange have in common: TPU's compiler spreads it over the fusions that it
+    overlaps with. A channel alone does not tell; all of `shard_map`'s have number 1."""
+    match, channel = _INSTRUCTION.match(line), re.search(r"channel_id=\d+", line)
+    if match is None or channel is None:
+        return None
+    source = re.search(r'op_name="[^"]*"', line)
+    arrays = (f"{kind}[{dims}]" for kind, dims in _ARRAY.findall(match[2]))  # layouts differ
+    return channel[0], *arrays, source[0] if source else ""
 
 
 def parse(text: str) -> tuple[dict[str, list[str]], str]:
@@ -73,8 +83,10 @@ def parse(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
-    """Every instruction that a computation leads to, and how often it runs."""
+def walk(
+    computations: dict[str, list[str]], name: str, times: int, fused: bool = False
+) -> Iterator[tuple[str, int, bool]]:
+    """Every instruction that a computation leads to, how often it runs, and whether inside a fusion."""
     for line in computations[name]:
         match = _INSTRUCTION.match(line)
         if match is None:
@@ -82,15 +94,15 @@ def walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator[
         if match[3] == "while":
             body = re.search(r"body=%?([\w.\-]+)", line)
             assert body is not None, "a loop has a body"
-            yield from walk(computations, body[1], times * trip_count(computations, line))
+            yield from walk(computations, body[1], times * trip_count(computations, line), fused)
         elif match[3] in ("fusion", "call", "conditional", "async-start"):
             if reduce_scatter_of(line, computations):
-                yield line, times
+                yield line, times, True
                 continue
             for called in _CALLED.findall(line):
-                yield from walk(computations, called, times)
+                yield from walk(computations, called, times, fused or match[3] == "fusion")
         else:
-            yield line, times
+            yield line, times, fused
 
 
 def trip_count(computations: dict[str, list[str]], line: str) -> int:

@@ -45,6 +45,7 @@ def step_bound(
     gathered_parameters: float,
     sent_bytes: float,
     passes: int,
+    idle: float = 0.0,
 ) -> Bound:
     """The bound of a training step on one device.
 
@@ -57,10 +58,13 @@ def step_bound(
       gathered_parameters: parameters that this device multiplies with, whoever holds them.
       sent_bytes: of collectives, by the compiled program.
       passes: times that the weights are read for matmuls: 3, or 4 with recomputation.
+      idle: share of the step in which the device has nothing to do: the bubble of a pipeline.
     """
     flops = hardware_flops_per_token(model, sequence_length) * tokens_per_device
     memory = parameter_shard * UPDATE_BYTES + gathered_parameters * 2 * passes
-    return Bound(flops / chip.flops, memory / chip.hbm_bandwidth, sent_bytes / chip.link_bandwidth)
+    return Bound(
+        flops / chip.flops / (1 - idle), memory / chip.hbm_bandwidth, sent_bytes / chip.link_bandwidth
+    )
 
 
 def hardware_flops_per_token(model: ModelConfig, sequence_length: int) -> float:

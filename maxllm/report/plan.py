@@ -62,6 +62,8 @@ def speed(figures: dict[str, Any]) -> Table:
     table.add_row(f"compute-optimal for its {figures['tokens']:.3g} tokens", f"{best:.3g} parameters")
     if figures["step_seconds_bound"] is not None:
         table.add_row("step", f"{figures['step_seconds_bound']:.3f} s, bound by {figures['bound_by']}")
+        if figures["bubble"]:
+            table.add_row("bubble of the pipeline", f"{figures['bubble']:.1%}")
         table.add_row("model FLOPs utilization", f"{figures['mfu_bound']:.1%}")
         table.add_row("tokens per second", f"{figures['tokens_per_second']:,.0f}")
         table.add_row(f"{figures['tokens']:.3g} tokens", f"{figures['days']:.2f} days")

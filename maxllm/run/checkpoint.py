@@ -178,13 +178,15 @@ def check_params(checkpoint: Path, abstract_params: Params) -> None:
 def save_params(run_dir: Path, params: Params) -> None:
     """Writes parameters alone as the only checkpoint of a run folder, at step 0.
 
-    Small in memory and quick: at most a gigabyte, or the largest array, is on its way to the disk at a time,
-    in chunks, of one layer each where layers are stacked; one folder for each array, where Orbax's one file
-    for all keeps much of it in memory; and uncompressed: zstd takes a quarter off weights in twice the time.
+    Small in memory and quick: as much as the largest array is on its way to the disk at a time, in chunks, of
+    one layer each where layers are stacked; one folder for each array, where Orbax's one file for all keeps
+    much of it in memory; and uncompressed: zstd takes a quarter off weights in twice the time.
     """
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     handler = ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=under_way_gb(params), use_ocdbt=False, use_compression=False
+        save_concurrent_gb=under_way_gb(params),  # type: ignore[arg-type]  # Orbax multiplies it
+        use_ocdbt=False,
+        use_compression=False,
     )
     folder = (run_dir / FOLDER).absolute()
     flat = flatten_dict(params, sep="/")
@@ -202,13 +204,13 @@ def chunks_of(path: str) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=1 << 23, shard_axes=(0,) if "/layers/" in path else ())
 
 
-def under_way_gb(params: Params) -> int:
-    """Whole gigabytes that saving may hold: one, or the largest part of an array that a device has.
+def under_way_gb(params: Params) -> float:
+    """Gigabytes that saving may hold: the largest part of an array that a device has, and a little.
 
-    Orbax refuses a part that is larger than what it may hold.
+    Orbax refuses a part that is not smaller than what it may hold.
     """
     parts = [shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
-    return max(1, math.ceil(max(parts) / 10**9))
+    return (max(parts) + 2**20) / 10**9
 
 
 @contextmanager

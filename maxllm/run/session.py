@@ -91,7 +91,7 @@ def open_session(config: Config) -> Session:
     resolve(model.attention, jax.default_backend())
     mesh = make_mesh(config.mesh)
     check_model_divides(mesh, model)
-    check_batch_divides(mesh, config.batch)
+    check_batch_divides(mesh, config.batch, model)
     run_dir = Path(config.run.dir)
     resolved = config.model_copy(update={"model": model})
     check_same_recipe(run_dir, resolved)
@@ -155,6 +155,8 @@ def check_same_model(model: ModelConfig, run_dir: Path) -> None:
         "dtype",
         "attention",
         "remat",
+        "pipeline_microbatches",
+        "pipeline_rounds",
         "scan_unroll",
         "embedding_dropout",
         "attention_dropout",

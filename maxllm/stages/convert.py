@@ -126,6 +126,7 @@ def to_run_folder(
     with whole_folder(target, is_converted) as folder:
         with bar("reading", model.source.nbytes) as tick:
             params = load(model.source, model.config, wanted, tick)
+        trim_heap()  # of what the readers freed, before the writer asks for more
         save_params(folder, params)
         write_run_files(folder, target, model, tokenizer)
         del params

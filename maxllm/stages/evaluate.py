@@ -36,7 +36,7 @@ def run(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     data = "data.prepared_dir" if stage == "pretrain" else "data"
     session = reopen(run_dir, overrides, ("generation", "batch.rows", data))
     check_replies_fit(session.config)
-    check_batch_divides(session.mesh, session.config.batch)
+    check_batch_divides(session.mesh, session.config.batch, session.model)
     checkpoint = find(run_dir)
     job = JOBS[stage](session)
     figures = job.evaluate(restore(checkpoint, job.abstract_state))

@@ -21,6 +21,7 @@ from maxllm.config import Config, ModelConfig
 from maxllm.errors import UserError
 from maxllm.model.attend import resolve
 from maxllm.parallel.mesh import check_batch_divides, check_model_divides, make_mesh
+from maxllm.parallel.pipeline import bubble
 from maxllm.plan.compile import Compiled, TooLarge, compiled_for, topology_devices
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.plan.hardware import Hardware, hardware_of
@@ -105,7 +106,7 @@ def prepare(config: Config, hardware: Hardware) -> Plan:
     model = model.model_copy(update={"attention": attention})
     mesh = make_mesh(config.mesh, topology_devices(hardware))
     check_model_divides(mesh, model)
-    check_batch_divides(mesh, config.batch)
+    check_batch_divides(mesh, config.batch, model)
     check_replies_fit(config)
     return Plan(config, model, hardware, mesh, program_for(config, model, mesh))
 
@@ -139,6 +140,7 @@ def machine_figures(plan: Plan) -> dict[str, Any]:
         "compute_optimal_tokens": optimal_tokens(parameters_of(plan)),
         "classic_state_bytes": classic(parameters_of(plan)),
         "attention": plan.model.attention,
+        "bubble": bubble_of(plan),
     }
 
 
@@ -205,17 +207,24 @@ def speed_figures(
 def bound_of(plan: Plan, asked: Compiled, tokens: int) -> Bound:
     """The floors of one device's step."""
     parameters, shape = parameters_of(plan), plan.mesh.shape
-    shards = shape["fsdp"] * shape["context"] * shape["tensor"]
+    shards = plan.hardware.devices // shape["data"]
     return step_bound(
         plan.hardware.chip,
         model=plan.model,
         sequence_length=plan.config.batch.sequence_length,
         tokens_per_device=tokens / plan.hardware.devices,
         parameter_shard=parameters / shards,
-        gathered_parameters=parameters / shape["tensor"],
+        gathered_parameters=parameters / (shape["tensor"] * shape["stage"]),
         sent_bytes=sum(exchange.bytes for exchange in asked.collectives.values()),
         passes=3 if plan.model.remat == "none" else 4,
+        idle=bubble_of(plan),
     )
+
+
+def bubble_of(plan: Plan) -> float:
+    """Share of a step in which a stage of the pipeline waits."""
+    stages, model = plan.mesh.shape["stage"], plan.model
+    return bubble(stages, model.pipeline_microbatches or stages, model.pipeline_rounds)
 
 
 def full_attention(model: ModelConfig, sequence_length: int) -> float:

@@ -1,4 +1,4 @@
-"""The language-model head and its loss on the mesh: rows over data, FSDP and context, vocabulary over tensor.
+"""The language-model head and its loss on the mesh: rows over all axes but tensor, vocabulary over tensor.
 
 Each device multiplies its rows with its columns. The head's gradient is summed over rows on the device, part
 after part, and crosses the network once; left to the partitioner it would be summed over the devices at every
@@ -15,14 +15,14 @@ import jax
 from jax.sharding import PartitionSpec
 
 from maxllm.losses.linear import Sums, cross_entropy
-from maxllm.parallel.sharding import BATCH, CONTEXT, PARAMETERS, TENSOR
+from maxllm.parallel.sharding import BATCH, CONTEXT, TABLES, TENSOR
 
 ROWS = (*BATCH, CONTEXT)
 X = PartitionSpec(BATCH, CONTEXT)
 
 
 class Split(NamedTuple):
-    """What of the head is split over PARAMETERS: see ZeRO in parallel/sharding.py."""
+    """What of the head is split over TABLES: see ZeRO in parallel/sharding.py."""
 
     parameters: bool
     gradients: bool
@@ -45,7 +45,7 @@ def on_mesh(gradients: bool, *arrays: jax.Array) -> tuple[Sums, jax.Array | None
     """`cross_entropy` of each device's rows and columns, summed over all; without a mesh, of everything."""
     if jax.sharding.get_abstract_mesh().empty:
         return block(gradients, None, *arrays)
-    w, dw = spec("embed"), spec("gradient_embed")
+    w, dw = spec("table"), spec("gradient_table")
     return jax.shard_map(
         partial(block, gradients, Split(parameters=w[0] is not None, gradients=dw[0] is not None)),
         in_specs=(X, w, X, X),
@@ -72,7 +72,7 @@ def block(
     kind = w_DV.dtype
     w_DV = w_DV.astype(x_BTD.dtype)  # before it crosses the network
     if split and split.parameters:
-        w_DV = jax.lax.all_gather(w_DV, PARAMETERS, axis=0, tiled=True)
+        w_DV = jax.lax.all_gather(w_DV, TABLES, axis=0, tiled=True)
     sums, dx, dw = cross_entropy(
         x_BTD.reshape(B * T, D),
         w_DV,
@@ -86,8 +86,8 @@ def block(
     if split:
         sums = jax.lax.psum(sums, ROWS)
         if dw is not None and split.gradients:
-            dw = jax.lax.psum_scatter(dw, PARAMETERS, scatter_dimension=0, tiled=True)
-            dw = jax.lax.psum(dw, tuple(axis for axis in ROWS if axis not in PARAMETERS))
+            dw = jax.lax.psum_scatter(dw, TABLES, scatter_dimension=0, tiled=True)
+            dw = jax.lax.psum(dw, tuple(axis for axis in ROWS if axis not in TABLES))
         elif dw is not None:
             dw = jax.lax.psum(dw, ROWS)
     return sums, dx, dw

@@ -24,6 +24,7 @@ HloModule step
 %inner_body (p: (s32[])) -> (s32[]) {
   %ring = (bf16[8,16]{1,0}, bf16[8,16]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=1
   %ring_done = bf16[8,16]{1,0} collective-permute-done(%ring)
+  %back = (bf16[8,16]{1,0}, bf16[8,16]{1,0}, u32[], u32[]) collective-permute-start(%y), channel_id=1
   ROOT %out = (s32[]) tuple(%i)
 }
 
@@ -63,13 +64,16 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 
 
 def test_a_program_written_by_hand():
-    """Bytes that a device sends; of an all-gather of n devices (n - 1) / n, of an all-reduce twice that."""
+    """Bytes that a device sends; of an all-gather of n devices (n - 1) / n, of an all-reduce twice that.
+
+    The two all-gathers are one, begun and ended in two fusions; the two permutations are two.
+    """
     assert collectives(PROGRAM) == {
         "all-gather": Collective(3 * (64 * 16 * 2 * 7 // 8), 3),
         "all-reduce": Collective(2 * 120 * 4 * 3 // 4, 1),
         "reduce-scatter": Collective(3 * (8 * 32 * 4 * 7 // 8) + 10 * 4 * 8 * 7 // 8, 4),
         "all-to-all": Collective(4 * 8 * 2 * 3 // 4, 1),
-        "collective-permute": Collective(3 * 5 * 8 * 16 * 2, 15),
+        "collective-permute": Collective(3 * 5 * 2 * 8 * 16 * 2, 30),
     }
 
 

@@ -51,7 +51,7 @@ def test_a_plan_has_the_figures(plan):
     code, figures, _ = plan("mesh.fsdp=4", "--tokens", "1e6", "--price", "2")
     assert code == 0 and figures["fits"]
     assert (figures["hardware"], figures["devices"]) == ("v5e:2x2", 4)
-    assert figures["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+    assert figures["mesh"] == {"data": 1, "fsdp": 4, "stage": 1, "context": 1, "tensor": 1}
     assert figures["parameters"] == PARAMETERS
     state = 12 * PARAMETERS / 4
     assert state <= figures["argument_bytes"] < 1.1 * state  # norms are whole, rows of the batch are small
@@ -98,6 +98,15 @@ def test_zero_trades_memory_for_exchanges(plan):
 def test_products_compile(plan, mesh):
     code, figures, _ = plan(*mesh)
     assert code == 0 and figures["fits"]
+    assert figures["argument_bytes"] < 1.1 * 12 * PARAMETERS / 4
+
+
+def test_a_pipeline_hands_on_its_rows(plan):
+    """Of three steps of two stages one is idle; each hands two rows on, and their gradient back."""
+    code, figures, _ = plan("mesh.fsdp=2", "mesh.stage=2")
+    assert code == 0 and figures["bubble"] == pytest.approx(1 / 3)
+    handed_on = figures["collectives"]["collective-permute"]["bytes"]
+    assert 2 * 3 * (2 * 256 * D * 2) <= handed_on < 1.5 * 2 * 3 * (2 * 256 * D * 2)
     assert figures["argument_bytes"] < 1.1 * 12 * PARAMETERS / 4
 
 

@@ -1,10 +1,11 @@
 """Eight simulated devices do what one does: DP, FSDP, context and tensor parallelism and their products are
 layouts and nothing more.
 
-One step of each kind is compiled as the project does it (abstract state, `create` into its shardings,
-`compile_step`) on a mesh of one device and on meshes (data, fsdp, context, tensor) of eight. SGD with rate 1
-makes the new parameters the gradient. Tolerance 1e-5: partial sums of at most 256 float32 terms are added in
-another order, 256 x 6e-8 at worst, and gradients here are of order 1.
+Steps of each kind are compiled as the project does it (abstract state, `create` into its shardings,
+`compile_step`) on a mesh of one device and on meshes (data, fsdp, stage, context, tensor) of eight. SGD with
+rate 1 makes the change of the parameters the gradient; a language model takes three steps, so that each
+gradient but the first is one at other parameters. Tolerance 1e-5: partial sums of at most 256 float32 terms
+are added in another order, 256 x 6e-8 at worst, and gradients here are of order 1.
 """
 
 from dataclasses import replace
@@ -34,17 +35,21 @@ from maxllm.steps.update import eval_step, train_step
 B, T, V = 8, 16, 64
 SGD = optax.sgd(1.0)
 TOLERANCE = 1e-5
-ONE = (1, 1, 1, 1)
+ONE = (1, 1, 1, 1, 1)
 MESHES = [
-    (8, 1, 1, 1),
-    (1, 8, 1, 1),
-    (1, 1, 8, 1),
-    (1, 1, 1, 8),
-    (2, 2, 1, 2),
-    (4, 2, 1, 1),
-    (1, 2, 1, 4),
-    (1, 2, 2, 2),
-    (2, 1, 4, 1),
+    (8, 1, 1, 1, 1),
+    (1, 8, 1, 1, 1),
+    (1, 1, 1, 8, 1),
+    (1, 1, 1, 1, 8),
+    (2, 2, 1, 1, 2),
+    (4, 2, 1, 1, 1),
+    (1, 2, 1, 1, 4),
+    (1, 2, 1, 2, 2),
+    (2, 1, 1, 4, 1),
+    (1, 1, 8, 1, 1),
+    (2, 1, 4, 1, 1),
+    (1, 2, 2, 1, 2),
+    (1, 2, 2, 2, 1),
 ]
 
 
@@ -59,15 +64,17 @@ def mesh_of(shape):
 @pytest.fixture(scope="module")
 def config(tiny_model):
     """Every sharded dimension is a multiple of 8; heads are grouped two to a key/value head."""
-    return tiny_model(n_heads=16, n_kv_heads=8, head_dim=4, d_ff=64)
+    return tiny_model(n_heads=16, n_kv_heads=8, head_dim=4, d_ff=64, n_layers=8)
 
 
-def lm_batch():
+def lm_batch(packed=True):
+    """Rows of two documents, of 7 and 9 tokens, or of one; other tokens of each row count."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(6, V, (B, T + 1)).astype(np.int32)
     weights = (np.arange(T) < (2 * np.arange(B) + 1)[:, None]).astype(np.float32)
-    segments = np.where(np.arange(T) < 7, 1, 2) * np.ones((B, 1), np.int32)
-    positions = np.where(np.arange(T) < 7, np.arange(T), np.arange(T) - 7) * np.ones((B, 1), np.int32)
+    first = 7 if packed else T
+    segments = np.where(np.arange(T) < first, 1, 2) * np.ones((B, 1), np.int32)
+    positions = np.where(np.arange(T) < first, np.arange(T), np.arange(T) - first) * np.ones((B, 1), np.int32)
     return LmBatch(
         tokens[:, :-1], tokens[:, 1:], weights, segments.astype(np.int32), positions.astype(np.int32)
     )
@@ -86,31 +93,34 @@ def created(init):
     return jax.device_get(create(init, abstract(init, mesh_of(ONE)), jax.random.key(0)))
 
 
-def one_step(mesh, init, step, batch, frozen_init=None, zero=3):
-    """(state before, state after, metrics), compiled the project's way, on this mesh."""
+def take_steps(mesh, init, step, batch, frozen_init=None, zero=3, count=1):
+    """(state before, state after, metrics of each step), compiled the project's way, on this mesh."""
     description, before = abstract(init, mesh, zero), created(init)
     state, frozen = jax.device_put(before, sharding.shardings_of(description)), ()
     if frozen_init is not None:
         frozen_shardings = sharding.shardings_of(abstract(frozen_init, mesh))
         frozen = (jax.device_put(created(frozen_init), frozen_shardings),)
     compiled, _ = compile_step(mesh, step, description, batch, *frozen, zero=zero)
-    state, metrics = compiled(state, processes.to_global(batch, sharding.batch_sharding(mesh)), *frozen)
+    global_batch, metrics = processes.to_global(batch, sharding.batch_sharding(mesh)), []
+    for _ in range(count):
+        state, latest = compiled(state, global_batch, *frozen)
+        metrics.append(jax.device_get(latest))
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(description), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
-    return before, jax.device_get(state), jax.device_get(metrics)
+    return before, jax.device_get(state), metrics
 
 
 @pytest.fixture(scope="module")
 def run_lm(config):
-    """run_lm(mesh shape): a language-model step."""
-
-    model = Llama(config)
-    init = initializer(model, SGD)
-    step = partial(train_step, loss_fn=partial(language_loss, model), optimizer=SGD, seed=0, microbatches=1)
+    """run_lm(mesh shape, …): three steps of a language model."""
+    init = initializer(Llama(config), SGD)
 
     @cache
-    def run(shape, zero=3):
-        return one_step(mesh_of(shape), init, step, lm_batch(), zero=zero)
+    def run(shape, zero=3, packed=True, **changes):
+        model = Llama(config.model_copy(update=changes))
+        loss_fn = partial(language_loss, model)
+        step = partial(train_step, loss_fn=loss_fn, optimizer=SGD, seed=0, microbatches=1)
+        return take_steps(mesh_of(shape), init, step, lm_batch(packed), zero=zero, count=3)
 
     return run
 
@@ -140,7 +150,7 @@ def run_ppo(config):
     def run(shape, microbatches):
         parts = replace(ppo, microbatches=microbatches)
         step = partial(iteration, ppo=parts, generation=decoding, seed=0)
-        return one_step(mesh_of(shape), init, step, prompt_batch(), frozen)
+        return take_steps(mesh_of(shape), init, step, prompt_batch(), frozen)
 
     return run
 
@@ -150,18 +160,39 @@ def assert_same(many, one, atol=TOLERANCE):
     _, after_one, metrics_one = one
     close = partial(np.testing.assert_allclose, rtol=TOLERANCE, atol=atol)
     jax.tree.map(close, after, after_one)
-    for name in metrics_one:
-        close(metrics[name], metrics_one[name], err_msg=name)
+    for number, (ours, wanted) in enumerate(zip(metrics, metrics_one, strict=True)):
+        for name in wanted:
+            close(ours[name], wanted[name], err_msg=f"step {number} {name}")
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after, before)
     assert max(jax.tree.leaves(moved)) > 1e-2
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_language_model_step(run_lm, shape):
+def test_three_steps_of_a_language_model(run_lm, shape):
     assert_same(run_lm(shape), run_lm(ONE))
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 1, 1, 2), (1, 2, 2, 2, 1)], ids=str)
+def test_rows_of_one_document(run_lm, shape):
+    assert_same(run_lm(shape, packed=False), run_lm(ONE, packed=False))
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ((2, 1, 4, 1, 1), {"pipeline_rounds": 2}),
+        ((2, 2, 2, 1, 1), {"pipeline_rounds": 4}),
+        ((1, 1, 2, 2, 2), {"pipeline_rounds": 2, "pipeline_microbatches": 8}),
+        ((2, 1, 2, 1, 2), {"pipeline_microbatches": 4, "remat": "full"}),
+    ],
+    ids=str,
+)
+def test_schedules_of_a_pipeline(run_lm, shape, changes):
+    """Rounds that are more than the stages, as many and fewer; microbatches in one group and in several."""
+    assert_same(run_lm(shape, **changes), run_lm(ONE))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1, 1), (1, 2, 1, 2, 2)], ids=str)
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_stages_of_zero(run_lm, shape, zero):
     """ZeRO-3 is every other test here."""
@@ -173,7 +204,7 @@ def test_stages_of_zero(run_lm, shape, zero):
 )
 def test_what_a_stage_of_zero_splits(config, adam_init, zero, split):
     """On eight devices a device holds an eighth of what is split, and all of the rest."""
-    description = abstract(adam_init, mesh_of((1, 8, 1, 1)), zero)
+    description = abstract(adam_init, mesh_of((1, 8, 1, 1, 1)), zero)
     parts = {"parameters": description.params, "moments": description.opt_state[0].mu}
     for name, tree in parts.items():
         leaf = tree["decoder"]["layers"]["mlp"]["w_gate"]
@@ -181,19 +212,20 @@ def test_what_a_stage_of_zero_splits(config, adam_init, zero, split):
         assert leaf.size // np.prod(shard) == (8 if name in split else 1), name
 
 
-def test_ppo_iteration(run_ppo):
+@pytest.mark.parametrize("shape", [(2, 2, 1, 1, 2), (1, 2, 2, 1, 2)], ids=str)
+def test_ppo_iteration(run_ppo, shape):
     """All three axes at once, in two microbatches on eight devices and in one on one: rows are split twice,
     the same samples are drawn and the same updates of actor and critic follow."""
-    assert_same(run_ppo((2, 2, 1, 2), 2), run_ppo(ONE, 1))
+    assert_same(run_ppo(shape, 2 if shape[2] == 1 else 1), run_ppo(ONE, 1))
 
 
 # What is where
 
 
-def shard_sizes(config, fsdp, context, tensor):
+def shard_sizes(config, fsdp, stage, context, tensor):
     """Shapes of one device's shard of each parameter, from the sizes and nothing else."""
     D, F, K = config.d_model // (fsdp * context), config.d_ff // tensor, config.k_dim
-    H, G, L = config.n_heads // tensor, config.n_kv_heads // tensor, config.n_layers
+    H, G, L = config.n_heads // tensor, config.n_kv_heads // tensor, config.n_layers // stage
     return {
         "wq": (L, D, H, K),
         "wk": (L, D, G, K),
@@ -202,8 +234,8 @@ def shard_sizes(config, fsdp, context, tensor):
         "w_gate": (L, D, F),
         "w_up": (L, D, F),
         "w_down": (L, F, D),
-        "embedding": (config.vocab_size // tensor, D),
-        "lm_head": (D, config.vocab_size // tensor),
+        "embedding": (config.vocab_size // tensor, D // stage),
+        "lm_head": (D // stage, config.vocab_size // tensor),
     }
 
 
@@ -214,7 +246,7 @@ def adam_init(config):
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_state_lies_as_abstract_says_and_in_shards(config, adam_init, shape):
-    """Every matrix, and its moments, is cut along fsdp, context and tensor; norm scales are whole."""
+    """Every matrix, and its moments, is cut along every axis but data; norm scales by their layers alone."""
     description = abstract(adam_init, mesh_of(shape))
     state = create(adam_init, description, jax.random.key(0))
     assert jax.tree.structure(state) == jax.tree.structure(description)
@@ -226,7 +258,8 @@ def test_state_lies_as_abstract_says_and_in_shards(config, adam_init, shape):
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, moments.mu, moments.nu)):
         name = path[-1].key
         assert len(leaf.addressable_shards) == 8
-        assert {shard.data.shape for shard in leaf.addressable_shards} == {sizes.get(name, leaf.shape)}, name
+        norm = (leaf.shape[0] // shape[2], *leaf.shape[1:]) if leaf.ndim > 1 else leaf.shape
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {sizes.get(name, norm)}, name
         seen.add(name)
     assert seen == set(sizes) | {"scale"}
     # Initialized as on one device, to the bit.
@@ -235,16 +268,16 @@ def test_state_lies_as_abstract_says_and_in_shards(config, adam_init, shape):
 
 def test_batches_are_split_by_rows():
     rows = np.arange(16).reshape(8, 2)
-    placed = processes.to_global({"x": rows}, sharding.batch_sharding(mesh_of((2, 2, 1, 2))))["x"]
-    assert placed.sharding.spec == PartitionSpec(("data", "fsdp"))
+    placed = processes.to_global({"x": rows}, sharding.batch_sharding(mesh_of((2, 2, 1, 1, 2))))["x"]
+    assert placed.sharding.spec == PartitionSpec(("stage", "data", "fsdp"))
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
     np.testing.assert_array_equal(placed, rows)
 
 
 def test_compile_reader_answers_on_a_mesh(config, run_lm):
     """A numpy batch in; out come the loss and accuracy that the training step saw on one device."""
-    before, _, wanted = run_lm(ONE)
-    model, mesh = Llama(config), mesh_of((2, 2, 1, 2))
+    before, _, (wanted, *_) = run_lm(ONE)
+    model, mesh = Llama(config), mesh_of((2, 2, 1, 1, 2))
     shardings = sharding.shardings_of(abstract(partial(init_params, model), mesh))
     params = jax.device_put(before.params, shardings)
     got = compile_reader(mesh, partial(eval_step, loss_fn=partial(language_loss, model)))(params, lm_batch())
@@ -256,7 +289,7 @@ def test_tied_embeddings_and_unboxing(tiny_model):
     """Nothing of Linen's boxes stays in a created state."""
     model = Llama(tiny_model(tie_embeddings=True))
     init = partial(init_params, model)
-    params = create(init, abstract(init, mesh_of((2, 2, 1, 2))), jax.random.key(0))
+    params = create(init, abstract(init, mesh_of((2, 2, 1, 1, 2))), jax.random.key(0))
     assert "lm_head" not in params
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
     assert jax.tree.structure(params) == jax.tree.structure(nn.unbox(params))
@@ -269,12 +302,14 @@ def test_minus_one_takes_the_rest():
     assert dict(make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2)).shape) == {
         "data": 2,
         "fsdp": 2,
+        "stage": 1,
         "context": 1,
         "tensor": 2,
     }
     assert dict(make_mesh(MeshConfig(data=1, fsdp=-1)).shape) == {
         "data": 1,
         "fsdp": 8,
+        "stage": 1,
         "context": 1,
         "tensor": 1,
     }
@@ -283,9 +318,9 @@ def test_minus_one_takes_the_rest():
 @pytest.mark.parametrize(
     ("sizes", "given"),
     [
-        ((3, 1, 1, 1), "data=3 x fsdp=1 x context=1 x tensor=1"),
-        ((-1, 3, 1, 1), "fsdp=3"),
-        ((-1, 16, 1, 1), "fsdp=16"),
+        ((3, 1, 1, 1, 1), "data=3 x fsdp=1 x stage=1 x context=1 x tensor=1"),
+        ((-1, 3, 1, 1, 1), "fsdp=3"),
+        ((-1, 16, 1, 1, 1), "fsdp=16"),
     ],
 )
 def test_a_mesh_that_does_not_fit_says_so(sizes, given):
@@ -297,25 +332,27 @@ def test_a_mesh_that_does_not_fit_says_so(sizes, given):
 @pytest.mark.parametrize(
     ("shape", "changes", "rows", "microbatches", "sentence"),
     [
-        ((1, 1, 1, 8), {}, 8, 1, "model.n_heads=4 is not divisible by mesh.tensor=8"),
-        ((2, 1, 1, 4), {}, 8, 1, "model.n_kv_heads=2 is not divisible by mesh.tensor=4"),
+        ((1, 1, 1, 1, 8), {}, 8, 1, "model.n_heads=4 is not divisible by mesh.tensor=8"),
+        ((2, 1, 1, 1, 4), {}, 8, 1, "model.n_kv_heads=2 is not divisible by mesh.tensor=4"),
         (
-            (1, 8, 1, 1),
+            (1, 8, 1, 1, 1),
             {"d_model": 36, "head_dim": 8},
             8,
             1,
             "model.d_model=36 is not divisible by mesh.fsdp=8",
         ),
-        ((4, 1, 1, 2), {"d_ff": 49}, 8, 1, "model.d_ff=49 is not divisible by mesh.tensor=2"),
-        ((4, 1, 1, 2), {"vocab_size": 65}, 8, 1, "model.vocab_size=65 is not divisible by mesh.tensor=2"),
-        ((8, 1, 1, 1), {}, 16, 4, "4 rows at a time, which mesh data x fsdp = 8 does not divide"),
+        ((4, 1, 1, 1, 2), {"d_ff": 49}, 8, 1, "model.d_ff=49 is not divisible by mesh.tensor=2"),
+        ((4, 1, 1, 1, 2), {"vocab_size": 65}, 8, 1, "model.vocab_size=65 is not divisible by mesh.tensor=2"),
+        ((2, 1, 4, 1, 1), {}, 8, 1, "model.n_layers=2 is not divisible by mesh.stage=4"),
+        ((4, 1, 2, 1, 1), {}, 4, 1, "model.pipeline_microbatches=2, which must be a multiple"),
+        ((8, 1, 1, 1, 1), {}, 16, 4, "4 rows at a time, which mesh data x fsdp = 8 does not divide"),
     ],
 )
 def test_a_dimension_that_does_not_divide_is_named(tiny_model, shape, changes, rows, microbatches, sentence):
     batch = BatchConfig(rows=rows, sequence_length=20, microbatches=microbatches)
     with pytest.raises(UserError) as error:
         check_model_divides(mesh_of(shape), tiny_model(**changes))
-        check_batch_divides(mesh_of(shape), batch)
+        check_batch_divides(mesh_of(shape), batch, tiny_model(**changes))
     assert sentence in str(error.value)
 
 
