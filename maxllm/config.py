@@ -116,6 +116,11 @@ class ModelConfig(Section):
         description="Kernel: splash on TPU, xla anywhere; auto takes the hardware's, or xla where "
         "attention_dropout is on.",
     )
+    context_attention: Literal["gather", "ring"] = Field(
+        "gather",
+        description="Over mesh.context: every device gathers all keys and values, or they travel around, and "
+        "no device holds more than its share.",
+    )
     remat: Literal["none", "dots", "full", "offload"] = Field(
         "none",
         description="The backward pass keeps all activations (none), matmuls' results (dots), each layer's "
@@ -148,6 +153,10 @@ class ModelConfig(Section):
             raise ValueError(f"head_dim={self.k_dim} is odd; rotary embeddings need pairs")
         if self.attention == "splash" and self.attention_dropout:
             raise ValueError("attention=splash has no attention_dropout; give attention=xla")
+        if self.context_attention == "ring" and (self.sliding_window or self.attention_dropout):
+            raise ValueError(
+                "context_attention=ring has no sliding_window and no attention_dropout; give gather"
+            )
         if self.n_layers % self.scan_unroll:
             raise ValueError(f"scan_unroll={self.scan_unroll} does not divide n_layers={self.n_layers}")
         return self

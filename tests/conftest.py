@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",  # LLVM's effort, not the arithmetic: compiling takes half the time
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # see parallel/processes.py
 )
 for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):

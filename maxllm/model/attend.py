@@ -7,6 +7,7 @@ segment up to its own slot; padding (segment 0) sees nothing that matters.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,8 @@ from flax import struct
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from maxllm.errors import UserError
+from maxllm.model import ring
+from maxllm.parallel import context
 from maxllm.parallel.sharding import CONTEXT, MICROBATCH, TENSOR
 
 Backend = Literal["auto", "xla", "splash"]
@@ -34,6 +37,8 @@ class Keys(struct.PyTreeNode):
     key_segments_BS: jax.Array
     first_slot: jax.Array
     """Index among the keys of the first query; 0 without a cache."""
+    shards: int = struct.field(pytree_node=False, default=1)
+    """Positions are in the order of parallel/context.py for so many devices; 1 is the order of the row."""
 
 
 def resolve(backend: Backend, platform: str) -> Backend:
@@ -56,6 +61,7 @@ def attend(
     keys: Keys,
     window: int | None,
     dropout: Callable[[jax.Array], jax.Array],
+    travelling: bool = False,
 ) -> jax.Array:
     """[B, T, H, K] in q's type.
 
@@ -67,9 +73,12 @@ def attend(
       keys: who sees whom.
       window: how many keys a query sees at most, its own included; None for all.
       dropout: of the probabilities; only XLA's kernel has them.
+      travelling: every device has its own keys, which go around; else all have all keys.
     """
     if backend == "auto":
         backend = HARDWARE[jax.default_backend()]
+    if travelling:
+        return around(backend, q_BTHK, k_BSGK, v_BSGK, keys)
     if backend == "splash":
         return splash(q_BTHK, k_BSGK, v_BSGK, keys, window)
     return xla(q_BTHK, k_BSGK, v_BSGK, keys, window, dropout)
@@ -80,8 +89,8 @@ def attend(
 
 def visible(keys: Keys, window: int | None) -> jax.Array:
     """[B, T, S] bool: which keys a query sees."""
-    query_slots_T = keys.first_slot + jnp.arange(keys.query_segments_BT.shape[1])
-    key_slots_S = jnp.arange(keys.key_segments_BS.shape[1])
+    query_slots_T = keys.first_slot + context.slots(keys.query_segments_BT.shape[1], keys.shards)
+    key_slots_S = context.slots(keys.key_segments_BS.shape[1], keys.shards)
     causal_TS = key_slots_S <= query_slots_T[:, None]
     if window is not None:
         causal_TS &= key_slots_S > query_slots_T[:, None] - window
@@ -118,11 +127,18 @@ def splash(
 ) -> jax.Array:
     """The Pallas kernel that skips blocks above the diagonal; each device its rows, heads and queries."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     mesh = jax.sharding.get_abstract_mesh()
     (_, T, H, K), S = q_BTHK.shape, k_BSGK.shape[1]
-    shards, heads = (1, H) if mesh.empty else (mesh.shape[CONTEXT], H // mesh.shape[TENSOR])
-    kernel = splash_kernel(T, S, heads, window, shards)
+    heads = H if mesh.empty else H // mesh.shape[TENSOR]
+    mask = masks.CausalMask((T, S)) if window is None else masks.LocalMask((T, S), (window - 1, 0), 0)
+    # Each device has its places' queries and all keys, in the order of the row.
+    mask.q_sequence = context.slots(T, keys.shards)
+    k_BSGK, v_BSGK, key_segments_BS = (
+        context.unbalanced(a, keys.shards) for a in (k_BSGK, v_BSGK, keys.key_segments_BS)
+    )
+    kernel = splash_kernel(mask, heads, keys.shards)
 
     def per_device(kernel, q_BTHK, k_BSGK, v_BSGK, query_segments_BT, key_segments_BS):
         def one_row(q_THK, k_SGK, v_SGK, query_segments_T, key_segments_S):
@@ -132,7 +148,7 @@ def splash(
 
         return jax.vmap(one_row)(q_BTHK, k_BSGK, v_BSGK, query_segments_BT, key_segments_BS)
 
-    arrays = (q_BTHK, k_BSGK, v_BSGK, keys.query_segments_BT, keys.key_segments_BS)
+    arrays = (q_BTHK, k_BSGK, v_BSGK, keys.query_segments_BT, key_segments_BS)
     if mesh.empty:
         return per_device(kernel, *arrays)
     queries, all_keys = PartitionSpec(MICROBATCH, CONTEXT, TENSOR), PartitionSpec(MICROBATCH, None, TENSOR)
@@ -154,12 +170,12 @@ def splash(
     )(kernel, *arrays)
 
 
-def splash_kernel(T: int, S: int, heads: int, window: int | None, shards: int) -> Any:
+def splash_kernel(mask: Any, heads: int, shards: int = 1, with_logsumexp: bool = False) -> Any:
     """The kernel of `heads` heads; over `shards` devices that each have T / shards of the queries."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    block_q, block_kv = block_size(T // shards), block_size(S)
+    block_q, block_kv = block_size(mask.shape[0] // shards), block_size(mask.shape[1])
     sizes = kernels.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
@@ -170,10 +186,12 @@ def splash_kernel(T: int, S: int, heads: int, window: int | None, shards: int) -
         block_q_dq=block_q,
         block_kv_dq=block_kv,
     )
-
-    mask = masks.CausalMask((T, S)) if window is None else masks.LocalMask((T, S), (window - 1, 0), 0)
     return kernels.make_splash_mha(
-        masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=shards
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=shards,
+        save_residuals=with_logsumexp,
     )
 
 
@@ -189,3 +207,77 @@ def block_size(length: int) -> int:
             f"not {length}: give another batch.sequence_length, or model.attention=xla"
         )
     return int(np.gcd(length, BLOCK))
+
+
+# --- ring --------------------------------------------------------------------------------------------------
+
+
+def around(
+    backend: Backend, q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, keys: Keys
+) -> jax.Array:
+    """Attention whose keys and values travel, see model/ring.py; `keys.shards` is the context of the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, heads = PartitionSpec(MICROBATCH, CONTEXT), PartitionSpec(MICROBATCH, CONTEXT, TENSOR)
+    return jax.shard_map(
+        partial(ring.ring, SPLASH if backend == "splash" else ring.XLA),
+        in_specs=(heads, heads, heads, rows),
+        out_specs=heads,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
+    )(q_BTHK, k_BTGK, v_BTGK, keys.query_segments_BT)
+
+
+def splash_forward(causal: bool, arrays: ring.Arrays) -> tuple[jax.Array, jax.Array]:
+    """One block of a ring."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+
+    kernel = splash_block(causal, arrays)
+
+    def one_row(q_HTK, k_GSK, v_GSK, query_segments_T, key_segments_S):
+        segments = kernels.SegmentIds(query_segments_T, key_segments_S)
+        return kernel(q_HTK, k_GSK, v_GSK, segment_ids=segments)
+
+    o_BHTK, (lse_BHT,) = jax.vmap(one_row)(*heads_first(arrays))
+    return o_BHTK.swapaxes(1, 2), lse_BHT.swapaxes(1, 2)
+
+
+def splash_backward(
+    causal: bool, arrays: ring.Arrays, o_BTHK: jax.Array, lse_BTH: jax.Array, do_BTHK: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Its gradients. JAX differentiates the kernel by its own logsumexp only; the function that it calls for
+    that takes any, so that of the whole row too."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+
+    kernel = splash_block(causal, arrays)
+
+    def one_row(q_HTK, k_GSK, v_GSK, query_segments_T, key_segments_S, o_HTK, lse_HT, do_HTK):
+        segments = kernels.SegmentIds(query_segments_T, key_segments_S)
+        kept = (q_HTK, k_GSK, v_GSK, segments, None, o_HTK, lse_HT, kernel.dq_mask_info, kernel.dkv_mask_info)
+        return kernels._splash_attention_bwd(**kernel.kwargs, res=kept, do=do_HTK)[3:6]
+
+    own = (a.swapaxes(1, 2) for a in (o_BTHK, lse_BTH, do_BTHK))
+    dq, dk, dv = (a.swapaxes(1, 2) for a in jax.vmap(one_row)(*heads_first(arrays), *own))
+    return dq * q_scale(arrays), dk, dv
+
+
+SPLASH = ring.Block(splash_forward, splash_backward)
+
+
+def splash_block(causal: bool, arrays: ring.Arrays) -> Any:
+    """The kernel of one block of a ring."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    (_, T, H, _), S = arrays[0].shape, arrays[1].shape[1]
+    mask = masks.CausalMask((T, S)) if causal else masks.FullMask((T, S))
+    return splash_kernel(mask, H, with_logsumexp=True)
+
+
+def heads_first(arrays: ring.Arrays) -> tuple[jax.Array, ...]:
+    """As the kernel wants them: scaled queries [B, H, T, K], keys and values [B, G, S, K], segments."""
+    q, k, v, *segments = arrays
+    return *(a.swapaxes(1, 2) for a in (q * q_scale(arrays), k, v)), *segments
+
+
+def q_scale(arrays: ring.Arrays) -> float:
+    """1 / sqrt(K)"""
+    return arrays[0].shape[-1] ** -0.5

@@ -51,15 +51,17 @@ class Attention(nn.Module):
         if cache_length is not None:
             k_BSGK = self._cached("k", k_BSGK, keys.first_slot, cache_length)
             v_BSGK = self._cached("v", v_BSGK, keys.first_slot, cache_length)
-        # Under context parallelism every device gathers all keys for its own queries.
-        k_BSGK = nn.with_logical_constraint(k_BSGK, ("batch", "keys", "act_heads", None))
-        v_BSGK = nn.with_logical_constraint(v_BSGK, ("batch", "keys", "act_heads", None))
+        # Under context parallelism every device gathers all keys for its own queries, or they travel.
+        travelling = keys.shards > 1 and c.context_attention == "ring"
+        positions = "length" if travelling else "keys"
+        k_BSGK = nn.with_logical_constraint(k_BSGK, ("batch", positions, "act_heads", None))
+        v_BSGK = nn.with_logical_constraint(v_BSGK, ("batch", positions, "act_heads", None))
 
         dropout = nn.Dropout(c.attention_dropout, deterministic=deterministic)
         # One query against a cache is a matrix-vector product; kernels that tile queries have nothing to add.
         tiled = cache_length is None and not self.is_initializing()
         backend = c.attention if tiled and not c.attention_dropout else "xla"
-        o_BTHK = attend(backend, q_BTHK, k_BSGK, v_BSGK, keys, c.sliding_window, dropout)
+        o_BTHK = attend(backend, q_BTHK, k_BSGK, v_BSGK, keys, c.sliding_window, dropout, travelling)
         B, T, _ = x_BTD.shape
         o_BTD = o_BTHK.reshape(B, T, H * K)
         y_BTD = matmul(o_BTD, wo_HKD.reshape(H * K, D))

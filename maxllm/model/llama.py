@@ -19,6 +19,7 @@ from maxllm.model import rope
 from maxllm.model.attend import Keys
 from maxllm.model.attention import Attention
 from maxllm.model.layers import RMSNorm, SwiGLU, dtype_of, matmul, weight
+from maxllm.parallel import context
 from maxllm.parallel.pipeline import pipeline, stages_here
 from maxllm.records import Params, Slotted
 
@@ -141,23 +142,29 @@ class Decoder(nn.Module):
             mutable=["cache"] and feed the returned collection to the next call.
         """
         c = self.config
+        shards = 1 if cache_length is not None or self.is_initializing() else context.shards_here()
+        tokens_BT, segment_ids_BT, positions_BT = (
+            context.balanced(a, shards) for a in (tokens_BT, segment_ids_BT, positions_BT)
+        )
         x_BTD = jnp.take(self.embedding_VD, tokens_BT, axis=0).astype(dtype_of(c))
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
         x_BTD = self.embedding_dropout(x_BTD, deterministic=deterministic)
         first_slot, key_segments_BS = jnp.int32(0), segment_ids_BT
         if cache_length is not None:
             first_slot, key_segments_BS = self.cached_segments(segment_ids_BT, cache_length)
-        keys = Keys(segment_ids_BT, key_segments_BS, first_slot)
+        keys = Keys(segment_ids_BT, key_segments_BS, first_slot, shards)
         cos, sin = rope.angles(c, positions_BT)
         if stages_here() > 1 and cache_length is None and not self.is_initializing():
-            x_BTD = self._through_stages(x_BTD, (segment_ids_BT, cos, sin), deterministic)
-            return self.final_norm(x_BTD)
-        for layer in self.layer if self.unstacked else [self.layers]:
-            x_BTD, _ = layer(x_BTD, keys, cos, sin, deterministic, cache_length)
+            x_BTD = self._through_stages(x_BTD, keys, cos, sin, deterministic)
+        else:
+            for layer in self.layer if self.unstacked else [self.layers]:
+                x_BTD, _ = layer(x_BTD, keys, cos, sin, deterministic, cache_length)
+        if shards > 1:
+            x_BTD = context.unbalanced_shards(x_BTD)
         return self.final_norm(x_BTD)
 
     def _through_stages(
-        self, x_BTD: jax.Array, rows: tuple[jax.Array, ...], deterministic: bool
+        self, x_BTD: jax.Array, keys: Keys, cos: jax.Array, sin: jax.Array, deterministic: bool
     ) -> jax.Array:
         """All layers, as `pipeline` runs them."""
         c = self.config
@@ -165,12 +172,12 @@ class Decoder(nn.Module):
 
         def block(weights: Params, x_bTD: jax.Array, rows: Any, key: jax.Array | None) -> jax.Array:
             segment_ids_bT, cos, sin = rows
-            keys = Keys(segment_ids_bT, segment_ids_bT, jnp.int32(0))
+            own = Keys(segment_ids_bT, segment_ids_bT, jnp.int32(0), keys.shards)
 
             def one(x_bTD: jax.Array, number_and_weights: tuple[jax.Array, Params]) -> tuple[jax.Array, None]:
                 number, weights = number_and_weights
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
-                y_bTD, _ = layer.apply(weights, x_bTD, keys, cos, sin, deterministic, None, rngs=rngs)
+                y_bTD, _ = layer.apply(weights, x_bTD, own, cos, sin, deterministic, None, rngs=rngs)
                 return y_bTD, None
 
             count = jax.tree.leaves(weights)[0].shape[0]
@@ -180,7 +187,7 @@ class Decoder(nn.Module):
             block,
             self.layers.variables,
             x_BTD,
-            rows,
+            (keys.query_segments_BT, cos, sin),
             None if deterministic else self.make_rng("dropout"),
             microbatches=c.pipeline_microbatches or stages_here(),
             rounds=c.pipeline_rounds,

@@ -56,10 +56,11 @@ def check_batch_divides(mesh: Mesh, batch: BatchConfig, model: ModelConfig) -> N
             f"mesh.stage={stages} works on model.pipeline_microbatches={parts}, which must be a multiple of "
             f"the stages and split {rows} rows at a time into parts that mesh data x fsdp = {split} divides"
         )
-    if batch.sequence_length % mesh.shape["context"]:
+    shards = mesh.shape["context"]
+    if shards > 1 and batch.sequence_length % (2 * shards):
         raise UserError(
-            f"batch.sequence_length={batch.sequence_length} is not divisible by "
-            f"mesh.context={mesh.shape['context']}"
+            f"batch.sequence_length={batch.sequence_length} is not divisible by 2 x mesh.context={shards}: "
+            "every device takes two chunks of a row"
         )
 
 

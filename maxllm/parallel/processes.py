@@ -18,6 +18,10 @@ from maxllm.errors import UserError
 COORDINATOR, COUNT, INDEX = "MAXLLM_COORDINATOR", "MAXLLM_NUM_PROCESSES", "MAXLLM_PROCESS_ID"
 AUTO = "MAXLLM_DISTRIBUTED"
 
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+"""XLA flag without which simulated devices may each begin another of two exchanges that do not wait for each
+other, and keep their few threads waiting for ever (seen with a ring inside a pipeline)."""
+
 
 def initialize() -> None:
     """Joins the other processes, if the environment says that there are any. Idempotent."""
@@ -25,6 +29,8 @@ def initialize() -> None:
         # Simulated devices share one thread pool: two programs in flight, each with a collective, can starve
         # each other for ever (seen with 2 devices on 2 cores). One program at a time cannot.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+        if IN_ORDER not in os.environ["XLA_FLAGS"]:
+            os.environ["XLA_FLAGS"] += f" {IN_ORDER}"
     if jax.distributed.is_initialized():
         return
     if os.environ.get(AUTO) == "auto":

@@ -154,6 +154,7 @@ def check_same_model(model: ModelConfig, run_dir: Path) -> None:
     free = {
         "dtype",
         "attention",
+        "context_attention",
         "remat",
         "pipeline_microbatches",
         "pipeline_rounds",

@@ -177,6 +177,12 @@ def test_rows_of_one_document(run_lm, shape):
     assert_same(run_lm(shape, packed=False), run_lm(ONE, packed=False))
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "unpacked"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8, 1), (1, 2, 1, 2, 2), (1, 1, 2, 4, 1)], ids=str)
+def test_keys_that_travel(run_lm, shape, packed):
+    assert_same(run_lm(shape, packed=packed, context_attention="ring"), run_lm(ONE, packed=packed))
+
+
 @pytest.mark.parametrize(
     ("shape", "changes"),
     [
