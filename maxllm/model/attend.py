@@ -1,4 +1,4 @@
-"""softmax(q k^T / sqrt(K)) v by two kernels with one meaning: XLA's matmuls, and TPU splash.
+"""softmax(q k^T / sqrt(K)) v by three kernels with one meaning: XLA's matmuls, TPU splash, and cuDNN's.
 
 Key and value heads are never repeated: G of them serve H query heads. A query sees the keys of its own
 segment up to its own slot; padding (segment 0) sees nothing that matters.
@@ -18,9 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from maxllm.errors import UserError
 from maxllm.parallel.sharding import BATCH, CONTEXT, TENSOR
 
-Backend = Literal["auto", "xla", "splash"]
+Backend = Literal["auto", "xla", "splash", "cudnn"]
 
-HARDWARE: dict[str, Backend] = {"tpu": "splash", "gpu": "xla", "cuda": "xla", "rocm": "xla", "cpu": "xla"}
+HARDWARE: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "xla", "cpu": "xla"}
 """`jax.Device.platform` -> the kernel made for it."""
 
 BLOCK = 1024
@@ -36,8 +36,8 @@ class Keys(struct.PyTreeNode):
     """Index among the keys of the first query; 0 without a cache."""
 
 
-def resolve(backend: Backend, platform: str) -> Backend:
-    """The kernel that `auto` means on a platform.
+def resolve(backend: Backend, platform: str, dtype: jax.typing.DTypeLike) -> Backend:
+    """The kernel that a backend is on a platform, for queries of a type.
 
     Raises:
       UserError: the one asked for does not run there.
@@ -45,7 +45,10 @@ def resolve(backend: Backend, platform: str) -> Backend:
     best = HARDWARE[platform]
     if backend not in ("auto", "xla", best):
         raise UserError(f"model.attention={backend} does not run on {platform}; give auto or xla")
-    return best if backend == "auto" else backend
+    if backend == "auto":
+        # cuDNN's kernel knows half precision alone.
+        return "xla" if best == "cudnn" and jnp.dtype(dtype) == jnp.float32 else best
+    return backend
 
 
 def attend(
@@ -69,9 +72,11 @@ def attend(
       dropout: of the probabilities; only XLA's kernel has them.
     """
     if backend == "auto":
-        backend = HARDWARE[jax.default_backend()]
+        backend = resolve(backend, jax.default_backend(), q_BTHK.dtype)
     if backend == "splash":
         return splash(q_BTHK, k_BSGK, v_BSGK, keys, window)
+    if backend == "cudnn":
+        return cudnn(q_BTHK, k_BSGK, v_BSGK, keys, window)
     return xla(q_BTHK, k_BSGK, v_BSGK, keys, window, dropout)
 
 
@@ -187,3 +192,48 @@ def block_size(length: int) -> int:
             f"not {length}: give another batch.sequence_length, or model.attention=xla"
         )
     return int(np.gcd(length, BLOCK))
+
+
+# --- GPU ---------------------------------------------------------------------------------------------------
+
+
+def cudnn(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, keys: Keys, window: int | None
+) -> jax.Array:
+    """cuDNN's flash attention, bfloat16; each device its rows, heads and queries.
+
+    Who sees whom is a mask of 2 B T S bytes per device, and as much again for its gradient, which cuDNN
+    writes and nobody reads; of one layer at a time, without heads. cuDNN's own layout for packed documents
+    (offsets) needs a bound on the documents of a row and a Hopper, and JAX 0.10.2 computes the offsets of
+    grouped keys wrongly (jax-ml/jax#39521).
+
+    Raises:
+      UserError: the heads have a width that cuDNN does not know.
+    """
+    K = q_BTHK.shape[-1]
+    if K % 8 or K > 128:
+        raise UserError(
+            f"cuDNN's attention kernel needs heads of a multiple of 8, up to 128, not {K}: "
+            "give another model.head_dim, or model.attention=xla"
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape[CONTEXT]
+
+    def per_device(q_BTHK, k_BSGK, v_BSGK, query_segments_BT, key_segments_BS):
+        first_slot = 0 if shards == 1 else jax.lax.axis_index(CONTEXT) * q_BTHK.shape[1]
+        seen_BTS = visible(Keys(query_segments_BT, key_segments_BS, jnp.int32(first_slot)), window)
+        # To skip what is above the diagonal, cuDNN takes query and key 0 to be the same slot.
+        return jax.nn.dot_product_attention(
+            q_BTHK, k_BSGK, v_BSGK, mask=seen_BTS[:, None], is_causal=shards == 1, implementation="cudnn"
+        )
+
+    arrays = (q_BTHK, k_BSGK, v_BSGK, keys.query_segments_BT, keys.key_segments_BS)
+    if mesh.empty:
+        return per_device(*arrays)
+    queries, all_keys = PartitionSpec(BATCH, CONTEXT, TENSOR), PartitionSpec(BATCH, None, TENSOR)
+    return jax.shard_map(
+        per_device,
+        in_specs=(queries, all_keys, all_keys, PartitionSpec(BATCH, CONTEXT), PartitionSpec(BATCH)),
+        out_specs=queries,
+        check_vma=False,  # as splash
+    )(*arrays)

@@ -1,11 +1,17 @@
-"""The TPU's attention kernel, interpreted, against XLA's: packed, grouped, windowed; alone and on a mesh."""
+"""The TPU's attention kernel, interpreted, against XLA's: packed, grouped, windowed; alone and on a mesh.
 
+cuDNN's kernel runs on GPUs only: what it is told is given to XLA's here, and its calls are found in the
+program.
+"""
+
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
 from maxllm.config import MeshConfig
@@ -54,18 +60,106 @@ def test_splash_is_attention(monkeypatch, arrays, window, mesh):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
 
 
-def test_auto_is_the_kernel_of_the_hardware():
-    assert [attend.resolve("auto", platform) for platform in ("cpu", "tpu", "gpu")] == [
-        "xla",
-        "splash",
-        "xla",
+@pytest.mark.parametrize("window", [None, 70], ids=["causal", "window"])
+@pytest.mark.parametrize(
+    "mesh",
+    [None, {"fsdp": 2, "tensor": 2}, {"context": 2, "fsdp": 2, "tensor": 2}],
+    ids=["alone", "mesh", "context"],
+)
+def test_what_cudnn_is_told_is_attention(monkeypatch, arrays, window, mesh):
+    """Float32 throughout, as above."""
+    wanted = outputs_and_gradients("xla", window, arrays)
+    by_xla, told = jax.nn.dot_product_attention, []
+
+    def instead(q, k, v, *, mask, is_causal, implementation):
+        told.append((implementation, is_causal, k.shape[2]))
+        return by_xla(q, k, v, mask=mask, is_causal=is_causal, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    if mesh is None:
+        got = outputs_and_gradients("cudnn", window, arrays)
+    else:
+        devices = jax.devices()[: math.prod(mesh.values())]
+        with jax.set_mesh(make_mesh(MeshConfig(data=1, **mesh), devices)):
+            got = outputs_and_gradients("cudnn", window, arrays)
+    sizes = mesh or {}
+    assert set(told) == {("cudnn", "context" not in sizes, G // sizes.get("tensor", 1))}
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+
+
+def test_cudnn_is_called_forward_and_backward(monkeypatch, arrays):
+    """The program for CUDA has both calls, on keys that are not repeated, and no matmul beside them."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90800)
+    *projections, keys = arrays
+    q, k, v = (array.astype(jnp.bfloat16) for array in projections)
+    program = jax.jit(
+        jax.grad(lambda q, k, v: attend.attend("cudnn", q, k, v, keys, None, lambda probs: probs).sum())
+    )
+    text = program.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call" in line and "fmha" in line]
+    assert [name in call for name, call in zip(("Softmax(", "SoftmaxBackward("), calls, strict=True)] == [
+        True,
+        True,
     ]
+    for call in calls:
+        assert f"tensor<{B}x{T}x{H}x{K}xbf16>, tensor<{B}x{T}x{G}x{K}xbf16>" in call
+        assert f"tensor<{B}x1x{T}x{T}xbf16>" in call  # the mask has no heads
+    assert "dot_general" not in text
 
 
-@pytest.mark.parametrize(("backend", "platform"), [("splash", "cpu"), ("splash", "gpu")])
+def test_who_sees_whom_by_hand():
+    """Two documents and padding; then the second half of the queries, as a device of two has them."""
+    segments = jnp.array([[1, 1, 2, 2, 2, 0]])
+    wanted = np.array(
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [0, 0, 1, 0, 0, 0],
+            [0, 0, 1, 1, 0, 0],
+            [0, 0, 1, 1, 1, 0],
+            [0, 0, 0, 0, 0, 0],
+        ],
+        bool,
+    )
+    keys = attend.Keys(segments, segments, jnp.int32(0))
+    np.testing.assert_array_equal(attend.visible(keys, None)[0], wanted)
+    half = attend.Keys(segments[:, 3:], segments, jnp.int32(3))
+    np.testing.assert_array_equal(attend.visible(half, None)[0], wanted[3:])
+    wanted[4, 2] = False
+    np.testing.assert_array_equal(attend.visible(keys, 2)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "kernel"),
+    [
+        ("cpu", "bfloat16", "xla"),
+        ("tpu", "bfloat16", "splash"),
+        ("tpu", "float32", "splash"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("cuda", "bfloat16", "cudnn"),
+        ("cuda", "float32", "xla"),
+        ("rocm", "bfloat16", "xla"),
+    ],
+)
+def test_auto_is_the_kernel_of_the_hardware(platform, dtype, kernel):
+    assert attend.resolve("auto", platform, dtype) == kernel
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform"), [("splash", "cpu"), ("splash", "gpu"), ("cudnn", "cpu"), ("cudnn", "rocm")]
+)
 def test_the_wrong_kernel_is_an_error(backend, platform):
     with pytest.raises(UserError, match=f"{backend} does not run on {platform}"):
-        attend.resolve(backend, platform)
+        attend.resolve(backend, platform, "bfloat16")
+
+
+@pytest.mark.parametrize("width", [12, 136])
+def test_cudnn_needs_heads_that_it_knows(arrays, width):
+    *_, keys = arrays
+    q, k, v = (jnp.zeros((B, T, heads, width)) for heads in (H, G, G))
+    with pytest.raises(UserError, match=f"heads of a multiple of 8, up to 128, not {width}"):
+        attend.attend("cudnn", q, k, v, keys, None, lambda probs: probs)
 
 
 def test_splash_needs_whole_lanes(arrays):
