@@ -222,7 +222,8 @@ def cudnn(
     def per_device(q_BTHK, k_BSGK, v_BSGK, query_segments_BT, key_segments_BS):
         first_slot = 0 if shards == 1 else jax.lax.axis_index(CONTEXT) * q_BTHK.shape[1]
         seen_BTS = visible(Keys(query_segments_BT, key_segments_BS, jnp.int32(first_slot)), window)
-        # To skip what is above the diagonal, cuDNN takes query and key 0 to be the same slot.
+        # To skip what is above the diagonal, cuDNN takes query and key 0 to be the same slot. Its own window
+        # it does not take beside a mask, before 9.10.2.
         return jax.nn.dot_product_attention(
             q_BTHK, k_BSGK, v_BSGK, mask=seen_BTS[:, None], is_causal=shards == 1, implementation="cudnn"
         )
