@@ -152,7 +152,7 @@ class RunConfig(Section):
 
     dir: Name = Field(description="Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/.")
     hardware: Name | None = Field(
-        None, description="The machine that the recipe is meant for, as `plan` names it: v5p-16."
+        None, description="The machine that the recipe is meant for, as `plan` names it: v5p-16, h100x8."
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seeds initialization, data order, dropout and sampling."
