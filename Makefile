@@ -1,7 +1,7 @@
 # make quickstart   set up, then the whole road from text to a Hugging Face checkpoint (about 10 minutes on 2 cores)
 # make test         set up, then lint, types, floors and tests
 # make test-real    real weights from the package index, against transformers
-# make plans        every recipe that names its machine, compiled for it by TPU's compiler (half an hour on 2 cores)
+# make plans        every recipe that names its machine, compiled for it, if its compiler is installed (half an hour on 2 cores)
 # make setup        only the set-up: .venv with the package and its test extra
 PYTHON ?= python3
 BIN := .venv/bin

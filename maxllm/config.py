@@ -111,10 +111,10 @@ class ModelConfig(Section):
         "bfloat16",
         description="Compute type of matmuls; parameters, norms, softmax and logits are float32.",
     )
-    attention: Literal["auto", "xla", "splash"] = Field(
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
         "auto",
-        description="Kernel: splash on TPU, xla anywhere; auto takes the hardware's, or xla where "
-        "attention_dropout is on.",
+        description="Kernel: splash on TPU, cudnn on NVIDIA's GPUs in bfloat16, xla anywhere; auto takes the "
+        "hardware's, or xla where attention_dropout is on, or on GPUs in float32.",
     )
     context_attention: Literal["gather", "ring"] = Field(
         "gather",
@@ -151,8 +151,10 @@ class ModelConfig(Section):
             raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
         if self.k_dim % 2:
             raise ValueError(f"head_dim={self.k_dim} is odd; rotary embeddings need pairs")
-        if self.attention == "splash" and self.attention_dropout:
-            raise ValueError("attention=splash has no attention_dropout; give attention=xla")
+        if self.attention in ("splash", "cudnn") and self.attention_dropout:
+            raise ValueError(f"attention={self.attention} has no attention_dropout; give attention=xla")
+        if self.attention == "cudnn" and self.dtype == "float32":
+            raise ValueError("attention=cudnn knows no float32; give dtype=bfloat16 or attention=xla")
         if self.context_attention == "ring" and (self.sliding_window or self.attention_dropout):
             raise ValueError(
                 "context_attention=ring has no sliding_window and no attention_dropout; give gather"
@@ -172,7 +174,7 @@ class RunConfig(Section):
 
     dir: Name = Field(description="Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/.")
     hardware: Name | None = Field(
-        None, description="The machine that the recipe is meant for, as `plan` names it: v5p-16."
+        None, description="The machine that the recipe is meant for, as `plan` names it: v5p-16, h100x8."
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seeds initialization, data order, dropout and sampling."

@@ -125,7 +125,7 @@ def add_plan(verbs: Any) -> None:
     verb.add_argument(
         "--hardware",
         metavar="NAME",
-        help="v5e-256, v6e-16 (chips), v5p-16, v4-32 (cores), v5p:2x2x2, v6e:4x4 (shape); "
+        help="v5e-256, v6e-16 (chips), v5p-16, v4-32 (cores), v5p:2x2x2, v6e:4x4 (shape), h100x8, a100x16; "
         "default: run.hardware of the recipe",
     )
     verb.add_argument("--tokens", type=float, metavar="COUNT", help="length of the training, as in 2e12")

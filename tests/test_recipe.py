@@ -114,6 +114,14 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(base, override, par
         (["model.n_heads=5"], "model: n_heads=5 does not divide d_model=64; give head_dim"),
         (["model.n_kv_heads=3"], "model: n_kv_heads=3 does not divide n_heads=4"),
         (["model.head_dim=7"], "model: head_dim=7 is odd; rotary embeddings need pairs"),
+        (
+            ["model.attention=cudnn", "model.attention_dropout=0.1"],
+            "model: attention=cudnn has no attention_dropout; give attention=xla",
+        ),
+        (
+            ["model.attention=cudnn", "model.dtype=float32"],
+            "model: attention=cudnn knows no float32; give dtype=bfloat16 or attention=xla",
+        ),
         (["model.scan_unroll=3"], "model: scan_unroll=3 does not divide n_layers=2"),
         (["batch.microbatches=3"], "batch.microbatches=3 does not divide batch.rows=8"),
         (["mesh.data=-1", "mesh.fsdp=-1"], "mesh: axis sizes are positive, and at most one is -1"),

@@ -4,12 +4,14 @@
     python tools/plans.py llama2-7b     those whose name has this in it
     python tools/plans.py --record      writes down what is found
 
-The figures are in configs/plans.json. A recipe takes one to five minutes on two cores.
+The figures are in configs/plans.json. A recipe takes one to five minutes on two cores; one whose machine has
+its compiler not installed here is skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -20,9 +22,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from maxllm.plan.hardware import hardware_of
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECORD = CONFIGS / "plans.json"
 MOVED = 0.03
+COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda12-plugin", "nvidia-cudnn-cu12")}
+"""Platform -> the packages that its compiler is in, extras tpu and cuda."""
 
 
 def main() -> int:
@@ -37,6 +43,7 @@ def main() -> int:
     if not recipes:
         print(f"no recipe that names its machine has {options.name!r} in its name", file=sys.stderr)
         return 2
+    recipes = [recipe for recipe in recipes if can_be_compiled(recipe)]
     recorded = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     table = Table("recipe", "machine", "peak GB", "of", "recorded", "sent GB", "compiled in", "")
     wrong = 0
@@ -70,6 +77,18 @@ def with_machines() -> list[Path]:
         if yaml.safe_load(path.read_text())["run"].get("hardware"):
             found.append(path)
     return found
+
+
+def can_be_compiled(recipe: Path) -> bool:
+    """Whether the compiler for its machine is installed; says so where it is not."""
+    platform = hardware_of(yaml.safe_load(recipe.read_text())["run"]["hardware"]).chip.platform
+    for package in COMPILERS[platform]:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{name_of(recipe)}: skipped, {package} is not installed", file=sys.stderr)
+            return False
+    return True
 
 
 def name_of(recipe: Path) -> str:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model import rope
 from maxllm.model.adapters import adapted
-from maxllm.model.attend import Keys, attend
+from maxllm.model.attend import attend
 from maxllm.model.layers import RMSNorm, bias, dtype_of, matmul, matrix
+from maxllm.model.visible import Keys
 
 
 class Attention(nn.Module):

@@ -16,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model import rope
-from maxllm.model.attend import Keys
 from maxllm.model.attention import Attention
 from maxllm.model.layers import RMSNorm, SwiGLU, dtype_of, matmul, weight
+from maxllm.model.visible import Keys
 from maxllm.parallel import context
 from maxllm.parallel.pipeline import pipeline, stages_here
 from maxllm.records import Params, Slotted

@@ -1,4 +1,5 @@
-"""Asking the real compiler, with no accelerator here: libtpu compiles for a slice that is only described."""
+"""Asking the real compiler, with no accelerator here: libtpu and JAX's CUDA plugin compile for machines that
+are only described."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import jax
@@ -57,8 +59,11 @@ def topology_devices(hardware: Hardware) -> Sequence[jax.Device]:
     Raises:
       UserError: its compiler is not installed, or does not know such a slice.
     """
-    if hardware.chip.platform != "tpu":
-        raise UserError(f"--hardware {hardware.name}: only TPUs can be compiled for as yet")
+    return gpus(hardware) if hardware.chip.platform == "gpu" else tpus(hardware)
+
+
+def tpus(hardware: Hardware) -> Sequence[jax.Device]:
+    """As `topology_devices`."""
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -75,6 +80,47 @@ def topology_devices(hardware: Hardware) -> Sequence[jax.Device]:
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"--hardware {hardware.name}: TPU's compiler refuses {name} ({reason})") from None
+
+
+def gpus(hardware: Hardware) -> Sequence[jax.Device]:
+    """As `topology_devices`.
+
+    The plugin compiles with no GPU and no driver here. What cuDNN needs beside its operands, and NCCL's
+    buffers, are in no figure: it asks neither.
+    """
+    try:
+        import jax_cuda12_plugin  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"compiling for {hardware.name} needs JAX's CUDA plugin, which runs on any Linux machine: "
+            "pip install 'maxllm[cuda]'"
+        ) from None
+    from jax.experimental import topologies
+
+    described = resources.files("maxllm.plan").joinpath(f"{hardware.generation}.txtpb").read_text()
+    nodes, each = hardware.shape
+    # Domains of NVLink, hosts of a domain, GPUs of a host.
+    shape = f"{nodes}x1x{each}"
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=described, topology=shape
+    ).devices
+
+
+def check_cudnn(hardware: Hardware) -> None:
+    """JAX lowers attention for cuDNN only where it can ask its version.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    from jax_cuda12_plugin import _versions
+
+    try:
+        _versions.cudnn_get_version()
+    except RuntimeError:
+        raise UserError(
+            f"attention for {hardware.name} needs cuDNN, which is not installed: "
+            "pip install 'maxllm[cuda]', or give model.attention=xla"
+        ) from None
 
 
 def compiled_for(hardware: Hardware, lower: Callable[[], Any]) -> Compiled | TooLarge:
@@ -100,7 +146,7 @@ def compiled_for(hardware: Hardware, lower: Callable[[], Any]) -> Compiled | Too
         peak_bytes=memory.peak_memory_in_bytes,
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         seconds=seconds,
-        collectives=collectives(text),
+        collectives=collectives(text, hardware.node),
         text=text,
     )
 

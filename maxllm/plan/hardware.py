@@ -18,7 +18,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Chip:
     """One accelerator. TPU: Google's system architecture pages, XLA's own limit for memory, and for links
-    Austin et al. 2025, "How to scale your model"; GPU: NVIDIA's data sheets."""
+    Austin et al. 2025, "How to scale your model"; GPU: NVIDIA's data sheets, and those of its DGX for the
+    network (8 x 400 Gb/s a node with H100, 8 x 200 with A100)."""
 
     platform: str
     flops: float
@@ -28,11 +29,13 @@ class Chip:
     hbm_bandwidth: float
     """Bytes/s."""
     link_bandwidth: float
-    """Bytes/s that a chip sends, over all its links together."""
+    """Bytes/s that a chip sends, over all its links together; of a GPU to others of its node, by NVLink."""
     cores: int = 1
     """TensorCores, which some names count."""
     watts: float | None = None
     """Power of the board, where published."""
+    node_bandwidth: float | None = None
+    """Bytes/s that a chip sends to other nodes, by its share of the network; None where all are linked."""
 
 
 CHIPS = {
@@ -40,8 +43,8 @@ CHIPS = {
     "v5e": Chip("tpu", 197e12, int(15.75 * GIB), 8.19e11, 2 * 2 * 4.5e10),
     "v5p": Chip("tpu", 459e12, int(95.74 * GIB), 2.765e12, 3 * 2 * 9e10, cores=2),
     "v6e": Chip("tpu", 918e12, int(31.25 * GIB), 1.64e12, 2 * 2 * 9e10),
-    "a100": Chip("gpu", 312e12, 80 * 10**9, 2.039e12, 3e11, watts=400),
-    "h100": Chip("gpu", 989e12, 80 * 10**9, 3.35e12, 4.5e11, watts=700),
+    "a100": Chip("gpu", 312e12, 80 * 10**9, 2.039e12, 3e11, watts=400, node_bandwidth=2.5e10),
+    "h100": Chip("gpu", 989e12, 80 * 10**9, 3.35e12, 4.5e11, watts=700, node_bandwidth=5e10),
 }
 
 SLICES = {
@@ -85,6 +88,11 @@ class Hardware:
     def devices(self) -> int:
         """JAX devices: chips (both cores of a v4 or v5p chip are one)."""
         return math.prod(self.shape)
+
+    @property
+    def node(self) -> int | None:
+        """GPUs of a node; None for a TPU slice, whose links join all."""
+        return self.shape[1] if self.chip.platform == "gpu" else None
 
 
 def hardware_of(name: str) -> Hardware:

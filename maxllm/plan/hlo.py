@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 SIZES = {
     **dict.fromkeys(("pred", "s8", "u8"), 1),
     **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
@@ -23,6 +25,7 @@ CONTEXT_BYTES = 8
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
 _ARRAY = re.compile(rf"({'|'.join(SIZES)})\[([\d,]*)\]")
+_ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 
 
@@ -34,13 +37,16 @@ class Collective:
     """Bytes that each device sends, at least: (n - 1) / n of a gathered array among n devices, and so on."""
     count: int
     """How often."""
+    between_nodes: int = 0
+    """Those of the bytes that leave the node, at least: its devices share out what goes to other nodes."""
 
 
-def collectives(text: str) -> dict[str, Collective]:
+def collectives(text: str, node: int | None = None) -> dict[str, Collective]:
     """Kind -> what each device sends in a run of the program.
 
     Args:
       text: of a compiled module (`compiled.as_text()`).
+      node: devices of a node, numbered in a row; None where all are of one.
     """
     computations, entry = parse(text)
     totals: dict[str, list[int]] = {}
@@ -51,10 +57,11 @@ def collectives(text: str) -> dict[str, Collective]:
                 if name in seen:
                     continue
                 seen.add(name)
-            kind, size = found
-            total = totals.setdefault(kind, [0, 0])
+            kind, size, devices = found
+            total = totals.setdefault(kind, [0, 0, 0])
             total[0] += size * times
             total[1] += times
+            total[2] += int(size * share_outside(kind, devices, node)) * times
     return {kind: Collective(*totals[kind]) for kind in KINDS if kind in totals}
 
 
@@ -97,7 +104,7 @@ def walk(
             yield from walk(computations, body[1], times * trip_count(computations, line), fused)
         elif match[3] in ("fusion", "call", "conditional", "async-start"):
             if reduce_scatter_of(line, computations):
-                yield line, times, True
+                yield line, times, fused
                 continue
             for called in _CALLED.findall(line):
                 yield from walk(computations, called, times, fused or match[3] == "fusion")
@@ -128,19 +135,21 @@ def reduce_scatter_of(line: str, computations: dict[str, list[str]]) -> str | No
     return next((text for text in inner if " all-reduce(" in text), None)
 
 
-def exchange(line: str, computations: dict[str, list[str]]) -> tuple[str, int] | None:
-    """(kind, bytes that a device sends) of one instruction; None where it sends nothing."""
+def exchange(line: str, computations: dict[str, list[str]]) -> tuple[str, int, list[int]] | None:
+    """(kind, bytes that a device sends, devices of a group) of an instruction; None if it sends nothing."""
     if inner := reduce_scatter_of(line, computations):
-        return "reduce-scatter", sent("reduce-scatter", line_bytes(inner), group_size(inner))
+        devices = group(inner)
+        return "reduce-scatter", sent("reduce-scatter", line_bytes(inner), len(devices)), devices
     match = _INSTRUCTION.match(line)
     assert match is not None, "walk gives instructions"
     kind, started = match[3].removesuffix("-start"), match[3].endswith("-start")
     if kind not in KINDS:
         return None
-    size = line_bytes(line, started)
+    devices = group(line)
+    size = line_bytes(line, started and kind != "all-reduce")
     if kind == "reduce-scatter":
-        size *= group_size(line)  # its result is a part
-    return kind, sent(kind, size, group_size(line))
+        size *= len(devices)  # its result is a part
+    return kind, sent(kind, size, len(devices)), devices
 
 
 def line_bytes(line: str, started: bool = False) -> int:
@@ -159,18 +168,53 @@ def array_bytes(kind: str, dims: str) -> int:
     return SIZES[kind] * math.prod(int(size) for size in dims.split(",") if size)
 
 
-def group_size(line: str) -> int:
-    """How many devices take part together."""
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(match[2])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
-        # An axis may be split: 'name':(1)2 is two of it.
-        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
-        return math.prod(int(part or sizes[name]) for name, part in axes)
+def group(line: str) -> list[int]:
+    """Devices of the first group that exchanges; of a permutation the two that are furthest apart."""
+    if match := re.search(rf"replica_groups=\[\d+,(\d+)\]<={_ORDER}", line):
+        return spread(match[2], match[3])[: int(match[1])]
+    if match := re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_ORDER}\))? \{{([^}}]*)\}}", line
+    ):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        names, found = list(sizes), [0]
+        # An axis may be split: 'name':(2)4 is four of it, in each of its halves.
+        for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[4]):
+            count = int(part or sizes[name])
+            inner = math.prod(sizes[other] for other in names[names.index(name) + 1 :])
+            step = inner * sizes[name] // (int(before or 1) * count)
+            found = [place + index * step for place in found for index in range(count)]
+        return [spread(match[2], match[3])[place] for place in found] if match[2] else found
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(match[1].split(","))
-    return 2
+        return numbers(match[1])
+    match = re.search(r"source_target_pairs=\{(\{.*?\})\}", line)
+    assert match is not None, f"an exchange names its devices: {line}"
+    pairs = [numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", match[1])]
+    return max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
+
+
+def spread(sizes: str, axes: str | None) -> list[int]:
+    """Devices in the order `[2,4]T(1,0)`: numbered row by row in a table of 2 x 4, read column by column."""
+    table = np.arange(math.prod(numbers(sizes))).reshape(numbers(sizes))
+    return (table.transpose(numbers(axes)) if axes else table).ravel().tolist()
+
+
+def numbers(text: str) -> list[int]:
+    """Of `2,4`."""
+    return [int(number) for number in text.split(",")]
+
+
+def share_outside(kind: str, devices: list[int], node: int | None) -> float:
+    """The share of what a device of a group sends that must leave its node.
+
+    n devices, m of them in each node: a node needs n - m of an array's n parts from elsewhere, where its m
+    devices together send m (n - 1); what is not shared (all-to-all) goes straight to the n - m others.
+    """
+    if node is None:
+        return 0.0
+    n, m = len(devices), sum(device // node == devices[0] // node for device in devices)
+    if n == m:
+        return 0.0
+    return (n - m) / (n - 1) / (m if kind in ("all-gather", "reduce-scatter", "all-reduce") else 1)
 
 
 def sent(kind: str, size: int, devices: int) -> int:

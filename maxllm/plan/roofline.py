@@ -45,6 +45,7 @@ def step_bound(
     gathered_parameters: float,
     sent_bytes: float,
     passes: int,
+    between_nodes_bytes: float = 0.0,
     idle: float = 0.0,
 ) -> Bound:
     """The bound of a training step on one device.
@@ -58,13 +59,15 @@ def step_bound(
       gathered_parameters: parameters that this device multiplies with, whoever holds them.
       sent_bytes: of collectives, by the compiled program.
       passes: times that the weights are read for matmuls: 3, or 4 with recomputation.
+      between_nodes_bytes: those of sent_bytes that leave the node, over the slower network.
       idle: share of the step in which the device has nothing to do: the bubble of a pipeline.
     """
     flops = hardware_flops_per_token(model, sequence_length) * tokens_per_device
     memory = parameter_shard * UPDATE_BYTES + gathered_parameters * 2 * passes
-    return Bound(
-        flops / chip.flops / (1 - idle), memory / chip.hbm_bandwidth, sent_bytes / chip.link_bandwidth
-    )
+    links = sent_bytes / chip.link_bandwidth
+    if chip.node_bandwidth is not None:
+        links = max(links, between_nodes_bytes / chip.node_bandwidth)
+    return Bound(flops / chip.flops / (1 - idle), memory / chip.hbm_bandwidth, links)
 
 
 def hardware_flops_per_token(model: ModelConfig, sequence_length: int) -> float:

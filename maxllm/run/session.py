@@ -88,7 +88,7 @@ def open_session(config: Config) -> Session:
             f"model.max_seq_len={model.max_seq_len}"
         )
     check_replies_fit(config)
-    resolve(model.attention, jax.default_backend())
+    resolve(model.attention, jax.default_backend(), model.dtype)
     mesh = make_mesh(config.mesh)
     check_model_divides(mesh, model)
     check_batch_divides(mesh, config.batch, model)

@@ -22,7 +22,7 @@ from maxllm.errors import UserError
 from maxllm.model.attend import resolve
 from maxllm.parallel.mesh import check_batch_divides, check_model_divides, make_mesh
 from maxllm.parallel.pipeline import bubble
-from maxllm.plan.compile import Compiled, TooLarge, compiled_for, topology_devices
+from maxllm.plan.compile import Compiled, TooLarge, check_cudnn, compiled_for, topology_devices
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.plan.hardware import Hardware, hardware_of
 from maxllm.plan.roofline import Bound, step_bound
@@ -102,9 +102,11 @@ def prepare(config: Config, hardware: Hardware) -> Plan:
             f"this {config.stage} recipe takes its model from {config.start.policy}, which is not there: "
             "train that stage first, or give the section model"
         )
-    attention = resolve(model.attention, hardware.chip.platform)
+    attention = resolve(model.attention, hardware.chip.platform, model.dtype)
     model = model.model_copy(update={"attention": attention})
     mesh = make_mesh(config.mesh, topology_devices(hardware))
+    if attention == "cudnn":
+        check_cudnn(hardware)
     check_model_divides(mesh, model)
     check_batch_divides(mesh, config.batch, model)
     check_replies_fit(config)
@@ -217,6 +219,7 @@ def bound_of(plan: Plan, asked: Compiled, tokens: int) -> Bound:
         gathered_parameters=parameters / (shape["tensor"] * shape["stage"]),
         sent_bytes=sum(exchange.bytes for exchange in asked.collectives.values()),
         passes=3 if plan.model.remat == "none" else 4,
+        between_nodes_bytes=sum(exchange.between_nodes for exchange in asked.collectives.values()),
         idle=bubble_of(plan),
     )
 

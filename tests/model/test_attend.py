@@ -1,19 +1,27 @@
-"""The TPU's attention kernel, interpreted, against XLA's: packed, grouped, windowed; alone and on a mesh."""
+"""The TPU's attention kernel, interpreted, against XLA's: packed, grouped, windowed; alone and on a mesh.
 
+cuDNN's kernel runs on GPUs only: what it is told is given to XLA's here, and its calls are found in the
+program.
+"""
+
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
 from maxllm.config import MeshConfig
 from maxllm.errors import UserError
 from maxllm.model import attend
+from maxllm.model.visible import Keys, visible
+from maxllm.parallel import context
 from maxllm.parallel.mesh import make_mesh
 
-B, T, H, G, K = 2, 256, 4, 2, 32
+B, T, H, G, K = 2, 512, 4, 2, 32
 
 
 @pytest.fixture
@@ -21,51 +29,151 @@ def arrays():
     """Queries, keys, values, and three packed documents; the last row ends in padding."""
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (B, T, h, K)) for key, h in zip(keys, (H, G, G), strict=True))
-    segments = np.repeat([1, 2, 3], [100, 60, 96])[None].repeat(B, 0)
-    segments[1, 200:] = 0
-    return q, k, v, attend.Keys(jnp.asarray(segments), jnp.asarray(segments), jnp.int32(0))
+    segments = np.repeat([1, 2, 3], [200, 120, 192])[None].repeat(B, 0)
+    segments[1, 400:] = 0
+    return q, k, v, Keys(jnp.asarray(segments), jnp.asarray(segments), jnp.int32(0))
 
 
-def outputs_and_gradients(backend, window, arrays):
-    """The outputs of real queries, and the gradients of a sum over them."""
+def outputs_and_gradients(backend, window, arrays, mesh=None, travelling=False):
+    """The outputs of real queries, and the gradients of a sum over them; on a mesh, if there is one."""
+    if mesh is None:
+        return total_and_gradients(backend, window, arrays, travelling)
+    devices = jax.devices()[: math.prod(mesh.values())]
+    shards = mesh.get("context", 1)
+    q, k, v, keys = jax.tree.map(lambda a: context.balanced(a, shards) if a.ndim else a, arrays)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, **mesh), devices)):
+        placed = (q, k, v, keys.replace(shards=shards))
+        got = total_and_gradients(backend, window, placed, travelling)
+    return [context.unbalanced(jax.device_get(a), shards) for a in got]
+
+
+def total_and_gradients(backend, window, arrays, travelling):
     q, k, v, keys = arrays
     real = (keys.query_segments_BT != 0)[:, :, None, None]
 
     def total(q, k, v):
-        o = attend.attend(backend, q, k, v, keys, window, lambda probs: probs) * real
+        o = attend.attend(backend, q, k, v, keys, window, lambda probs: probs, travelling) * real
         return jnp.sum(o * jnp.cos(jnp.arange(K))), o
 
     gradients, o = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
     return o, *gradients
 
 
-@pytest.mark.parametrize("window", [None, 70], ids=["causal", "window"])
-@pytest.mark.parametrize("mesh", [None, {"context": 2, "fsdp": 2, "tensor": 2}], ids=["alone", "mesh"])
-def test_splash_is_attention(monkeypatch, arrays, window, mesh):
-    """Float32 throughout; sums of 256 terms in another order, scores of order 1: 1e-5."""
-    wanted = outputs_and_gradients("xla", window, arrays)
-    monkeypatch.setattr(kernels, "make_splash_mha", partial(kernels.make_splash_mha, interpret=True))
-    if mesh is None:
-        got = outputs_and_gradients("splash", window, arrays)
-    else:
-        with jax.set_mesh(make_mesh(MeshConfig(data=-1, **mesh))):
-            got = outputs_and_gradients("splash", window, arrays)
+def assert_close(got, wanted):
+    """Float32 throughout; sums of 512 terms in another order, scores of order 1: 1e-5."""
     for one, other in zip(got, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
 
 
-def test_auto_is_the_kernel_of_the_hardware():
-    assert [attend.resolve("auto", platform) for platform in ("cpu", "tpu", "gpu")] == [
-        "xla",
-        "splash",
-        "xla",
+@pytest.mark.parametrize("window", [None, 70], ids=["causal", "window"])
+@pytest.mark.parametrize("mesh", [None, {"context": 2, "fsdp": 2, "tensor": 2}], ids=["alone", "mesh"])
+def test_splash_is_attention(monkeypatch, arrays, window, mesh):
+    monkeypatch.setattr(kernels, "make_splash_mha", partial(kernels.make_splash_mha, interpret=True))
+    got = outputs_and_gradients("splash", window, arrays, mesh)
+    assert_close(got, outputs_and_gradients("xla", window, arrays))
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash"])
+@pytest.mark.parametrize("mesh", [{"context": 2, "fsdp": 2, "tensor": 2}, {"context": 2}], ids=str)
+def test_a_ring_is_attention(monkeypatch, arrays, backend, mesh):
+    """Keys of a document travel past the queries of all its devices, and their gradients come home."""
+    monkeypatch.setattr(kernels, "make_splash_mha", partial(kernels.make_splash_mha, interpret=True))
+    got = outputs_and_gradients(backend, None, arrays, mesh, travelling=True)
+    assert_close(got, outputs_and_gradients("xla", None, arrays))
+
+
+@pytest.mark.parametrize("window", [None, 70], ids=["causal", "window"])
+@pytest.mark.parametrize(
+    "mesh",
+    [None, {"fsdp": 2, "tensor": 2}, {"context": 2, "fsdp": 2, "tensor": 2}],
+    ids=["alone", "mesh", "context"],
+)
+def test_what_cudnn_is_told_is_attention(monkeypatch, arrays, window, mesh):
+    by_xla, told = jax.nn.dot_product_attention, []
+
+    def instead(q, k, v, *, mask, is_causal, implementation):
+        told.append((implementation, is_causal, k.shape[2]))
+        return by_xla(q, k, v, mask=mask, is_causal=is_causal, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    got = outputs_and_gradients("cudnn", window, arrays, mesh)
+    sizes = mesh or {}
+    assert set(told) == {("cudnn", "context" not in sizes, G // sizes.get("tensor", 1))}
+    assert_close(got, outputs_and_gradients("xla", window, arrays))
+
+
+def test_cudnn_is_called_forward_and_backward(monkeypatch, arrays):
+    """The program for CUDA has both calls, on keys that are not repeated, and no matmul beside them."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90800)
+    *projections, keys = arrays
+    q, k, v = (array.astype(jnp.bfloat16) for array in projections)
+    program = jax.jit(
+        jax.grad(lambda q, k, v: attend.attend("cudnn", q, k, v, keys, None, lambda probs: probs).sum())
+    )
+    text = program.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call" in line and "fmha" in line]
+    assert [name in call for name, call in zip(("Softmax(", "SoftmaxBackward("), calls, strict=True)] == [
+        True,
+        True,
     ]
+    for call in calls:
+        assert f"tensor<{B}x{T}x{H}x{K}xbf16>, tensor<{B}x{T}x{G}x{K}xbf16>" in call
+        assert f"tensor<{B}x1x{T}x{T}xbf16>" in call  # the mask has no heads
+    assert "dot_general" not in text
 
 
-@pytest.mark.parametrize(("backend", "platform"), [("splash", "cpu"), ("splash", "gpu")])
+def test_who_sees_whom_by_hand():
+    """Two documents and padding; then the second half of the queries, as a device of two has them."""
+    segments = jnp.array([[1, 1, 2, 2, 2, 0]])
+    wanted = np.array(
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [0, 0, 1, 0, 0, 0],
+            [0, 0, 1, 1, 0, 0],
+            [0, 0, 1, 1, 1, 0],
+            [0, 0, 0, 0, 0, 0],
+        ],
+        bool,
+    )
+    keys = Keys(segments, segments, jnp.int32(0))
+    np.testing.assert_array_equal(visible(keys, None)[0], wanted)
+    half = Keys(segments[:, 3:], segments, jnp.int32(3))
+    np.testing.assert_array_equal(visible(half, None)[0], wanted[3:])
+    wanted[4, 2] = False
+    np.testing.assert_array_equal(visible(keys, 2)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "kernel"),
+    [
+        ("cpu", "bfloat16", "xla"),
+        ("tpu", "bfloat16", "splash"),
+        ("tpu", "float32", "splash"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("cuda", "bfloat16", "cudnn"),
+        ("cuda", "float32", "xla"),
+        ("rocm", "bfloat16", "xla"),
+    ],
+)
+def test_auto_is_the_kernel_of_the_hardware(platform, dtype, kernel):
+    assert attend.resolve("auto", platform, dtype) == kernel
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform"), [("splash", "cpu"), ("splash", "gpu"), ("cudnn", "cpu"), ("cudnn", "rocm")]
+)
 def test_the_wrong_kernel_is_an_error(backend, platform):
     with pytest.raises(UserError, match=f"{backend} does not run on {platform}"):
-        attend.resolve(backend, platform)
+        attend.resolve(backend, platform, "bfloat16")
+
+
+@pytest.mark.parametrize("width", [12, 136])
+def test_cudnn_needs_heads_that_it_knows(arrays, width):
+    *_, keys = arrays
+    q, k, v = (jnp.zeros((B, T, heads, width)) for heads in (H, G, G))
+    with pytest.raises(UserError, match=f"heads of a multiple of 8, up to 128, not {width}"):
+        attend.attend("cudnn", q, k, v, keys, None, lambda probs: probs)
 
 
 def test_splash_needs_whole_lanes(arrays):

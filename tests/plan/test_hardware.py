@@ -51,3 +51,9 @@ def test_what_is_not_a_machine_is_told(name, sentence):
 def test_published_figures(name, teraflops, gibibytes):
     """Google's TPU pages: bfloat16 peak, and memory less the quarter of a gibibyte that XLA keeps."""
     assert (CHIPS[name].flops / 1e12, CHIPS[name].hbm_bytes) == (teraflops, int(gibibytes * GIB))
+
+
+@pytest.mark.parametrize(("name", "node"), [("h100x8", 8), ("h100x64", 8), ("a100x4", 4), ("v5p-128", None)])
+def test_nodes(name, node):
+    """GPUs come in nodes; a TPU slice is one torus."""
+    assert hardware_of(name).node == node

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maxllm.config import MeshConfig
 from maxllm.parallel.mesh import make_mesh
-from maxllm.plan.hlo import Collective, collectives, group_size
+from maxllm.plan.hlo import Collective, collectives, group
 
 PROGRAM = """
 HloModule step
@@ -22,9 +22,9 @@ HloModule step
 }
 
 %inner_body (p: (s32[])) -> (s32[]) {
-  %ring = (bf16[8,16]{1,0}, bf16[8,16]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=1
+  %ring = (bf16[8,16]{1,0}, bf16[8,16]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
   %ring_done = bf16[8,16]{1,0} collective-permute-done(%ring)
-  %back = (bf16[8,16]{1,0}, bf16[8,16]{1,0}, u32[], u32[]) collective-permute-start(%y), channel_id=1
+  %back = bf16[8,16]{1,0} collective-permute(%y), channel_id=1, source_target_pairs={{0,1},{1,0}}
   ROOT %out = (s32[]) tuple(%i)
 }
 
@@ -60,7 +60,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %swapped = bf16[4,8]{1,0} all-to-all(%q), replica_groups=[2,4]<=[8], dimensions={0}
   ROOT %part = f32[10]{0} reduce-scatter(%r), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add
 }
-"""
+"""  # noqa: E501
 
 
 def test_a_program_written_by_hand():
@@ -77,17 +77,67 @@ def test_a_program_written_by_hand():
     }
 
 
+GPU_PROGRAM = """
+HloModule step
+
+%condition (p: (s32[])) -> pred[] {
+  %limit = s32[] constant(9)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%wrapped (g: f32[16]) -> f32[2] {
+  ROOT %scattered.1 = f32[2]{0} reduce-scatter(%g), channel_id=1, replica_groups=[2,8]<=[16], to_apply=%add
+}
+
+%body (p: (s32[])) -> (s32[]) {
+  %gather = ((bf16[2,8]{1,0}, bf16[4]{0}), (bf16[32,8]{1,0}, bf16[64]{0})) all-gather-start(%a, %b), channel_id=1, replica_groups=mesh['axis_0'=16] {'axis_0'}
+  %gathered = (bf16[32,8]{1,0}, bf16[64]{0}) all-gather-done(%gather)
+  %start = ((f32[16]{0}), f32[2]{0}) async-start(%g), calls=%wrapped
+  %done = f32[2]{0} async-done(%start)
+  ROOT %out = (s32[]) tuple(%i)
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %loop = (s32[]) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %sums = (f32[100]{0}, f32[20]{0}) all-reduce-start(%y, %z), channel_id=1, replica_groups=[8,2]<=[2,8]T(1,0)
+  %summed = (f32[100]{0}, f32[20]{0}) all-reduce-done(%sums)
+  %part = ((f32[1600]{0}), f32[100]{0}) reduce-scatter-start(%r), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}
+  ROOT %swapped = ((bf16[16,8]{1,0}), bf16[16,8]{1,0}) all-to-all-start(%q), channel_id=3, replica_groups=[1,16]<=[16]
+}
+"""  # noqa: E501
+
+
+def test_a_program_as_gpus_have_it():
+    """Started exchanges hold their operands too, but an all-reduce; a channel is no name. Two nodes of eight:
+    of 16 devices 8 are elsewhere, for whom the 8 here send 8 of the 16 parts between them."""
+    gathered, scattered = (32 * 8 + 64) * 2 * 15 // 16, 1600 * 4 * 15 // 16
+    swapped = 16 * 8 * 2 * 15 // 16
+    assert collectives(GPU_PROGRAM, node=8) == {
+        "all-gather": Collective(3 * gathered, 3, 3 * (gathered // 15)),
+        "all-reduce": Collective(120 * 4, 1, 120 * 4),  # pairs, one of each node
+        "reduce-scatter": Collective(3 * (16 * 4 * 7 // 8) + scattered, 4, scattered // 15),
+        "all-to-all": Collective(swapped, 1, swapped * 8 // 15),
+    }
+    assert all(exchange.between_nodes == 0 for exchange in collectives(GPU_PROGRAM).values())
+
+
 @pytest.mark.parametrize(
-    ("groups", "size"),
+    ("groups", "devices"),
     [
-        ("replica_groups=[4,2]<=[8]", 2),
-        ("replica_groups={{0,1,2},{3,4,5}}", 3),
-        ("replica_groups=mesh['x'=2,'y'=4] {'y'}", 4),
-        ("replica_groups=mesh['x'=8] {'x':(2)4}", 4),
+        ("replica_groups=[4,2]<=[8]", [0, 1]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups={{0,2,4},{1,3,5}}", [0, 2, 4]),
+        ("replica_groups=mesh['x'=2,'y'=4] {'y'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['x'=2,'y'=4] {'x'}", [0, 4]),
+        ("replica_groups=mesh['x'=8] {'x':(2)4}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['x'=8] {'x':(1)4}", [0, 2, 4, 6]),
+        ("replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}", [0, 1, 4, 5]),
+        ("replica_groups=mesh['x'=4,'y'=2], device_ids=([2,2,2]T(0,2,1)) {'x':(2)2}", [0, 1]),
+        ("source_target_pairs={{0,0},{0,1},{1,7},{7,1}}, metadata={{9,0}}", [1, 7]),
     ],
 )
-def test_group_sizes(groups, size):
-    assert group_size(groups) == size
+def test_groups(groups, devices):
+    assert group(groups) == devices
 
 
 def test_a_compiled_program():

@@ -44,3 +44,19 @@ def test_the_highest_floor_is_the_bound():
     assert (bound.seconds, bound.by) == (bound.compute, "compute")
     few = step_bound(chip, **figures, tokens_per_device=1, sent_bytes=35e9, passes=3)
     assert few.by == "links"
+
+
+def test_between_nodes_the_network_is_the_link():
+    """45 GB by NVLink take 0.1 s; a ninth of them by a GPU's 50 GB/s of network takes as long."""
+    figures = {
+        "model": LLAMA2_7B,
+        "sequence_length": 2048,
+        "tokens_per_device": 1,
+        "parameter_shard": 1e9,
+        "gathered_parameters": 8e9,
+        "sent_bytes": 45e9,
+        "passes": 3,
+    }
+    assert step_bound(CHIPS["h100"], **figures).links == pytest.approx(0.1)
+    assert step_bound(CHIPS["h100"], **figures, between_nodes_bytes=5e9).links == pytest.approx(0.1)
+    assert step_bound(CHIPS["h100"], **figures, between_nodes_bytes=45e9).links == pytest.approx(0.9)

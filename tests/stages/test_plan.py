@@ -164,7 +164,6 @@ def test_a_machine_must_be_named(plan):
     ("words", "sentence"),
     [
         (["--hardware", "v5x-8"], "v5x-8 is not known"),
-        (["--hardware", "h100x8"], "only TPUs can be compiled for as yet"),
         (["--hardware", "v5e:3x3"], "TPU's compiler refuses v5e:3x3"),
         (["mesh.fsdp=3"], "3 does not divide the 4 devices"),
         (["mesh.tensor=4"], "model.n_kv_heads=2 is not divisible by mesh.tensor=4"),
@@ -184,6 +183,9 @@ def test_without_the_compiler_the_extra_is_named(plan, monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     code, _, error = plan()
     assert code == 2 and "pip install 'maxllm[tpu]'" in error
+    monkeypatch.setitem(sys.modules, "jax_cuda12_plugin", None)
+    code, _, error = plan("--hardware", "h100x8")
+    assert code == 2 and "pip install 'maxllm[cuda]'" in error
 
 
 def test_people_get_tables(tmp_path: Path, capsys):
