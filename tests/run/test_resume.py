@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import SingleDeviceSharding
@@ -194,6 +196,41 @@ def test_the_best_evaluated_checkpoint_outlives_newer_ones(tmp_path: Path) -> No
     shapes = {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=SingleDeviceSharding(jax.devices()[0]))}
     best = checkpoint.load_params(checkpoint.find(tmp_path, "best"), shapes)
     np.testing.assert_array_equal(best["w"], np.full(3, 3.0))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"name": "adafactor"}, {"name": "muon", "moment_dtype": "bfloat16"}, {"moment_dtype": "bfloat16"}],
+    ids=lambda changes: "-".join(changes.values()),
+)
+def test_every_optimizer_goes_through_a_checkpoint(tmp_path: Path, tiny_model, changes) -> None:
+    """Saved after one step and restored into its shardings: the same arrays, and the same second step."""
+    from maxllm.config import MeshConfig, OptimizerConfig
+    from maxllm.model.llama import Llama
+    from maxllm.optim import make_optimizer
+    from maxllm.parallel.mesh import make_mesh
+    from maxllm.run import checkpoint
+    from maxllm.steps.state import abstract, create, initializer
+
+    optimizer = make_optimizer(OptimizerConfig(**changes), 10)
+    init = initializer(Llama(tiny_model()), optimizer)
+    description = abstract(init, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+
+    @jax.jit
+    def step(state):
+        gradients = jax.tree.map(lambda p: p + 0.1, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+
+    once = step(create(init, description, jax.random.key(0)))
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, once, None)
+    checkpoints.close()
+    restored = checkpoint.Checkpoints(tmp_path, keep=1).restore(1, description)
+    same = partial(jax.tree.map, np.testing.assert_array_equal)
+    same(restored, once)
+    same(step(restored), step(once))
+    assert jax.tree.map(lambda leaf: leaf.dtype, restored) == jax.tree.map(lambda leaf: leaf.dtype, once)
 
 
 def test_two_processes_do_not_train_in_one_folder(corpus: Path) -> None:
