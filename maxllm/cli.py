@@ -144,6 +144,7 @@ def train(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     """maxllm plan"""
     os.environ["JAX_PLATFORMS"] = "cpu"  # the machine that is planned for is not here
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # how long compiling takes is a figure
     from maxllm import recipe
     from maxllm.stages import plan as stage
 

@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import maxllm
+from maxllm.parallel.compiler import CACHE_DIR
 
 STEPS = 24
 
@@ -102,6 +103,25 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen) -> None:
             return
         time.sleep(0.02)
     raise AssertionError("no checkpoint came")
+
+
+def test_a_warm_cache_is_faster_and_changes_nothing(corpus: Path, uninterrupted: Path) -> None:
+    """Two fresh processes with a cache of their own: the second reads what the first compiled, and both end
+    as the run that had none. Compiling takes seconds, reading tenths of one."""
+    cache = corpus / "cache"
+    environment = {name: value for name, value in ONE_DEVICE.items() if name != CACHE_DIR}
+    seconds = []
+    for name in ("cold", "warm"):
+        subprocess.run(
+            verb(command(corpus / name, corpus), "pretrain"),
+            check=True,
+            capture_output=True,
+            env=environment | {"XDG_CACHE_HOME": str(cache)},
+        )
+        seconds.append(json.loads((corpus / name / "summary.json").read_text())["compile_seconds"])
+        assert_same_end(uninterrupted, corpus / name)
+        assert list((cache / "maxllm" / "xla").glob("jit_train_step-*-cache"))
+    assert seconds[1] < 0.6 * seconds[0]
 
 
 def test_kill_9_then_the_same_command(corpus: Path, uninterrupted: Path) -> None:
