@@ -211,19 +211,18 @@ def estimate(config: Config, model: ModelConfig, layout: Layout, hardware: Hardw
         "batch": 5 * 4 * rows * batch.microbatches * batch.sequence_length,
     }
     if batch.microbatches > 1:
-        # What is added up over the microbatches is float32, whatever the type of the parts. The compiler
-        # keeps the head's sum whole, and its gradient until it is added: seen in Llama-2-7B's schedule.
+        # What is added up over the microbatches is float32, whatever the type of the parts; the head's sum is
+        # whole (seen in Llama-2-7B's schedule: nothing in the program says that it should be split).
         split = L * sizes.layer + (sizes.tables - 1) * sizes.table
-        state["sums of gradients"] = 4 * split / gradient_shards
-        state["head's sum of gradients, and its gradient, both whole"] = 8 * sizes.table
+        state["sums of gradients"] = 4 * (split / gradient_shards + sizes.table)
     kept = {"activations kept for the backward pass": L * kept_bytes(model, sizes, layout, tokens, keys)}
     gradients = {
         "gradients of layers": L * sizes.layer * BYTES[config.optimizer.gradient_dtype] / gradient_shards,
         "gradients of embedding and head": 4 * sizes.tables * sizes.table / gradient_shards,
     }
-    if gradient_shards > 1 and batch.microbatches == 1 and TORUS[hardware.generation] == 2:
-        # Seen in Llama-3-8B's schedule on v6e: the head's gradient is scattered after the layers' backward
-        # pass. In Llama-2-7B's on v5p, before it.
+    if gradient_shards > 1 and (batch.microbatches > 1 or TORUS[hardware.generation] == 2):
+        # Seen in Llama-3-8B's schedule on v6e, and with microbatches: the head's gradient is scattered after
+        # the layers' backward pass. In Llama-2-7B's in one part on v5p, before it.
         gradients["head's gradient, whole until it is scattered"] = 4 * sizes.table
     backward = state | kept | gradients | layer_bytes(model, sizes, layout, tokens, keys)
     # The head's loss and gradient come before any layer's gradient is there.

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import yaml
 from jax.sharding import SingleDeviceSharding
 
 import maxllm
@@ -251,6 +252,23 @@ def test_every_optimizer_goes_through_a_checkpoint(tmp_path: Path, tiny_model, c
     same(restored, once)
     same(step(restored), step(once))
     assert jax.tree.map(lambda leaf: leaf.dtype, restored) == jax.tree.map(lambda leaf: leaf.dtype, once)
+
+
+def test_a_run_that_is_older_than_a_setting_goes_on(tmp_path: Path) -> None:
+    """Its config.yaml lacks what came later, and means the default; another value is another recipe."""
+    from maxllm import recipe
+    from maxllm.errors import UserError
+    from maxllm.run.session import CONFIG, check_same_recipe
+
+    def config(*words):
+        return recipe.load_recipe("pretrain/tiny_slice_cpu", [f"run.dir={tmp_path}", *words])
+
+    former = yaml.safe_load(recipe.dump(config()))
+    del former["optimizer"]["name"], former["optimizer"]["moment_dtype"]
+    (tmp_path / CONFIG).write_text(yaml.safe_dump(former))
+    check_same_recipe(tmp_path, config())
+    with pytest.raises(UserError, match=r"optimizer\.name=adamw, not muon"):
+        check_same_recipe(tmp_path, config("optimizer.name=muon"))
 
 
 def test_two_processes_do_not_train_in_one_folder(corpus: Path) -> None:
