@@ -1,7 +1,8 @@
 """The best way to put a recipe onto a machine: meshes, `remat`, rows and microbatches, all of them estimated.
 
-What trains fastest by the bound of plan/roofline.py comes first; of two that are equally fast, the one whose
-three floors together are lower. It takes no compiler: stages/plan.py has the best few compiled to confirm.
+What trains fastest by the bound of plan/roofline.py comes first; of what is equally fast, what fits
+with room for the estimate's error, then what has the lower sum of floors. It takes no compiler:
+stages/plan.py has the best few compiled to confirm.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ ROWS = (0.25, 0.5, 1, 2, 4)
 """Rows of a batch that are tried, as multiples of the recipe's."""
 MICROBATCHES = (1, 2, 4)
 
+ERROR = 0.15
+"""Of an estimated peak (tests/plan/test_estimate.py)."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -26,6 +30,8 @@ class Candidate:
 
     config: Config
     """The recipe with its mesh, model.remat, batch.rows and batch.microbatches."""
+    generation: str
+    """Of the chips."""
     layout: Layout
     found: Estimate | None
     """None where something does not divide."""
@@ -50,6 +56,12 @@ class Candidate:
         assert self.found is not None, "only what divides is ranked"
         bound, batch = self.found.bound, self.config.batch
         return (bound.compute + bound.memory + bound.links) / (batch.rows * batch.sequence_length)
+
+    @property
+    def tight(self) -> bool:
+        """Whether the estimate's error may be more than the room that is left."""
+        limit = CHIPS[self.generation].hbm_bytes
+        return self.found is not None and (1 + ERROR) * self.found.peak_bytes > limit
 
     @property
     def words(self) -> list[str]:
@@ -81,14 +93,14 @@ def candidates(config: Config, hardware: Hardware, fixed: Collection[str] = ()) 
     return sorted(found, key=order)
 
 
-def order(one: Candidate) -> tuple[int, float, float]:
+def order(one: Candidate) -> tuple[int, float, bool, float]:
     """Sorts candidates."""
     if one.found is None:
-        return 2, 0.0, 0.0
+        return 2, 0.0, False, 0.0
     if one.over_bytes:
-        return 1, one.over_bytes, 0.0
-    # Speeds within a thousandth are the same: the floors of a step decide.
-    return 0, -float(f"{one.tokens_per_second:.3g}"), one.floors_per_token
+        return 1, one.over_bytes, False, 0.0
+    # Speeds with the same first three digits are the same: room decides, then the floors of a step.
+    return 0, -float(f"{one.tokens_per_second:.3g}"), one.tight, one.floors_per_token
 
 
 def meshes(devices: int, mesh: MeshConfig, fixed: Collection[str]) -> Iterator[MeshConfig]:
@@ -128,9 +140,10 @@ def candidate(
     config = config.model_copy(update={"mesh": mesh, "model": model, "batch": batch})
     layout = layout_of(mesh, hardware)
     if problem := obstacle(config, model, layout):
-        return Candidate(config, layout, None, problem, 0)
+        return Candidate(config, hardware.generation, layout, None, problem, 0)
     found = estimate(config, model, layout, hardware)
-    return Candidate(config, layout, found, None, max(0, found.peak_bytes - hardware.chip.hbm_bytes))
+    over = max(0, found.peak_bytes - hardware.chip.hbm_bytes)
+    return Candidate(config, hardware.generation, layout, found, None, over)
 
 
 def run(
