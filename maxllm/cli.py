@@ -144,22 +144,37 @@ def train(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     """maxllm plan"""
     os.environ["JAX_PLATFORMS"] = "cpu"  # the machine that is planned for is not here
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # how long compiling takes is a figure
     from maxllm import recipe
-    from maxllm.stages import plan as stage
 
     config = recipe.load_recipe(options.recipe, options.overrides)
-    figures = stage.run(config, options.hardware, options.tokens, options.price)
+    if options.estimate:
+        from maxllm.plan import estimate
+
+        figures = estimate.run(config, options.hardware)
+    elif options.search:
+        from maxllm.stages import plan as stage
+
+        # What is said on the command line is not searched for.
+        fixed = [word.partition("=")[0] for word in options.overrides]
+        figures = stage.search_best(config, options.hardware, fixed)
+    else:
+        from maxllm.stages import plan as stage
+
+        figures = stage.run(config, options.hardware, options.tokens, options.price)
     if options.json:
         print(json.dumps(figures))
     else:
-        from maxllm.report.plan import print_plan
+        from maxllm.report import plan as report
 
-        print_plan(figures)
+        show_plan = report.print_plan
+        if options.estimate or options.search:
+            show_plan = report.print_estimate if options.estimate else report.print_search
+        show_plan(figures)
     if not figures["fits"]:
-        raise DoesNotFit(
-            f"{figures['peak_bytes'] / 1e9:.2f} GB per device are needed on {figures['hardware']}, which has "
-            f"{figures['hbm_bytes'] / 1e9:.2f}"
-        )
+        from maxllm.report.plan import shortage
+
+        raise DoesNotFit(shortage(figures))
 
 
 def convert(options: argparse.Namespace) -> None:

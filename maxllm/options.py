@@ -128,6 +128,11 @@ def add_plan(verbs: Any) -> None:
         help="v5e-256, v6e-16 (chips), v5p-16, v4-32 (cores), v5p:2x2x2, v6e:4x4 (shape), h100x8, a100x16; "
         "default: run.hardware of the recipe",
     )
+    how = verb.add_mutually_exclusive_group()
+    how.add_argument("--estimate", action="store_true", help="arithmetic instead of the compiler: at once")
+    how.add_argument(
+        "--search", action="store_true", help="try meshes, remat and rows; compile the best to confirm"
+    )
     verb.add_argument("--tokens", type=float, metavar="COUNT", help="length of the training, as in 2e12")
     verb.add_argument("--price", type=float, metavar="AMOUNT", help="of a chip for an hour, any currency")
     add_json(verb)

@@ -13,6 +13,8 @@ for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # none: the user's is not the tests'
+
 import itertools  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from functools import cache  # noqa: E402

@@ -2,6 +2,7 @@
 
 import glob
 import os
+from pathlib import Path
 
 COMPILER_OPTIONS: dict[str, dict[str, str | bool | int]] = {
     "tpu": {
@@ -33,3 +34,28 @@ def without_tpu() -> None:
         ("TPU_ACCELERATOR_TYPE", "v5p-8"),
     ):
         os.environ.setdefault(name, value)
+
+
+CACHE_DIR, CACHE_BYTES, CACHE_SECONDS = "JAX_COMPILATION_CACHE_DIR", 4 << 30, 0.2
+"""JAX's variable for the folder of compiled programs; what ours may hold (the least recently used goes), and
+how long a program must have taken to compile to be worth a file."""
+
+
+def keep_compiled() -> None:
+    """Programs are compiled once and read from the user's cache folder after that.
+
+    JAX's own variable names another folder, or none where it is empty. A program's key holds XLA's version
+    and options, and the devices, on CPU with the processor's features: machines may share a folder.
+    """
+    if CACHE_DIR in os.environ:
+        return
+    import jax
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxllm" / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written to: programs are compiled every time
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHE_SECONDS)

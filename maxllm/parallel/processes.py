@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from maxllm.errors import UserError
+from maxllm.parallel.compiler import keep_compiled
 
 COORDINATOR, COUNT, INDEX = "MAXLLM_COORDINATOR", "MAXLLM_NUM_PROCESSES", "MAXLLM_PROCESS_ID"
 AUTO = "MAXLLM_DISTRIBUTED"
@@ -24,7 +25,9 @@ other, and keep their few threads waiting for ever (seen with a ring inside a pi
 
 
 def initialize() -> None:
-    """Joins the other processes, if the environment says that there are any. Idempotent."""
+    """Before anything is computed: joins the other processes, if the environment says that there are any, and
+    says where compiled programs are kept. Idempotent."""
+    keep_compiled()
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # Simulated devices share one thread pool: two programs in flight, each with a collective, can starve
         # each other for ever (seen with 2 devices on 2 cores). One program at a time cannot.

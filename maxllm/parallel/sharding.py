@@ -70,7 +70,7 @@ def abstract_tree(boxed: Any, mesh: Mesh, zero: int = 3) -> Any:
       The unboxed tree of `jax.ShapeDtypeStruct(shape, dtype, sharding)`: feed it to `jit`'s shardings, to
       Orbax's restore, to shape checks.
     """
-    specs = nn.get_partition_spec(boxed)
+    specs = jax.tree.map(names_of, boxed, is_leaf=is_boxed)
     of_parameters = nn.logical_to_mesh_sharding(specs, mesh, rules_of(zero))
     of_optimizer = nn.logical_to_mesh_sharding(specs, mesh, rules_of(3 if zero >= 1 else 0))
 
@@ -80,6 +80,21 @@ def abstract_tree(boxed: Any, mesh: Mesh, zero: int = 3) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(describe, nn.unbox(boxed), of_parameters, of_optimizer)
+
+
+def is_boxed(node: Any) -> bool:
+    """Whether a node of a tree carries the logical names of its axes."""
+    return isinstance(node, nn.meta.AxisMetadata)
+
+
+def names_of(node: Any) -> Any:
+    """The logical names of a parameter, or of an array like it, as a spec; none for what carries none.
+
+    An optimizer that leaves a parameter to another keeps an empty node in its box, which has no spec.
+    """
+    if not is_boxed(node):
+        return PartitionSpec()
+    return jax.tree.map(lambda _: node.get_partition_spec(), node.value)
 
 
 def shardings_of(abstract: Any) -> Any:

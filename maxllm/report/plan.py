@@ -11,11 +11,11 @@ from rich.table import Table
 def print_plan(figures: dict[str, Any]) -> None:
     """Memory, collectives and the bound on speed, as tables."""
     terminal = Console()
-    mesh = " x ".join(f"{axis}={size}" for axis, size in figures["mesh"].items() if size > 1) or "one device"
     verdict = "fits" if figures["fits"] else "DOES NOT FIT"
     terminal.print(
         f"{figures['parameters'] / 1e9:.2f} B parameters on {figures['hardware']} "
-        f"({figures['devices']} devices, {mesh}, attention {figures['attention']}): {verdict}",
+        f"({figures['devices']} devices, {mesh_name(figures['mesh'])}, attention {figures['attention']}): "
+        f"{verdict}",
         markup=False,
         highlight=False,
     )
@@ -23,6 +23,102 @@ def print_plan(figures: dict[str, Any]) -> None:
     if figures["collectives"] is not None:
         terminal.print(collectives(figures["collectives"]))
     terminal.print(speed(figures))
+
+
+def shortage(figures: dict[str, Any]) -> str:
+    """In a sentence, what is missing; of a search that found nothing, what would do."""
+    if "peak_bytes" in figures:
+        return (
+            f"{figures['peak_bytes'] / 1e9:.2f} GB per device are needed on {figures['hardware']}, which has "
+            f"{figures['hbm_bytes'] / 1e9:.2f}"
+        )
+    if figures["fitting"]:
+        return (
+            f"the compiler refuses the best that were found for {figures['hardware']}: give fewer batch.rows"
+        )
+    change = figures["would_fit"]
+    if change is None:
+        return f"nothing fits onto {figures['hardware']}, nor onto a larger slice: give a smaller model"
+    return (
+        f"nothing fits onto {figures['hardware']}; {change['change']} would, with "
+        f"{mesh_name(change['mesh'])}, model.remat={change['remat']} and "
+        f"{change['peak_bytes'] / 1e9:.1f} GB per device"
+    )
+
+
+def print_estimate(figures: dict[str, Any]) -> None:
+    """An estimate, term by term."""
+    verdict = "should fit" if figures["fits"] else "SHOULD NOT FIT"
+    terminal = Console()
+    terminal.print(
+        f"{figures['parameters'] / 1e9:.2f} B parameters on {figures['hardware']} "
+        f"({figures['devices']} devices, {mesh_name(figures['mesh'])}): {verdict}",
+        markup=False,
+        highlight=False,
+    )
+    for title, terms, end in (
+        ("memory at the peak, per device", figures["memory"], figures["peak_bytes"]),
+        ("sent, per device and step", figures["sent"], sum(figures["sent"].values())),
+    ):
+        table = Table("estimate", "GB", title=title, title_justify="left")
+        for name, size in terms.items():
+            table.add_row(name, f"{size / 1e9:.2f}")
+        table.add_row("all", f"{end / 1e9:.2f}")
+        terminal.print(table)
+    terminal.print(
+        f"the device has {figures['hbm_bytes'] / 1e9:.2f} GB; a step takes at least "
+        f"{figures['step_seconds_bound']:.3f} s, bound by {figures['bound_by']}: at best "
+        f"{figures['tokens_per_second']:,.0f} tokens per second",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_search(figures: dict[str, Any]) -> None:
+    """What a search found: the best, what the compiler says of the first few, and why others lost."""
+    terminal = Console()
+    terminal.print(
+        f"{figures['tried']:,} ways onto {figures['hardware']} ({figures['devices']} devices of "
+        f"{figures['hbm_bytes'] / 1e9:.1f} GB): {figures['fitting']:,} fit by estimate, "
+        f"{figures['too_large']:,} are too large, {figures['not_dividing']:,} do not divide",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if figures["best"]:
+        terminal.print(best(figures["best"]))
+    if figures["others"]:
+        table = Table("mesh", "remat", "rows", "", title="other meshes at their best", title_justify="left")
+        for other in figures["others"]:
+            table.add_row(mesh_name(other["mesh"]), other["remat"], str(other["rows"]), other["lost"])
+        terminal.print(table)
+    if figures["chosen"]:
+        terminal.print(
+            "confirmed by the compiler: " + " ".join(figures["chosen"]), highlight=False, soft_wrap=True
+        )
+
+
+def best(rows: list[dict[str, Any]]) -> Table:
+    """The best candidates: the estimate, and the compiler's figure where it was asked; 80 columns wide."""
+    title = "the best, by the bound on speed (mesh: data x fsdp x context x tensor)"
+    columns = ("mesh", "remat", "rows", "peak GB", "compiled", "tokens/s", "bound by")
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        compiled, parts = row.get("compiled"), row["microbatches"]
+        table.add_row(
+            "x".join(map(str, row["mesh"].values())),
+            row["remat"],
+            f"{row['rows']} / {parts}" if parts > 1 else str(row["rows"]),
+            f"{row['peak_bytes'] / 1e9:.1f}",
+            f"{compiled['peak_bytes'] / 1e9:.1f}" if compiled else "",
+            f"{row['tokens_per_second']:,.0f}",
+            row["bound_by"],
+        )
+    return table
+
+
+def mesh_name(mesh: dict[str, int]) -> str:
+    """fsdp=4 x tensor=2"""
+    return " x ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
 
 
 def memory(figures: dict[str, Any]) -> Table:

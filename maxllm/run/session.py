@@ -190,7 +190,8 @@ def check_same_recipe(run_dir: Path, config: Config) -> None:
     """
     if not (run_dir / CONFIG).is_file():
         return
-    former, now = flat(recipe.read_yaml(run_dir / CONFIG)), flat(yaml.safe_load(recipe.dump(config)))
+    # Read as a recipe: a setting that is newer than the run has its default.
+    former, now = (flat(yaml.safe_load(recipe.dump(each))) for each in (run_config(run_dir), config))
     for key in sorted(former.keys() | now.keys()):
         fixed = not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
         if key in PATHS and former.get(key) and now.get(key):

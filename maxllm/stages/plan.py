@@ -9,6 +9,7 @@ The program that is compiled is the one that the stage would run: same state, sa
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from maxllm.errors import UserError
 from maxllm.model.attend import resolve
 from maxllm.parallel.mesh import check_batch_divides, check_model_divides, make_mesh
 from maxllm.parallel.pipeline import bubble
+from maxllm.plan import search
 from maxllm.plan.compile import Compiled, TooLarge, check_cudnn, compiled_for, topology_devices
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.plan.hardware import Hardware, hardware_of
@@ -77,6 +79,27 @@ def run(
         ),
     )
     return machine_figures(plan) | compiler_figures(plan, asked) | speed_figures(plan, asked, tokens, price)
+
+
+CONFIRMED = 3
+"""Candidates of a search that are compiled."""
+
+
+def search_best(config: Config, hardware_name: str | None, fixed: Collection[str] = ()) -> dict[str, Any]:
+    """Searches by estimate, and compiles the best: see plan/search.py for the arguments.
+
+    Returns:
+      The figures of the search. Of its `best`, the first few have `compiled`, the figures of `run`; `fits` is
+      whether one of these does, and `chosen` the overrides of the first that does.
+    """
+    figures, fitting = search.run(config, hardware_name, fixed)
+    figures["chosen"] = None
+    for candidate, said in zip(fitting[:CONFIRMED], figures["best"], strict=False):
+        said["compiled"] = compiled = run(candidate.config, figures["hardware"])
+        if compiled["fits"] and figures["chosen"] is None:
+            figures["chosen"] = said["words"]
+    figures["fits"] = figures["chosen"] is not None
+    return figures
 
 
 @dataclass(frozen=True)

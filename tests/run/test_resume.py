@@ -6,15 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
+import yaml
 from jax.sharding import SingleDeviceSharding
 
 import maxllm
+from maxllm.parallel.compiler import CACHE_DIR
 
 STEPS = 24
 
@@ -100,6 +104,25 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen) -> None:
             return
         time.sleep(0.02)
     raise AssertionError("no checkpoint came")
+
+
+def test_a_warm_cache_is_faster_and_changes_nothing(corpus: Path, uninterrupted: Path) -> None:
+    """Two fresh processes with a cache of their own: the second reads what the first compiled, and both end
+    as the run that had none. Compiling takes seconds, reading tenths of one."""
+    cache = corpus / "cache"
+    environment = {name: value for name, value in ONE_DEVICE.items() if name != CACHE_DIR}
+    seconds = []
+    for name in ("cold", "warm"):
+        subprocess.run(
+            verb(command(corpus / name, corpus), "pretrain"),
+            check=True,
+            capture_output=True,
+            env=environment | {"XDG_CACHE_HOME": str(cache)},
+        )
+        seconds.append(json.loads((corpus / name / "summary.json").read_text())["compile_seconds"])
+        assert_same_end(uninterrupted, corpus / name)
+        assert list((cache / "maxllm" / "xla").glob("jit_train_step-*-cache"))
+    assert seconds[1] < 0.6 * seconds[0]
 
 
 def test_kill_9_then_the_same_command(corpus: Path, uninterrupted: Path) -> None:
@@ -194,6 +217,58 @@ def test_the_best_evaluated_checkpoint_outlives_newer_ones(tmp_path: Path) -> No
     shapes = {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=SingleDeviceSharding(jax.devices()[0]))}
     best = checkpoint.load_params(checkpoint.find(tmp_path, "best"), shapes)
     np.testing.assert_array_equal(best["w"], np.full(3, 3.0))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"name": "adafactor"}, {"name": "muon", "moment_dtype": "bfloat16"}, {"moment_dtype": "bfloat16"}],
+    ids=lambda changes: "-".join(changes.values()),
+)
+def test_every_optimizer_goes_through_a_checkpoint(tmp_path: Path, tiny_model, changes) -> None:
+    """Saved after one step and restored into its shardings: the same arrays, and the same second step."""
+    from maxllm.config import MeshConfig, OptimizerConfig
+    from maxllm.model.llama import Llama
+    from maxllm.optim import make_optimizer
+    from maxllm.parallel.mesh import make_mesh
+    from maxllm.run import checkpoint
+    from maxllm.steps.state import abstract, create, initializer
+
+    optimizer = make_optimizer(OptimizerConfig(**changes), 10)
+    init = initializer(Llama(tiny_model()), optimizer)
+    description = abstract(init, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+
+    @jax.jit
+    def step(state):
+        gradients = jax.tree.map(lambda p: p + 0.1, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+
+    once = step(create(init, description, jax.random.key(0)))
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, once, None)
+    checkpoints.close()
+    restored = checkpoint.Checkpoints(tmp_path, keep=1).restore(1, description)
+    same = partial(jax.tree.map, np.testing.assert_array_equal)
+    same(restored, once)
+    same(step(restored), step(once))
+    assert jax.tree.map(lambda leaf: leaf.dtype, restored) == jax.tree.map(lambda leaf: leaf.dtype, once)
+
+
+def test_a_run_that_is_older_than_a_setting_goes_on(tmp_path: Path) -> None:
+    """Its config.yaml lacks what came later, and means the default; another value is another recipe."""
+    from maxllm import recipe
+    from maxllm.errors import UserError
+    from maxllm.run.session import CONFIG, check_same_recipe
+
+    def config(*words):
+        return recipe.load_recipe("pretrain/tiny_slice_cpu", [f"run.dir={tmp_path}", *words])
+
+    former = yaml.safe_load(recipe.dump(config()))
+    del former["optimizer"]["name"], former["optimizer"]["moment_dtype"]
+    (tmp_path / CONFIG).write_text(yaml.safe_dump(former))
+    check_same_recipe(tmp_path, config())
+    with pytest.raises(UserError, match=r"optimizer\.name=adamw, not muon"):
+        check_same_recipe(tmp_path, config("optimizer.name=muon"))
 
 
 def test_two_processes_do_not_train_in_one_folder(corpus: Path) -> None:
