@@ -332,6 +332,12 @@ class MeshConfig(Section):
         1, ge=-1, description="Shards of every row's positions, for long sequences; state is split too."
     )
     tensor: int = Field(1, ge=-1, description="Shards of heads, feed-forward and vocabulary.")
+    slices: int = Field(
+        1, gt=0, description="TPU slices, or groups of nodes, that only a slow network joins; 1 for none."
+    )
+    across: Literal["data", "stage"] = Field(
+        "data", description="Axis that goes over the slow network; each slice has an equal part of it."
+    )
     zero: Literal[0, 1, 2, 3] = Field(
         3,
         description="What fsdp and context split (ZeRO): nothing (0), optimizer state (1), gradients too "

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from maxllm.config import BatchConfig, MeshConfig, ModelConfig
@@ -33,8 +34,34 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = count // rest
     if math.prod(sizes) != count:
         raise UserError(f"mesh {given} is {math.prod(sizes)} devices; {count} are here")
+    arranged = across_slices(config, sizes, jax.devices() if devices is None else devices)
     # Auto, because under Explicit axes (make_mesh's default) the lookup in an FSDP-sharded table is an error.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def across_slices(config: MeshConfig, sizes: list[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices [*sizes]: those of a slice as its links join them, slices one after another on `across`.
+
+    TPUs say which slice they are of. Others are taken in the order of their processes, an equal number to
+    each slice.
+
+    Raises:
+      UserError: the devices are of another number of slices, or `across` is not a multiple of it.
+    """
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if found > 1 and found != config.slices:
+        raise UserError(f"these devices are {found} slices: give mesh.slices={found}")
+    axis = AXES.index(config.across)
+    if sizes[axis] % config.slices or len(devices) % config.slices:
+        raise UserError(
+            f"mesh.{config.across}={sizes[axis]} goes across slices and is not divisible by "
+            f"mesh.slices={config.slices}"
+        )
+    inside = [size // config.slices if number == axis else size for number, size in enumerate(sizes)]
+    in_order = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
+    slices = np.array_split(np.array(in_order, dtype=object), config.slices)
+    meshes = [jax.make_mesh(tuple(inside), AXES, devices=list(one)) for one in slices]
+    return np.concatenate([mesh.devices for mesh in meshes], axis)
 
 
 def check_batch_divides(mesh: Mesh, batch: BatchConfig, model: ModelConfig) -> None:

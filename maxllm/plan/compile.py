@@ -76,7 +76,8 @@ def tpus(hardware: Hardware) -> Sequence[jax.Device]:
 
     name = f"{hardware.generation}:{'x'.join(map(str, hardware.shape))}"
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        several = {"num_slices": hardware.slices} if hardware.slices > 1 else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"--hardware {hardware.name}: TPU's compiler refuses {name} ({reason})") from None

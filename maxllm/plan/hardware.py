@@ -1,14 +1,14 @@
 """Machines that can be planned for: what a chip has, and how chips are named and arranged.
 
 v5e-256, v6e-16: TPUs counted in chips; v5p-16, v4-32: TPUs counted in cores, two to a chip; v5p:2x2x2,
-v6e:4x4: a TPU slice by its shape; h100x8, h100x64: GPUs, eight to a node.
+v6e:4x4: a TPU slice by its shape; 2xv5e-256: two slices; h100x8, h100x64: GPUs, eight to a node.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from maxllm.errors import UserError
 
@@ -35,14 +35,14 @@ class Chip:
     watts: float | None = None
     """Power of the board, where published."""
     node_bandwidth: float | None = None
-    """Bytes/s that a chip sends to other nodes, by its share of the network; None where all are linked."""
+    """Bytes/s that a chip sends to other nodes or slices, by its share of the network; None if unknown."""
 
 
 CHIPS = {
     "v4": Chip("tpu", 275e12, int(30.75 * GIB), 1.228e12, 3 * 2 * 4.5e10, cores=2),
-    "v5e": Chip("tpu", 197e12, int(15.75 * GIB), 8.19e11, 2 * 2 * 4.5e10),
-    "v5p": Chip("tpu", 459e12, int(95.74 * GIB), 2.765e12, 3 * 2 * 9e10, cores=2),
-    "v6e": Chip("tpu", 918e12, int(31.25 * GIB), 1.64e12, 2 * 2 * 9e10),
+    "v5e": Chip("tpu", 197e12, int(15.75 * GIB), 8.19e11, 2 * 2 * 4.5e10, node_bandwidth=3.125e9),
+    "v5p": Chip("tpu", 459e12, int(95.74 * GIB), 2.765e12, 3 * 2 * 9e10, cores=2, node_bandwidth=6.25e9),
+    "v6e": Chip("tpu", 918e12, int(31.25 * GIB), 1.64e12, 2 * 2 * 9e10, node_bandwidth=1.25e10),
     "a100": Chip("gpu", 312e12, 80 * 10**9, 2.039e12, 3e11, watts=400, node_bandwidth=2.5e10),
     "h100": Chip("gpu", 989e12, 80 * 10**9, 3.35e12, 4.5e11, watts=700, node_bandwidth=5e10),
 }
@@ -78,6 +78,8 @@ class Hardware:
     """Key of CHIPS."""
     shape: tuple[int, ...]
     """TPU: the slice; GPU: (nodes, GPUs of a node)."""
+    slices: int = 1
+    """Of TPUs, joined by the network of the data centre."""
 
     @property
     def chip(self) -> Chip:
@@ -87,7 +89,7 @@ class Hardware:
     @property
     def devices(self) -> int:
         """JAX devices: chips (both cores of a v4 or v5p chip are one)."""
-        return math.prod(self.shape)
+        return self.slices * math.prod(self.shape)
 
     @property
     def node(self) -> int | None:
@@ -101,7 +103,12 @@ def hardware_of(name: str) -> Hardware:
     Raises:
       UserError: it is none that is known, with those that are.
     """
-    known = f"{', '.join(sorted(TORUS))} as NAME-COUNT or NAME:SHAPE (v5e-256, v5p:2x2x2), h100xCOUNT"
+    known = (
+        f"{', '.join(sorted(TORUS))} as NAME-COUNT or NAME:SHAPE (v5e-256, v5p:2x2x2), several slices of "
+        "them as 2xv5e-256; h100xCOUNT"
+    )
+    if match := re.fullmatch(r"([1-9]\d*)x(v.*)", name):
+        return replace(hardware_of(match[2]), name=name, slices=int(match[1]))
     if match := re.fullmatch(r"(a100|h100)x(\d+)", name):
         generation, count = match[1], int(match[2])
         if count < 1 or (count > 8 and count % 8):

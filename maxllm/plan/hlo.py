@@ -17,7 +17,11 @@ SIZES = {
 }
 """Bytes of an element."""
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"
+"""What TPU's compiler makes of the part of an exchange that leaves the slice: messages of its Megascale
+runtime, from host to host."""
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", BETWEEN_SLICES)
 
 CONTEXT_BYTES = 8
 """No array that is exchanged is as small as the marks that an exchange under way carries."""
@@ -142,6 +146,8 @@ def exchange(line: str, computations: dict[str, list[str]]) -> tuple[str, int, l
         return "reduce-scatter", sent("reduce-scatter", line_bytes(inner), len(devices)), devices
     match = _INSTRUCTION.match(line)
     assert match is not None, "walk gives instructions"
+    if match[3] == "send" and "xla_megascale_runtime" in line:
+        return BETWEEN_SLICES, array_bytes(*_ARRAY.findall(match[2])[0]), []
     kind, started = match[3].removesuffix("-start"), match[3].endswith("-start")
     if kind not in KINDS:
         return None
@@ -209,6 +215,8 @@ def share_outside(kind: str, devices: list[int], node: int | None) -> float:
     n devices, m of them in each node: a node needs n - m of an array's n parts from elsewhere, where its m
     devices together send m (n - 1); what is not shared (all-to-all) goes straight to the n - m others.
     """
+    if kind == BETWEEN_SLICES:
+        return 1.0
     if node is None:
         return 0.0
     n, m = len(devices), sum(device // node == devices[0] // node for device in devices)

@@ -101,6 +101,17 @@ def test_products_compile(plan, mesh):
     assert figures["argument_bytes"] < 1.1 * 12 * PARAMETERS / 4
 
 
+def test_two_slices_exchange_their_shares_of_gradients(plan):
+    """Each chip of a slice sends its quarter of the gradients: in bfloat16 those of layers, at least."""
+    code, figures, _ = plan("--hardware", "2xv5e:2x2", "mesh.slices=2", "mesh.data=2", "mesh.fsdp=4")
+    assert code == 0 and figures["devices"] == 8
+    between = figures["collectives"]["between slices"]["bytes"]
+    assert 2 * PARAMETERS / 4 <= between <= 4 * 1.1 * PARAMETERS / 4
+    assert figures["argument_bytes"] < 1.1 * 12 * PARAMETERS / 4
+    code, _, error = plan("--hardware", "2xv5e:2x2", "mesh.data=2", "mesh.fsdp=4")
+    assert code == 2 and "these devices are 2 slices: give mesh.slices=2" in error
+
+
 def test_a_pipeline_hands_on_its_rows(plan):
     """Of three steps of two stages one is idle; each hands two rows on, and their gradient back."""
     code, figures, _ = plan("mesh.fsdp=2", "mesh.stage=2")

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from maxllm.config import BatchConfig, GenerationConfig, MeshConfig, OptimizerConfig, PpoConfig
 from maxllm.errors import UserError
@@ -113,7 +113,7 @@ def take_steps(mesh, init, step, batch, frozen_init=None, zero=3, count=1):
 
 @pytest.fixture(scope="module")
 def run_lm(config):
-    """run_lm(mesh shape, …): three steps of a language model."""
+    """run_lm(mesh or its shape, …): three steps of a language model."""
     init = initializer(Llama(config), SGD)
 
     @cache
@@ -121,7 +121,8 @@ def run_lm(config):
         model = Llama(config.model_copy(update=changes))
         loss_fn = partial(language_loss, model)
         step = partial(train_step, loss_fn=loss_fn, optimizer=SGD, seed=0, microbatches=1)
-        return take_steps(mesh_of(shape), init, step, lm_batch(packed), zero=zero, count=3)
+        mesh = shape if isinstance(shape, Mesh) else mesh_of(shape)
+        return take_steps(mesh, init, step, lm_batch(packed), zero=zero, count=3)
 
     return run
 
@@ -182,6 +183,18 @@ def test_rows_of_one_document(run_lm, shape):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8, 1), (1, 2, 1, 2, 2), (1, 1, 2, 4, 1)], ids=str)
 def test_keys_that_travel(run_lm, shape, packed):
     assert_same(run_lm(shape, packed=packed, context_attention="ring"), run_lm(ONE, packed=packed))
+
+
+@pytest.mark.parametrize(
+    ("shape", "across"), [((2, 2, 1, 1, 2), "data"), ((1, 2, 2, 1, 2), "stage")], ids=str
+)
+def test_two_slices(run_lm, shape, across):
+    """Four devices each; what is on one place of `across` is of one slice."""
+    sizes = dict(zip(AXES, shape, strict=True))
+    mesh = make_mesh(MeshConfig(**sizes, slices=2, across=across))
+    first = np.take(mesh.devices, 0, AXES.index(across))
+    assert {device.id for device in first.flat} == {0, 1, 2, 3}
+    assert_same(run_lm(mesh), run_lm(ONE))
 
 
 @pytest.mark.parametrize(
@@ -356,6 +369,13 @@ def test_a_mesh_that_does_not_fit_says_so(sizes, given):
     with pytest.raises(UserError, match=r"8( devices that)? are here") as error:
         make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
     assert given in str(error.value)
+
+
+def test_slices_that_do_not_divide_are_named():
+    with pytest.raises(
+        UserError, match=r"mesh.data=1 goes across slices and is not divisible by mesh.slices=2"
+    ):
+        make_mesh(MeshConfig(data=1, fsdp=8, slices=2))
 
 
 @pytest.mark.parametrize(
