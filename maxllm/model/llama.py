@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model import rope
 from maxllm.model.attention import Attention
+from maxllm.model.embedding import lookup
 from maxllm.model.layers import RMSNorm, SwiGLU, dtype_of, matmul, weight
 from maxllm.model.visible import Keys
 from maxllm.parallel import context
@@ -146,7 +147,10 @@ class Decoder(nn.Module):
         tokens_BT, segment_ids_BT, positions_BT = (
             context.balanced(a, shards) for a in (tokens_BT, segment_ids_BT, positions_BT)
         )
-        x_BTD = jnp.take(self.embedding_VD, tokens_BT, axis=0).astype(dtype_of(c))
+        if self.is_initializing():
+            x_BTD = jnp.zeros((*tokens_BT.shape, c.d_model), dtype_of(c))
+        else:
+            x_BTD = lookup(self.embedding_VD, tokens_BT, dtype_of(c))
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
         x_BTD = self.embedding_dropout(x_BTD, deterministic=deterministic)
         first_slot, key_segments_BS = jnp.int32(0), segment_ids_BT
