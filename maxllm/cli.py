@@ -175,6 +175,11 @@ def plan(options: argparse.Namespace) -> None:
         from maxllm.report.plan import shortage
 
         raise DoesNotFit(shortage(figures))
+    if figures.get("made_whole"):
+        raise RunFailed(
+            f"a fault of this mesh: XLA makes {len(figures['made_whole'])} arrays whole on every device "
+            f"({figures['made_whole'][0]})"
+        )
 
 
 def convert(options: argparse.Namespace) -> None:

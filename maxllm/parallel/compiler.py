@@ -2,6 +2,11 @@
 
 import glob
 import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 COMPILER_OPTIONS: dict[str, dict[str, str | bool | int]] = {
@@ -59,3 +64,34 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHE_SECONDS)
+
+
+@contextmanager
+def made_whole() -> Iterator[list[str]]:
+    """Collects what XLA's partitioner warns of while it compiles: arrays that it makes whole on every device.
+
+    It says so on stderr alone ("Involuntary full rematerialization"), and TPU's compiler only where
+    TPU_STDERR_LOG_LEVEL=1 was set before it was loaded. What else compilers say of errors is passed on.
+    """
+    found: list[str] = []
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as said:
+        stderr = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield found
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            for line in said.read().decode(errors="replace").splitlines():
+                if match := _MADE_WHOLE.search(line):
+                    found.append(f"{match[3]} from {match[1]} to {match[2]}")
+                elif re.match(r"[EF]\d{4} ", line):
+                    print(line, file=sys.stderr)
+
+
+_MADE_WHOLE = re.compile(
+    r"Involuntary full rematerialization.*? from sharding (\{.*?\}) to (\{.*?\}) efficiently for HLO "
+    r"operation %?([\w.\-]+ = \w+\[[\d,]*\])"
+)

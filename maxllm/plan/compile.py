@@ -3,6 +3,7 @@ are only described."""
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 
 from maxllm.errors import RunFailed, UserError
-from maxllm.parallel.compiler import compiler_options, without_tpu
+from maxllm.parallel.compiler import compiler_options, made_whole, without_tpu
 from maxllm.plan.hardware import GIB, Hardware
 from maxllm.plan.hlo import Collective, collectives
 
@@ -40,6 +41,8 @@ class Compiled:
     collectives: dict[str, Collective]
     text: str
     """The program, XLA's text."""
+    made_whole: tuple[str, ...]
+    """Arrays that the partitioner makes whole on every device, for want of a better way: a fault."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def tpus(hardware: Hardware) -> Sequence[jax.Device]:
             "pip install 'maxllm[tpu]'"
         ) from None
     without_tpu()
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "1")  # for `made_whole`
     from jax.experimental import topologies
 
     name = f"{hardware.generation}:{'x'.join(map(str, hardware.shape))}"
@@ -132,7 +136,8 @@ def compiled_for(hardware: Hardware, lower: Callable[[], Any]) -> Compiled | Too
     """
     started = time.perf_counter()
     try:
-        compiled = lower().compile(compiler_options=compiler_options(hardware.chip.platform))
+        with made_whole() as whole:
+            compiled = lower().compile(compiler_options=compiler_options(hardware.chip.platform))
     except jax.errors.JaxRuntimeError as error:
         message, seconds = str(error), time.perf_counter() - started
         if found := OUT_OF_MEMORY.search(message):
@@ -149,6 +154,7 @@ def compiled_for(hardware: Hardware, lower: Callable[[], Any]) -> Compiled | Too
         seconds=seconds,
         collectives=collectives(text, hardware.node),
         text=text,
+        made_whole=tuple(whole),
     )
 
 

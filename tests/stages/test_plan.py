@@ -4,10 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 import yaml
 
 from maxllm.cli import main
+from maxllm.model import llama
 
 pytest.importorskip("libtpu", reason="TPU's compiler is made for Linux on x86-64")
 
@@ -119,6 +121,15 @@ def test_a_pipeline_hands_on_its_rows(plan):
     handed_on = figures["collectives"]["collective-permute"]["bytes"]
     assert 2 * 3 * (2 * 256 * D * 2) <= handed_on < 1.5 * 2 * 3 * (2 * 256 * D * 2)
     assert figures["argument_bytes"] < 1.1 * 12 * PARAMETERS / 4
+
+
+def test_an_array_made_whole_is_a_fault(plan, monkeypatch):
+    """The lookup, left to the partitioner."""
+    naive = lambda table_VD, tokens_BT, dtype: jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)  # noqa: E731
+    monkeypatch.setattr(llama, "lookup", naive)
+    code, figures, error = plan("mesh.fsdp=2", "mesh.context=2")
+    assert code == 1 and figures["fits"] and figures["made_whole"]
+    assert "arrays whole on every device (" in error
 
 
 def test_what_does_not_fit_is_exit_3_and_says_how_much(plan):

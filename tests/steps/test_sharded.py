@@ -24,6 +24,7 @@ from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.parallel import processes, sharding
+from maxllm.parallel.compiler import made_whole
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
 from maxllm.records import LmBatch, PromptBatch
 from maxllm.run.session import compile_reader, compile_step
@@ -101,7 +102,9 @@ def take_steps(mesh, init, step, batch, frozen_init=None, zero=3, count=1):
     if frozen_init is not None:
         frozen_shardings = sharding.shardings_of(abstract(frozen_init, mesh))
         frozen = (jax.device_put(created(frozen_init), frozen_shardings),)
-    compiled, _ = compile_step(mesh, step, description, batch, *frozen, zero=zero)
+    with made_whole() as whole:
+        compiled, _ = compile_step(mesh, step, description, batch, *frozen, zero=zero)
+    assert whole == []
     global_batch, metrics = processes.to_global(batch, sharding.batch_sharding(mesh)), []
     for _ in range(count):
         state, latest = compiled(state, global_batch, *frozen)
