@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from maxllm.errors import UserError
+
 STAGE, CONTEXT, TENSOR = "stage", "context", "tensor"
 """Mesh axes of layers, of a row's positions, and of heads, feed-forward and vocabulary."""
 MICROBATCH = ("data", "fsdp")
@@ -22,6 +24,10 @@ TABLES = (STAGE, *PARAMETERS)
 """The same for the embedding table and the head, which belong to no stage."""
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+WHOLE_SHARE = 0.02
+"""Of a state's bytes that ZeRO-3 may leave on every device, in arrays of SMALL bytes or more."""
+SMALL = 1 << 16
 
 OPTIMIZER_STATE = "opt_state"
 """The part of every training state whose arrays are the optimizer's."""
@@ -95,6 +101,36 @@ def names_of(node: Any) -> Any:
     if not is_boxed(node):
         return PartitionSpec()
     return jax.tree.map(lambda _: node.get_partition_spec(), node.value)
+
+
+def check_split(abstract: Any, mesh: Mesh) -> None:
+    """Under ZeRO-3 nearly everything must be split, or a device holds far more than its share.
+
+    Args:
+      abstract: tree of shapes with shardings.
+      mesh: the device mesh.
+
+    Raises:
+      UserError: with the largest arrays that are not, where they are more than WHOLE_SHARE of the bytes.
+    """
+    axes = {axis for axis in PARAMETERS if mesh.shape[axis] > 1}
+    if not axes:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size * leaf.dtype.itemsize
+        for path, leaf in leaves
+        if leaf.size * leaf.dtype.itemsize >= SMALL
+        and not axes & set(jax.tree.leaves(tuple(leaf.sharding.spec)))
+    }
+    share = sum(sizes.values()) / sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves)
+    if share > WHOLE_SHARE:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+        listed = ", ".join(f"{name} ({sizes[name]:,} bytes)" for name in largest)
+        raise UserError(
+            f"{share:.1%} of the state would be on every device, not split over mesh "
+            f"{' x '.join(sorted(axes))}: {listed}; mesh.zero below 3 permits it"
+        )
 
 
 def shardings_of(abstract: Any) -> Any:

@@ -268,7 +268,13 @@ def compile_step(
 def lower_step(
     mesh: Mesh, step: Callable[..., Any], state: Any, batch: Any, *frozen: Any, zero: int = 3
 ) -> Any:
-    """`compile_step` before the compiler; the devices of the mesh may be of a machine that is not here."""
+    """`compile_step` before the compiler; the devices of the mesh may be of a machine that is not here.
+
+    Raises:
+      UserError: much of the state is not split where ZeRO-3 should.
+    """
+    if zero == 3:
+        sharding.check_split((state, *frozen), mesh)
     rows = sharding.batch_sharding(mesh)
     abstract_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
     jitted = jax.jit(

@@ -254,6 +254,39 @@ def test_every_optimizer_goes_through_a_checkpoint(tmp_path: Path, tiny_model, c
     assert jax.tree.map(lambda leaf: leaf.dtype, restored) == jax.tree.map(lambda leaf: leaf.dtype, once)
 
 
+LAYOUTS = [
+    ({"data": 1, "fsdp": 8}, 3),
+    ({"data": 1, "fsdp": 8}, 0),
+    ({"data": 2, "stage": 4}, 3),
+    ({"data": 1, "fsdp": 2, "stage": 2, "tensor": 2}, 1),
+    ({"data": 1, "context": 4, "tensor": 2}, 2),
+]
+
+
+@pytest.mark.parametrize("number", range(len(LAYOUTS)))
+def test_a_checkpoint_of_any_layout_restores_into_any_other(tmp_path: Path, tiny_model, number: int) -> None:
+    """Bit for bit, parameters and moments, each into the shardings of its new mesh."""
+    from maxllm.config import MeshConfig, OptimizerConfig
+    from maxllm.model.llama import Llama
+    from maxllm.optim import make_optimizer
+    from maxllm.parallel.mesh import make_mesh
+    from maxllm.run import checkpoint
+    from maxllm.steps.state import abstract, create, initializer
+
+    model = Llama(tiny_model(n_heads=16, n_kv_heads=8, head_dim=4, d_ff=64, n_layers=8))
+    init = initializer(model, make_optimizer(OptimizerConfig(), 10))
+    descriptions = [abstract(init, make_mesh(MeshConfig(**sizes)), zero) for sizes, zero in LAYOUTS]
+    state = create(init, descriptions[number], jax.random.key(0))
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state, None)
+    checkpoints.close()
+    for description in descriptions:
+        restored = checkpoint.Checkpoints(tmp_path, keep=1).restore(1, description)
+        jax.tree.map(np.testing.assert_array_equal, restored, jax.device_get(state))
+        for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(description), strict=True):
+            assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+
+
 def test_a_run_that_is_older_than_a_setting_goes_on(tmp_path: Path) -> None:
     """Its config.yaml lacks what came later, and means the default; another value is another recipe."""
     from maxllm import recipe

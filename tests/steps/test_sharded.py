@@ -311,6 +311,23 @@ def test_state_lies_as_abstract_says_and_in_shards(config, adam_init, shape):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), created(adam_init))
 
 
+def test_what_zero_3_leaves_whole_is_an_error(config):
+    """Norms may be on every device; an embedding of 4 MB, a sixth of all, may not."""
+    mesh = mesh_of((1, 8, 1, 1, 1))
+    large = config.model_copy(update={"vocab_size": 32768})
+    description = abstract(initializer(Llama(large), optax.adam(1e-3)), mesh)
+    sharding.check_split(description, mesh)
+
+    def whole(path, leaf):
+        if path[-1].key != "embedding":
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
+    params = jax.tree_util.tree_map_with_path(whole, description.params)
+    with pytest.raises(UserError, match=r"15\.9% of .* fsdp: params/decoder/embedding \(4,194,304 bytes\)"):
+        sharding.check_split(description.replace(params=params), mesh)
+
+
 def test_batches_are_split_by_rows():
     rows = np.arange(16).reshape(8, 2)
     placed = processes.to_global({"x": rows}, sharding.batch_sharding(mesh_of((2, 2, 1, 1, 2))))["x"]
