@@ -273,7 +273,8 @@ def largest_arguments(plan: Plan, count: int = 5) -> list[str]:
     def shard_bytes(leaf: Any) -> int:
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
-    leaves = jax.tree_util.tree_leaves_with_path((plan.program.abstract_state, *plan.program.frozen))
+    arrays = {"state": plan.program.abstract_state, "frozen": plan.program.frozen}
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
     name = partial(jax.tree_util.keystr, simple=True, separator="/")
     leaves.sort(key=lambda pair: -shard_bytes(pair[1]))
     return [
