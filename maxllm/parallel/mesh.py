@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from maxllm.config import BatchConfig, MeshConfig, ModelConfig
@@ -33,8 +34,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = count // rest
     if math.prod(sizes) != count:
         raise UserError(f"mesh {given} is {math.prod(sizes)} devices; {count} are here")
-    # Auto, because under Explicit axes (make_mesh's default) the lookup in an FSDP-sharded table is an error.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # An axis whose size no product of the slice's dimensions is takes part of one, which jax.make_mesh refuses.
+    laid_out = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # Auto, because under Explicit axes the lookup in an FSDP-sharded table is an error.
+    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_batch_divides(mesh: Mesh, batch: BatchConfig, model: ModelConfig) -> None:
