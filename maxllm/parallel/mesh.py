@@ -34,7 +34,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = count // rest
     if math.prod(sizes) != count:
         raise UserError(f"mesh {given} is {math.prod(sizes)} devices; {count} are here")
-    # An axis whose size no product of the slice's dimensions is takes part of one, which jax.make_mesh refuses.
+    # Splitting: an axis that no product of the slice's dimensions makes is laid along part of one.
     laid_out = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto, because under Explicit axes the lookup in an FSDP-sharded table is an error.
     return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
