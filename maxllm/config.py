@@ -86,6 +86,11 @@ class ModelConfig(Section):
     d_ff: int = Field(gt=0, description="Hidden width of the SwiGLU feed-forward (F).")
     max_seq_len: int = Field(gt=0, description="Longest sequence the model is meant for, tokens.")
     norm_eps: float = Field(1e-5, gt=0, description="Epsilon inside RMSNorm's square root.")
+    position: Literal["rope", "alibi"] = Field(
+        "rope",
+        description="How attention knows positions: rotary embeddings, or a penalty on the distance, linear "
+        "with a slope for each head (ALiBi), which the kernel xla alone has.",
+    )
     rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies.")
     rope_scaling: RopeScaling | None = Field(None, description="Context extension; absent for none.")
     attention_bias: Literal["none", "qkv", "qkvo"] = Field(
@@ -114,7 +119,7 @@ class ModelConfig(Section):
     attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
         "auto",
         description="Kernel: splash on TPU, cudnn on NVIDIA's GPUs in bfloat16, xla anywhere; auto takes the "
-        "hardware's, or xla where attention_dropout is on, or on GPUs in float32.",
+        "hardware's, or xla where attention_dropout or position=alibi is on, or on GPUs in float32.",
     )
     context_attention: Literal["gather", "ring"] = Field(
         "gather",
@@ -149,16 +154,21 @@ class ModelConfig(Section):
             raise ValueError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}; give head_dim")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
-        if self.k_dim % 2:
+        if self.k_dim % 2 and self.position == "rope":
             raise ValueError(f"head_dim={self.k_dim} is odd; rotary embeddings need pairs")
-        if self.attention in ("splash", "cudnn") and self.attention_dropout:
-            raise ValueError(f"attention={self.attention} has no attention_dropout; give attention=xla")
+        if self.attention in ("splash", "cudnn") and self.kernel == "xla":
+            missing = "attention_dropout" if self.attention_dropout else "position=alibi"
+            raise ValueError(f"attention={self.attention} has no {missing}; give attention=xla")
         if self.attention == "cudnn" and self.dtype == "float32":
             raise ValueError("attention=cudnn knows no float32; give dtype=bfloat16 or attention=xla")
         if self.context_attention == "ring" and (self.sliding_window or self.attention_dropout):
             raise ValueError(
                 "context_attention=ring has no sliding_window and no attention_dropout; give gather"
             )
+        if self.position == "alibi" and self.context_attention == "ring":
+            raise ValueError("context_attention=ring has no position=alibi; give gather")
+        if self.position == "alibi" and self.rope_scaling is not None:
+            raise ValueError("rope_scaling stretches rotary embeddings; leave it out with position=alibi")
         if self.n_layers % self.scan_unroll:
             raise ValueError(f"scan_unroll={self.scan_unroll} does not divide n_layers={self.n_layers}")
         return self
@@ -167,6 +177,11 @@ class ModelConfig(Section):
     def k_dim(self) -> int:
         """Width of one head (K)."""
         return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def kernel(self) -> Literal["auto", "xla", "splash", "cudnn"]:
+        """`attention`, but xla where no other kernel has what the model asks for."""
+        return "xla" if self.attention_dropout or self.position == "alibi" else self.attention
 
 
 class RunConfig(Section):

@@ -122,6 +122,18 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(base, override, par
             ["model.attention=cudnn", "model.dtype=float32"],
             "model: attention=cudnn knows no float32; give dtype=bfloat16 or attention=xla",
         ),
+        (
+            ["model.attention=splash", "model.position=alibi"],
+            "model: attention=splash has no position=alibi; give attention=xla",
+        ),
+        (
+            ["model.context_attention=ring", "model.position=alibi"],
+            "model: context_attention=ring has no position=alibi; give gather",
+        ),
+        (
+            ["model.rope_scaling={factor: 2}", "model.position=alibi"],
+            "model: rope_scaling stretches rotary embeddings; leave it out with position=alibi",
+        ),
         (["model.scan_unroll=3"], "model: scan_unroll=3 does not divide n_layers=2"),
         (["batch.microbatches=3"], "batch.microbatches=3 does not divide batch.rows=8"),
         (["mesh.data=-1", "mesh.fsdp=-1"], "mesh: axis sizes are positive, and at most one is -1"),

@@ -126,6 +126,8 @@ def family_of(config: ModelConfig) -> str:
     Raises:
       UserError: none does.
     """
+    if config.position != "rope":
+        raise UserError(f"no Hugging Face architecture has position={config.position} and the rest of ours")
     windowed = config.sliding_window is not None
     candidates = {
         "llama": not config.qk_norm and config.attention_bias != "qkv" and not windowed,

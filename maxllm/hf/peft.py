@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from maxllm.config import LoraConfig, ModelConfig
 from maxllm.files import whole_folder, write_json
 from maxllm.hf import mapping
+from maxllm.hf.config import family_of
 from maxllm.records import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -31,9 +32,13 @@ def export_adapters(
 
     Returns:
       {"path", "tensors", "parameters", "bytes"}
+
+    Raises:
+      UserError: no architecture of Hugging Face is the model, so that there can be no base.
     """
     from safetensors.numpy import save_file
 
+    family_of(config)
     tensors = dict(peft_tensors(adapters, config))
     with whole_folder(out_dir, lambda folder: (folder / CONFIG).is_file()) as folder:
         write_json(folder / CONFIG, adapter_config(lora, base))

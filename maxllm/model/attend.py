@@ -11,11 +11,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from maxllm.errors import UserError
 from maxllm.model import cudnn, ring, splash
-from maxllm.model.visible import Keys, visible
+from maxllm.model.visible import Keys, distances, visible
 from maxllm.parallel.sharding import CONTEXT, MICROBATCH, TENSOR
 
 Backend = Literal["auto", "xla", "splash", "cudnn"]
@@ -48,6 +49,7 @@ def attend(
     window: int | None,
     dropout: Callable[[jax.Array], jax.Array],
     travelling: bool = False,
+    slopes_H: np.ndarray | None = None,
 ) -> jax.Array:
     """[B, T, H, K] in q's type.
 
@@ -60,6 +62,7 @@ def attend(
       window: how many keys a query sees at most, its own included; None for all.
       dropout: of the probabilities; only XLA's kernel has them.
       travelling: every device has its own keys, which go around; else all have all keys.
+      slopes_H: of ALiBi, None without it; only XLA's kernel has it.
     """
     if backend == "auto":
         backend = resolve(backend, jax.default_backend(), q_BTHK.dtype)
@@ -69,7 +72,7 @@ def attend(
         return splash.attend(q_BTHK, k_BSGK, v_BSGK, keys, window)
     if backend == "cudnn":
         return cudnn.attend(q_BTHK, k_BSGK, v_BSGK, keys, window)
-    return xla(q_BTHK, k_BSGK, v_BSGK, keys, window, dropout)
+    return xla(q_BTHK, k_BSGK, v_BSGK, keys, window, dropout, slopes_H)
 
 
 def xla(
@@ -79,6 +82,7 @@ def xla(
     keys: Keys,
     window: int | None,
     dropout: Callable[[jax.Array], jax.Array],
+    slopes_H: np.ndarray | None = None,
 ) -> jax.Array:
     """Holds all scores, [B, H, T, S] in float32."""
     B, T, H, K = q_BTHK.shape
@@ -86,6 +90,8 @@ def xla(
     q_BTGQK = q_BTHK.reshape(B, T, G, H // G, K)
     scores_BGQTS = jnp.einsum("btgqk,bsgk->bgqts", q_BTGQK, k_BSGK, preferred_element_type=jnp.float32)
     scores_BGQTS *= K**-0.5
+    if slopes_H is not None:
+        scores_BGQTS -= slopes_H.reshape(G, H // G, 1, 1) * distances(keys)
     seen_BTS = visible(keys, window)
     scores_BGQTS = jnp.where(seen_BTS[:, None, None], scores_BGQTS, jnp.finfo(jnp.float32).min)
     probs_BGQTS = dropout(jax.nn.softmax(scores_BGQTS, axis=-1).astype(q_BTHK.dtype))

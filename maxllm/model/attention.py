@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from maxllm.config import LoraConfig, ModelConfig
-from maxllm.model import rope
+from maxllm.model import alibi, rope
 from maxllm.model.adapters import adapted
 from maxllm.model.attend import attend
 from maxllm.model.layers import RMSNorm, bias, dtype_of, matmul, matrix
@@ -47,7 +47,9 @@ class Attention(nn.Module):
             v_BSGK += bias(self, "v_bias", (G, K), ("kv_heads", "head_dim")).astype(v_BSGK.dtype)
         if c.qk_norm:
             q_BTHK, k_BSGK = RMSNorm(c, name="q_norm")(q_BTHK), RMSNorm(c, name="k_norm")(k_BSGK)
-        q_BTHK, k_BSGK = rope.rotate(q_BTHK, cos, sin), rope.rotate(k_BSGK, cos, sin)
+        if c.position == "rope":
+            q_BTHK, k_BSGK = rope.rotate(q_BTHK, cos, sin), rope.rotate(k_BSGK, cos, sin)
+        slopes_H = alibi.slopes(H) if c.position == "alibi" else None
         q_BTHK = nn.with_logical_constraint(q_BTHK, ("batch", "length", "act_heads", None))
         if cache_length is not None:
             k_BSGK = self._cached("k", k_BSGK, keys.first_slot, cache_length)
@@ -61,8 +63,9 @@ class Attention(nn.Module):
         dropout = nn.Dropout(c.attention_dropout, deterministic=deterministic)
         # One query against a cache is a matrix-vector product; kernels that tile queries have nothing to add.
         tiled = cache_length is None and not self.is_initializing()
-        backend = c.attention if tiled and not c.attention_dropout else "xla"
-        o_BTHK = attend(backend, q_BTHK, k_BSGK, v_BSGK, keys, c.sliding_window, dropout, travelling)
+        backend = c.kernel if tiled else "xla"
+        window = c.sliding_window
+        o_BTHK = attend(backend, q_BTHK, k_BSGK, v_BSGK, keys, window, dropout, travelling, slopes_H)
         B, T, _ = x_BTD.shape
         o_BTD = o_BTHK.reshape(B, T, H * K)
         y_BTD = matmul(o_BTD, wo_HKD.reshape(H * K, D))

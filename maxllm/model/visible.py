@@ -25,9 +25,19 @@ class Keys(struct.PyTreeNode):
 
 def visible(keys: Keys, window: int | None) -> jax.Array:
     """[B, T, S] bool, at the places of all queries and keys."""
+    return seen(*slots_of(keys), keys.query_segments_BT, keys.key_segments_BS, window)
+
+
+def distances(keys: Keys) -> jax.Array:
+    """[T, S] float32: how many slots a key lies before a query; negative where it lies behind."""
+    query_slots_T, key_slots_S = slots_of(keys)
+    return (query_slots_T[:, None] - key_slots_S).astype(jnp.float32)
+
+
+def slots_of(keys: Keys) -> tuple[jax.Array, jax.Array]:
+    """The slots in the row of all queries, [T], and keys, [S]."""
     query_slots_T = keys.first_slot + context.slots(keys.query_segments_BT.shape[1], keys.shards)
-    key_slots_S = jnp.asarray(context.slots(keys.key_segments_BS.shape[1], keys.shards))
-    return seen(query_slots_T, key_slots_S, keys.query_segments_BT, keys.key_segments_BS, window)
+    return query_slots_T, jnp.asarray(context.slots(keys.key_segments_BS.shape[1], keys.shards))
 
 
 def seen(

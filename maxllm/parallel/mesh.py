@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from maxllm.config import BatchConfig, MeshConfig, ModelConfig
@@ -35,7 +36,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) != count:
         raise UserError(f"mesh {given} is {math.prod(sizes)} devices; {count} are here")
     arranged = across_slices(config, sizes, jax.devices() if devices is None else devices)
-    # Auto, because under Explicit axes (make_mesh's default) the lookup in an FSDP-sharded table is an error.
+    # Auto, because under Explicit axes the lookup in an FSDP-sharded table is an error.
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -60,8 +61,9 @@ def across_slices(config: MeshConfig, sizes: list[int], devices: Sequence[jax.De
     inside = [size // config.slices if number == axis else size for number, size in enumerate(sizes)]
     in_order = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
     slices = np.array_split(np.array(in_order, dtype=object), config.slices)
-    meshes = [jax.make_mesh(tuple(inside), AXES, devices=list(one)) for one in slices]
-    return np.concatenate([mesh.devices for mesh in meshes], axis)
+    # Splitting: an axis that no product of the slice's dimensions makes is laid along part of one.
+    laid_out = [create_device_mesh(inside, list(one), allow_split_physical_axes=True) for one in slices]
+    return np.concatenate(laid_out, axis)
 
 
 def check_batch_divides(mesh: Mesh, batch: BatchConfig, model: ModelConfig) -> None:

@@ -127,8 +127,11 @@ def model_of(config: Config) -> ModelConfig:
         raise UserError(f"there is no estimate for {what}; `maxllm plan` alone compiles every recipe")
     if config.model is None:
         raise UserError("an estimate needs the section model in the recipe; `maxllm plan` alone does not")
-    if config.model.attention == "xla" or config.model.attention_dropout:
-        raise UserError("there is no estimate for attention that holds all scores: give model.attention=auto")
+    if config.model.kernel == "xla":
+        raise UserError(
+            "there is no estimate for attention that holds all scores: give model.attention=auto, without "
+            "attention_dropout and ALiBi"
+        )
     return config.model
 
 

@@ -125,7 +125,7 @@ def prepare(config: Config, hardware: Hardware) -> Plan:
             f"this {config.stage} recipe takes its model from {config.start.policy}, which is not there: "
             "train that stage first, or give the section model"
         )
-    attention = resolve(model.attention, hardware.chip.platform, model.dtype)
+    attention = resolve(model.kernel, hardware.chip.platform, model.dtype)
     model = model.model_copy(update={"attention": attention})
     mesh = make_mesh(config.mesh, topology_devices(hardware))
     if attention == "cudnn":

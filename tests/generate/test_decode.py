@@ -25,11 +25,13 @@ NEVER = (V,)
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", params=["grouped", "tied"])
+@pytest.fixture(scope="module", params=["grouped", "tied", "alibi"])
 def lm(request, tiny_model, params_of):
-    changes = {"grouped": {}, "tied": {"tie_embeddings": True, "n_kv_heads": 4, "init_std": 0.5}}[
-        request.param
-    ]
+    changes = {
+        "grouped": {},
+        "tied": {"tie_embeddings": True, "n_kv_heads": 4, "init_std": 0.5},
+        "alibi": {"position": "alibi"},
+    }[request.param]
     model = Llama(tiny_model(**changes))
     return model, params_of(model)
 

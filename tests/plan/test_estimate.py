@@ -24,7 +24,9 @@ from maxllm.plan.hardware import hardware_of
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECORDED = json.loads((CONFIGS / "plans.json").read_text())
 COMPILED = json.loads((Path(__file__).parent / "compiled.json").read_text()) | {
-    name: figures | {"words": [name]} for name, figures in RECORDED.items() if "_h100" not in name
+    name: figures | {"words": [name]}
+    for name, figures in RECORDED.items()
+    if "_h100" not in name and "_pipeline" not in name  # of which there is no estimate
 }
 SEVEN = "pretrain/llama2-7b_synthetic_v5p-16"
 

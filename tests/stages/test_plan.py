@@ -9,7 +9,11 @@ import pytest
 import yaml
 
 from maxllm.cli import main
+from maxllm.config import MeshConfig
 from maxllm.model import llama
+from maxllm.parallel.mesh import make_mesh
+from maxllm.plan.compile import topology_devices
+from maxllm.plan.hardware import hardware_of
 
 pytest.importorskip("libtpu", reason="TPU's compiler is made for Linux on x86-64")
 
@@ -46,6 +50,16 @@ def plan(tmp_path, capsys):
         return code, json.loads(said.out) if said.out else None, said.err
 
     return run
+
+
+def test_a_mesh_that_is_no_product_of_the_slice_is_laid_out():
+    """4 x 4 x 8 chips have no dimensions that make 64 and 2: one is laid along half of another."""
+    devices = topology_devices(hardware_of("v5p-256"))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=64, tensor=2), devices)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 64, "stage": 1, "context": 1, "tensor": 2}
+    assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in devices)
+    for one, other in mesh.devices.reshape(64, 2):  # who share a layer's heads are linked to each other
+        assert sum(a != b for a, b in zip(one.coords, other.coords, strict=True)) == 1
 
 
 def test_a_plan_has_the_figures(plan):

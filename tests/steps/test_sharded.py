@@ -188,6 +188,12 @@ def test_keys_that_travel(run_lm, shape, packed):
     assert_same(run_lm(shape, packed=packed, context_attention="ring"), run_lm(ONE, packed=packed))
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1, 2, 2), (2, 1, 2, 1, 2)], ids=str)
+def test_linear_biases(run_lm, shape):
+    """Each device has the slopes of its heads and the distances of its places."""
+    assert_same(run_lm(shape, position="alibi"), run_lm(ONE, position="alibi"))
+
+
 @pytest.mark.parametrize(
     ("shape", "across"), [((2, 2, 1, 1, 2), "data"), ((1, 2, 2, 1, 2), "stage")], ids=str
 )
