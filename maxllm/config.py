@@ -322,6 +322,9 @@ class OptimizerConfig(Section):
         return self
 
 
+Offload = Literal["none", "optimizer", "parameters"]
+
+
 class MeshConfig(Section):
     """Devices along each mesh axis; -1 (at most once) takes what is left."""
 
@@ -336,6 +339,11 @@ class MeshConfig(Section):
         3,
         description="What fsdp and context split (ZeRO): nothing (0), optimizer state (1), gradients too "
         "(2), parameters too (3).",
+    )
+    offload: Offload = Field(
+        "none",
+        description="What lies in the host's memory until a step reads it: nothing, the optimizer's state, or "
+        "the layers' matrices too, which are fetched layer by layer.",
     )
 
     @property
@@ -364,6 +372,9 @@ class GenerationConfig(Section):
 
 
 LoraTarget = Literal["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"]
+
+MATRICES = get_args(LoraTarget)
+"""Names of the layers' matrices: nearly all of a model's parameters."""
 
 
 class LoraConfig(Section):
@@ -454,6 +465,13 @@ class Config(Section):
             raise ValueError(
                 "the stages of a pipeline sum gradients over microbatches: mesh.stage needs "
                 "optimizer.gradient_dtype=float32"
+            )
+        if self.mesh.offload == "parameters" and (
+            self.lora is not None or self.stage == "ppo" or self.mesh.stage != 1
+        ):
+            raise ValueError(
+                "mesh.offload=parameters is for training a whole model without a pipeline, in pretrain, sft and "
+                "reward; with lora, mesh.stage or in ppo give mesh.offload=optimizer"
             )
         if self.batch.rows % self.batch.microbatches:
             raise ValueError(

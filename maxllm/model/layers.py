@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model.adapters import adapted
+from maxllm.parallel.memory import fetched
 
 
 def dtype_of(config: ModelConfig) -> jnp.dtype:
@@ -48,8 +49,10 @@ def gathered(w: jax.Array, slot: jax.Array | None, axes: tuple[str, ...], dtype:
 def collect(
     w: jax.Array, slot: jax.Array | None, axes: tuple[str, ...], dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Forward: only the slot is kept, which has nothing in it."""
+    """Forward: only the slot is kept, which has nothing in it. A layer's shard in the host's memory is fetched
+    here, and again where the layer is computed again."""
     whole = tuple(None if axis == "embed" else axis for axis in axes)
+    w = fetched(w)
     cast = bfloat16_of(w) if dtype == jnp.bfloat16 else w
     return nn.with_logical_constraint(cast, whole), slot
 

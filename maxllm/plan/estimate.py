@@ -125,6 +125,8 @@ def model_of(config: Config) -> ModelConfig:
     if config.stage not in ("pretrain", "sft") or config.lora is not None:
         what = "adapters" if config.lora is not None else f"the stage {config.stage}"
         raise UserError(f"there is no estimate for {what}; `maxllm plan` alone compiles every recipe")
+    if config.mesh.offload != "none":
+        raise UserError("there is no estimate for mesh.offload; `maxllm plan` alone compiles every recipe")
     if config.model is None:
         raise UserError("an estimate needs the section model in the recipe; `maxllm plan` alone does not")
     if config.model.attention == "xla" or config.model.attention_dropout:
