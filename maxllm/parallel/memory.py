@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from maxllm.config import MeshConfig
 from maxllm.errors import UserError
 
+PARAMS = jax.tree_util.SequenceKey(0)
+"""Where parameters are in a pair of them and a state."""
+
 HOST = "pinned_host"
 """The memory kind of what is offloaded: the device reads and writes it by itself."""
 
@@ -55,32 +58,37 @@ def in_host(tree: Any) -> bool:
     return any(space_of(leaf) == jax.memory.Space.Host for leaf in jax.tree.leaves(tree))
 
 
-def in_turns(function: Callable[[Any], Any], tree: Any, after: jax.Array) -> Any:
-    """`function(tree)`, with the arrays of one parameter on the device at a time.
+def in_turns(function: Callable[[Any, Any], Any], params: Any, state: Any, after: jax.Array) -> Any:
+    """`function(params, state)`, with the arrays of one parameter on the device at a time.
 
     The function is called once for each parameter. It then sees zeros for all others, and what it says of
     these is not used, so the compiler leaves it out. A barrier between two turns keeps it from fetching all
     arrays at once, which it would do to save time where it sees memory to spare.
 
     Args:
-      function: tree -> tree of the same structure; each parameter's arrays depend on no other's.
-      tree: the arrays of a parameter are those whose path ends in its names (parameter, moments); what has
-        no name, such as a count of steps, is there at every turn.
-      after: nothing is fetched before this is computed.
+      function: gives new ones of both; each parameter's arrays depend on no other's.
+      params: the parameters.
+      state: the arrays of a parameter are those whose path ends in its names; what has no name, such as a
+        count of steps, is there at every turn.
+      after: nothing of the state is fetched before this is computed.
 
     Returns:
-      The new tree, each array in the memory where the old one was.
+      The new parameters and state, each array in the memory where the old one was.
     """
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+    paths, structure = jax.tree_util.tree_flatten_with_path((params, state))
     owners, leaves = [names_of(path) for path, _ in paths], [leaf for _, leaf in paths]
     results, previous = list(leaves), [after]
     for owner in sorted(set(owners) - {()}):
         turn = [i for i, name in enumerate(owners) if name in (owner, ())]
-        now, _ = jax.lax.optimization_barrier(([leaves[i] for i in turn], previous))
+        # Parameters wait at no barrier: the layers read them too, and TPU's compiler would fetch them whole
+        # before the layers, instead of layer by layer.
+        waiting = [i for i in turn if paths[i][0][0] != PARAMS]
+        waited, _ = jax.lax.optimization_barrier(([leaves[i] for i in waiting], previous))
+        now = dict(zip(waiting, waited, strict=True))
         seen = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
-        for i, leaf in zip(turn, now, strict=True):
-            seen[i] = moved(leaf, jax.memory.Space.Device)
-        new = jax.tree.leaves(function(structure.unflatten(seen)))
+        for i in turn:
+            seen[i] = moved(now.get(i, leaves[i]), jax.memory.Space.Device)
+        new = jax.tree.leaves(function(*structure.unflatten(seen)))
         for i in turn:
             results[i] = moved(new[i], space_of(leaves[i]))
         previous = [results[i] for i in turn]

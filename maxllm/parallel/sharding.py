@@ -82,7 +82,9 @@ def abstract_tree(boxed: Any, mesh: Mesh, zero: int = 3, offload: Offload = "non
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         of_state = OPTIMIZER_STATE in names
         sharding = optimizer if of_state else parameter
-        if (of_state and leaf.ndim and offload != "none") or (names[-1] in MATRICES and offload == "parameters"):
+        if (of_state and leaf.ndim and offload != "none") or (
+            names[-1] in MATRICES and offload == "parameters"
+        ):
             sharding = sharding.with_memory_kind(HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

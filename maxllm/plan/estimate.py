@@ -129,6 +129,10 @@ def model_of(config: Config) -> ModelConfig:
         raise UserError("there is no estimate for mesh.offload; `maxllm plan` alone compiles every recipe")
     if config.model is None:
         raise UserError("an estimate needs the section model in the recipe; `maxllm plan` alone does not")
+    if config.model.keep or config.model.keep_in_host:
+        raise UserError(
+            "there is no estimate for model.keep and model.keep_in_host; `maxllm plan` alone compiles them"
+        )
     if config.model.attention == "xla" or config.model.attention_dropout:
         raise UserError("there is no estimate for attention that holds all scores: give model.attention=auto")
     return config.model

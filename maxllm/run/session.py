@@ -158,6 +158,8 @@ def check_same_model(model: ModelConfig, run_dir: Path) -> None:
         "attention",
         "context_attention",
         "remat",
+        "keep",
+        "keep_in_host",
         "pipeline_microbatches",
         "pipeline_rounds",
         "scan_unroll",

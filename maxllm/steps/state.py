@@ -60,9 +60,7 @@ def initializer(
     return init
 
 
-def abstract(
-    init: Callable[[jax.Array], Any], mesh: Mesh, zero: int = 3, offload: Offload = "none"
-) -> Any:
+def abstract(init: Callable[[jax.Array], Any], mesh: Mesh, zero: int = 3, offload: Offload = "none") -> Any:
     """Shapes, types and shardings of what `init` makes, without making it."""
     return sharding.abstract_tree(jax.eval_shape(init, jax.random.key(0)), mesh, zero, offload)
 

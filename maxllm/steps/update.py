@@ -124,15 +124,14 @@ def update(
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
 
-    def updated(old: tuple[Params, optax.OptState]) -> tuple[Params, optax.OptState]:
-        params, opt_state = old
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        new = optax.apply_updates(params, updates), opt_state
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    def updated(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+        updates, new_opt_state = optimizer.update(gradients, opt_state, params)
+        new = optax.apply_updates(params, updates), new_opt_state
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, opt_state))
 
     old = state.params, state.opt_state
     # Of optimizers, only the clipping looks at more than one parameter, and it looks at gradients alone.
-    params, opt_state = in_turns(updated, old, after=norm) if in_host(old) else updated(old)
+    params, opt_state = in_turns(updated, *old, after=norm) if in_host(old) else updated(*old)
     one = jnp.float32(1)
     metrics: Metrics = loss.metrics | {
         "loss": (loss.total, loss.weight),
