@@ -43,13 +43,13 @@ def fetched(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: moved(leaf, jax.memory.Space.Device), tree)
 
 
-def moved(leaf: jax.Array, space: jax.memory.Space) -> jax.Array:
-    """The array in a memory."""
+def moved(leaf: jax.Array, space: Any) -> jax.Array:
+    """The array in a memory, a `jax.memory.Space`."""
     return leaf if space_of(leaf) == space else jax.device_put(leaf, space)
 
 
-def space_of(leaf: jax.Array) -> jax.memory.Space:
-    """The memory that an array is in."""
+def space_of(leaf: jax.Array) -> Any:
+    """The memory that an array is in, a `jax.memory.Space`."""
     return jax.typeof(leaf).memory_space
 
 
@@ -88,11 +88,11 @@ def in_turns(function: Callable[[Any, Any], Any], params: Any, state: Any, after
         seen = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
         for i in turn:
             seen[i] = moved(now.get(i, leaves[i]), jax.memory.Space.Device)
-        new = jax.tree.leaves(function(*structure.unflatten(seen)))
+        new = jax.tree.leaves(function(*jax.tree.unflatten(structure, seen)))
         for i in turn:
             results[i] = moved(new[i], space_of(leaves[i]))
         previous = [results[i] for i in turn]
-    return structure.unflatten(results)
+    return jax.tree.unflatten(structure, results)
 
 
 def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -84,6 +84,6 @@ def hardware_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
 
 def widths_of(model: ModelConfig) -> dict[Activation, int]:
-    """Numbers per token of what a layer may keep; each comes of a matmul with d_model times as many weights."""
+    """Numbers per token of what a layer may keep; the matmul of each has d_model times as many weights."""
     q, kv = model.n_heads * model.k_dim, model.n_kv_heads * model.k_dim
     return {"q": q, "k": kv, "v": kv, "gate": model.d_ff, "up": model.d_ff}
