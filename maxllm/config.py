@@ -6,6 +6,7 @@ A recipe is a YAML file with these sections; `key=value` words on the command li
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -72,6 +73,11 @@ class RopeScaling(Section):
         return self
 
 
+Activation = Literal["q", "k", "v", "gate", "up"]
+"""What a layer computes on its way and may keep: q and k as attention reads them, after RoPE. Not attention's
+result: its kernels' backward passes need their forward pass again all the same, for the log-sum-exp."""
+
+
 class ModelConfig(Section):
     """A LLaMA-architecture decoder."""
 
@@ -131,6 +137,12 @@ class ModelConfig(Section):
         description="The backward pass keeps all activations (none), matmuls' results (dots), each layer's "
         "input (full), or that in host memory (offload), and recomputes the rest.",
     )
+    keep: tuple[Activation, ...] = Field(
+        (), description="With remat=full or offload: results in each layer that are kept on the device too."
+    )
+    keep_in_host: tuple[Activation, ...] = Field(
+        (), description="With remat=full or offload: results in each layer that are kept in host memory."
+    )
     pipeline_microbatches: int | None = Field(
         None,
         gt=0,
@@ -169,6 +181,13 @@ class ModelConfig(Section):
             raise ValueError("context_attention=ring has no position=alibi; give gather")
         if self.position == "alibi" and self.rope_scaling is not None:
             raise ValueError("rope_scaling stretches rotary embeddings; leave it out with position=alibi")
+        if (self.keep or self.keep_in_host) and self.remat not in ("full", "offload"):
+            raise ValueError(
+                f"keep and keep_in_host are exceptions from remat=full, not from remat={self.remat}"
+            )
+        for name, count in Counter((*self.keep, *self.keep_in_host)).items():
+            if count > 1:
+                raise ValueError(f"{name} is named more than once in keep and keep_in_host; give it once")
         if self.n_layers % self.scan_unroll:
             raise ValueError(f"scan_unroll={self.scan_unroll} does not divide n_layers={self.n_layers}")
         return self
@@ -337,6 +356,9 @@ class OptimizerConfig(Section):
         return self
 
 
+Offload = Literal["none", "optimizer", "parameters"]
+
+
 class MeshConfig(Section):
     """Devices along each mesh axis; -1 (at most once) takes what is left."""
 
@@ -357,6 +379,11 @@ class MeshConfig(Section):
         3,
         description="What fsdp and context split (ZeRO): nothing (0), optimizer state (1), gradients too "
         "(2), parameters too (3).",
+    )
+    offload: Offload = Field(
+        "none",
+        description="What lies in the host's memory until a step reads it: nothing, the optimizer's state, "
+        "or the layers' matrices too, which are fetched layer by layer.",
     )
 
     @property
@@ -385,6 +412,9 @@ class GenerationConfig(Section):
 
 
 LoraTarget = Literal["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"]
+
+MATRICES = get_args(LoraTarget)
+"""Names of the layers' matrices: nearly all of a model's parameters."""
 
 
 class LoraConfig(Section):
@@ -475,6 +505,13 @@ class Config(Section):
             raise ValueError(
                 "the stages of a pipeline sum gradients over microbatches: mesh.stage needs "
                 "optimizer.gradient_dtype=float32"
+            )
+        if self.mesh.offload != "none" and self.stage == "ppo":
+            raise ValueError("ppo keeps its four models on the device: give mesh.offload=none")
+        if self.mesh.offload == "parameters" and (self.lora is not None or self.mesh.stage != 1):
+            raise ValueError(
+                "mesh.offload=parameters is for training a whole model without a pipeline; with lora or "
+                "mesh.stage give mesh.offload=optimizer"
             )
         if self.batch.rows % self.batch.microbatches:
             raise ValueError(

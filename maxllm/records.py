@@ -32,8 +32,9 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 class Slotted(struct.PyTreeNode):
     """Parameters, and for some of them a slot of zeros whose gradient is the parameter's, in its own type.
 
-    A gradient has the type of what it is a gradient of. Float32 parameters have bfloat16 gradients this way;
-    the slots are never read, so XLA does not make them.
+    A gradient has the type of what it is a gradient of, and is in the same memory. Float32 parameters have
+    bfloat16 gradients this way, and those in the host's memory have gradients on the device; the slots are
+    never read, so XLA does not make them.
     """
 
     params: Params

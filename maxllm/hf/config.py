@@ -61,7 +61,15 @@ ROPE_FIELDS: dict[str, dict[str, str]] = {
 ROPE_OPTIONAL = {"beta_fast", "beta_slow", "attention_factor", "truncate"}
 """Entries that have the same default on both sides."""
 
-LOCAL_FIELDS = ("embedding_dropout", "residual_dropout", "dtype", "remat", "scan_unroll")
+LOCAL_FIELDS = (
+    "embedding_dropout",
+    "residual_dropout",
+    "dtype",
+    "remat",
+    "keep",
+    "keep_in_host",
+    "scan_unroll",
+)
 """How we compute, not what the model is: Hugging Face has no place for them."""
 
 

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model import alibi, rope
@@ -59,6 +60,9 @@ class Attention(nn.Module):
         positions = "length" if travelling else "keys"
         k_BSGK = nn.with_logical_constraint(k_BSGK, ("batch", positions, "act_heads", None))
         v_BSGK = nn.with_logical_constraint(v_BSGK, ("batch", positions, "act_heads", None))
+
+        q_BTHK, k_BSGK = checkpoint_name(q_BTHK, "q"), checkpoint_name(k_BSGK, "k")
+        v_BSGK = checkpoint_name(v_BSGK, "v")
 
         dropout = nn.Dropout(c.attention_dropout, deterministic=deterministic)
         # One query against a cache is a matrix-vector product; kernels that tile queries have nothing to add.

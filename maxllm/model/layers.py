@@ -6,9 +6,11 @@ from typing import cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model.adapters import adapted
+from maxllm.parallel.memory import fetched
 
 
 def dtype_of(config: ModelConfig) -> jnp.dtype:
@@ -48,8 +50,10 @@ def gathered(w: jax.Array, slot: jax.Array | None, axes: tuple[str, ...], dtype:
 def collect(
     w: jax.Array, slot: jax.Array | None, axes: tuple[str, ...], dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Forward: only the slot is kept, which has nothing in it."""
+    """Forward: only the slot is kept, which has nothing in it. A layer's shard in the host's memory is
+    fetched here, and again where the layer is computed again."""
     whole = tuple(None if axis == "embed" else axis for axis in axes)
+    w = fetched(w)
     cast = bfloat16_of(w) if dtype == jnp.bfloat16 else w
     return nn.with_logical_constraint(cast, whole), slot
 
@@ -142,6 +146,7 @@ class SwiGLU(nn.Module):
         if c.mlp_bias:
             gate_BTF += bias(self, "gate_bias", (F,), ("mlp",)).astype(gate_BTF.dtype)
             up_BTF += bias(self, "up_bias", (F,), ("mlp",)).astype(up_BTF.dtype)
+        gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
         h_BTF = jax.nn.silu(gate_BTF) * up_BTF
         h_BTF = nn.with_logical_constraint(h_BTF, ("batch", "length", "act_mlp"))
         y_BTD = matmul(h_BTF, down_FD)

@@ -7,6 +7,7 @@
 Layers are scanned: every parameter of `layers` has a leading axis L.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -26,17 +27,18 @@ from maxllm.records import Params, Slotted
 
 LAYER_INPUT = "layer_input"
 
-POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[LAYER_INPUT],
+
+def policy_of(config: ModelConfig) -> Callable[..., Any]:
+    """What `remat` keeps of a layer for the backward pass, besides its input."""
+    if config.remat == "dots":
+        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    layer_input = (LAYER_INPUT,) if config.remat == "offload" else ()
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=config.keep,
+        names_which_can_be_offloaded=(*layer_input, *config.keep_in_host),
         offload_src="device",
         offload_dst="pinned_host",
-    ),
-}
-"""What each `remat` keeps of a layer for the backward pass, besides its input."""
+    )
 
 
 class Layer(nn.Module):
@@ -72,7 +74,7 @@ def layer_class(config: ModelConfig) -> type[Layer]:
     if config.remat == "none":
         return Layer
     # Inside a scan XLA cannot undo the recomputation, so its guard against that is not needed.
-    return nn.remat(Layer, prevent_cse=False, static_argnums=(5, 6), policy=POLICIES[config.remat])
+    return nn.remat(Layer, prevent_cse=False, static_argnums=(5, 6), policy=policy_of(config))
 
 
 class CachedSegments(nn.Module):

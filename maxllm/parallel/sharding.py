@@ -10,7 +10,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from maxllm.config import MATRICES, Offload
 from maxllm.errors import UserError
+from maxllm.parallel.memory import HOST
 
 STAGE, CONTEXT, TENSOR = "stage", "context", "tensor"
 """Mesh axes of layers, of a row's positions, and of heads, feed-forward and vocabulary."""
@@ -64,13 +66,14 @@ def rules_of(zero: int) -> Rules:
     return tuple((name, None if whole.get(name) else axes) for name, axes in RULES)
 
 
-def abstract_tree(boxed: Any, mesh: Mesh, zero: int = 3) -> Any:
+def abstract_tree(boxed: Any, mesh: Mesh, zero: int = 3, offload: Offload = "none") -> Any:
     """Shapes with shardings, from the output of `jax.eval_shape` on an initializer.
 
     Args:
       boxed: tree of ShapeDtypeStruct whose parameters still carry their logical axis names.
       mesh: the device mesh.
       zero: stage of ZeRO: the optimizer's state is split from 1 on, parameters at 3.
+      offload: the optimizer's arrays, or the layers' matrices too, lie in the host's memory.
 
     Returns:
       The unboxed tree of `jax.ShapeDtypeStruct(shape, dtype, sharding)`: feed it to `jit`'s shardings, to
@@ -82,7 +85,12 @@ def abstract_tree(boxed: Any, mesh: Mesh, zero: int = 3) -> Any:
 
     def describe(path: Any, leaf: Any, parameter: NamedSharding, optimizer: NamedSharding) -> Any:
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        sharding = optimizer if OPTIMIZER_STATE in names else parameter
+        of_state = OPTIMIZER_STATE in names
+        sharding = optimizer if of_state else parameter
+        if (of_state and leaf.ndim and offload != "none") or (
+            names[-1] in MATRICES and offload == "parameters"
+        ):
+            sharding = sharding.with_memory_kind(HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(describe, nn.unbox(boxed), of_parameters, of_optimizer)

@@ -33,7 +33,7 @@ class Compiled:
     temp_bytes: int
     """Everything else that is in use at once, donated arguments' space included."""
     peak_bytes: int
-    """The most that is in use at one time."""
+    """The most that is in use at one time; an upper bound where activations are offloaded."""
     host_bytes: int
     """In the memory of the host, of this device."""
     seconds: float
@@ -149,13 +149,26 @@ def compiled_for(hardware: Hardware, lower: Callable[[], Any]) -> Compiled | Too
     return Compiled(
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
+        peak_bytes=device_peak(memory),
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         seconds=seconds,
         collectives=collectives(text, hardware.node),
         text=text,
         made_whole=tuple(whole),
     )
+
+
+def device_peak(memory: Any) -> int:
+    """The most that is in use on the device at one time.
+
+    XLA's own figure counts what lies in the host's memory too: arguments all the time, temporaries (offloaded
+    activations) some of it. With the latter this is an upper bound.
+    """
+    peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    if not memory.host_temp_size_in_bytes:
+        return peak
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return min(peak, memory.argument_size_in_bytes + memory.temp_size_in_bytes + results)
 
 
 def largest_in(message: str) -> tuple[str, ...]:

@@ -125,8 +125,14 @@ def model_of(config: Config) -> ModelConfig:
     if config.stage not in ("pretrain", "sft") or config.lora is not None:
         what = "adapters" if config.lora is not None else f"the stage {config.stage}"
         raise UserError(f"there is no estimate for {what}; `maxllm plan` alone compiles every recipe")
+    if config.mesh.offload != "none":
+        raise UserError("there is no estimate for mesh.offload; `maxllm plan` alone compiles every recipe")
     if config.model is None:
         raise UserError("an estimate needs the section model in the recipe; `maxllm plan` alone does not")
+    if config.model.keep or config.model.keep_in_host:
+        raise UserError(
+            "there is no estimate for model.keep and model.keep_in_host; `maxllm plan` alone compiles them"
+        )
     if config.model.kernel == "xla":
         raise UserError(
             "there is no estimate for attention that holds all scores: give model.attention=auto, without "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maxllm.config import ModelConfig
+from maxllm.config import Activation, ModelConfig
 from maxllm.plan.flops import matmul_parameters, train_flops_per_token
 from maxllm.plan.hardware import Chip
 
@@ -72,10 +72,18 @@ def step_bound(
 
 def hardware_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Forward, backward, and what `remat` computes again: each layer's forward but its last matmul (w_down),
-    whose result the backward pass does not read; and attention once more."""
+    whose result the backward pass does not read, and matmuls whose results `keep` and `keep_in_host` name;
+    and attention once more."""
     flops = train_flops_per_token(model, sequence_length)
     if model.remat in ("none", "dots"):
         return flops
-    layers = matmul_parameters(model, 0) - model.n_layers * model.d_model * model.d_ff
+    kept = model.d_ff + sum(widths_of(model)[name] for name in (*model.keep, *model.keep_in_host))
+    layers = matmul_parameters(model, 0) - model.n_layers * model.d_model * kept
     attention = 2 * model.n_layers * model.n_heads * model.k_dim * sequence_length
     return flops + 2 * layers + attention
+
+
+def widths_of(model: ModelConfig) -> dict[Activation, int]:
+    """Numbers per token of what a layer may keep; the matmul of each has d_model times as many weights."""
+    q, kv = model.n_heads * model.k_dim, model.n_kv_heads * model.k_dim
+    return {"q": q, "k": kv, "v": kv, "gate": model.d_ff, "up": model.d_ff}

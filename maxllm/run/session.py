@@ -27,6 +27,7 @@ from maxllm.files import read_json, write_bytes, write_json, write_text
 from maxllm.model.attend import resolve
 from maxllm.parallel import processes, sharding
 from maxllm.parallel.compiler import compiler_options
+from maxllm.parallel.memory import check_offload, fetched
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
 from maxllm.run.record import console
 
@@ -90,6 +91,7 @@ def open_session(config: Config) -> Session:
     check_replies_fit(config)
     resolve(model.attention, jax.default_backend(), model.dtype)
     mesh = make_mesh(config.mesh)
+    check_offload(mesh, config.mesh)
     check_model_divides(mesh, model)
     check_batch_divides(mesh, config.batch, model)
     run_dir = Path(config.run.dir)
@@ -156,6 +158,8 @@ def check_same_model(model: ModelConfig, run_dir: Path) -> None:
         "attention",
         "context_attention",
         "remat",
+        "keep",
+        "keep_in_host",
         "pipeline_microbatches",
         "pipeline_rounds",
         "scan_unroll",
@@ -288,10 +292,13 @@ def lower_step(
 
 def compile_reader(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """Jits a pure function `(params, batch, …) -> result` that changes nothing; results go to every device.
+    Parameters in the host's memory are fetched at once: only a training step has no room for that.
 
     The returned function takes numpy batches as its second argument.
     """
-    jitted = jax.jit(function, out_shardings=sharding.replicated(mesh))
+    jitted = jax.jit(
+        lambda params, *rest: function(fetched(params), *rest), out_shardings=sharding.replicated(mesh)
+    )
     to_devices = partial(processes.to_global, sharding=sharding.batch_sharding(mesh))
 
     def call(params: Any, batch: Any, *rest: Any) -> Any:

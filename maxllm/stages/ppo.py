@@ -138,7 +138,7 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
     )
     return Program(
         init=init,
-        abstract_state=abstract(init, mesh, config.mesh.zero),
+        abstract_state=abstract(init, mesh, config.mesh.zero, config.mesh.offload),
         step=partial(iteration, ppo=ppo, generation=config.generation, seed=config.run.seed),
         abstract_batch=PromptBatch(
             jax.ShapeDtypeStruct((config.batch.rows, prompt), jnp.int32),

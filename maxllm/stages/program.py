@@ -95,7 +95,7 @@ def trained(
     )
     return Trainer(
         init=init,
-        abstract_state=abstract(init, mesh, config.mesh.zero),
+        abstract_state=abstract(init, mesh, config.mesh.zero, config.mesh.offload),
         step=step,
         abstract_batch=batch,
         frozen=frozen,

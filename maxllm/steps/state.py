@@ -12,6 +12,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from maxllm.config import Offload
 from maxllm.parallel import sharding
 from maxllm.records import Params
 
@@ -59,9 +60,9 @@ def initializer(
     return init
 
 
-def abstract(init: Callable[[jax.Array], Any], mesh: Mesh, zero: int = 3) -> Any:
+def abstract(init: Callable[[jax.Array], Any], mesh: Mesh, zero: int = 3, offload: Offload = "none") -> Any:
     """Shapes, types and shardings of what `init` makes, without making it."""
-    return sharding.abstract_tree(jax.eval_shape(init, jax.random.key(0)), mesh, zero)
+    return sharding.abstract_tree(jax.eval_shape(init, jax.random.key(0)), mesh, zero, offload)
 
 
 def create(init: Callable[[jax.Array], Any], abstract_state: Any, key: jax.Array) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import chex
 import jax
@@ -13,14 +13,12 @@ import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from maxllm.config import LoraTarget
+from maxllm.config import MATRICES
+from maxllm.parallel.memory import in_host, in_turns
 from maxllm.records import Metrics, Params, Slotted
 from maxllm.steps.state import TrainState
 
 FLOAT32 = jnp.dtype("float32")
-
-MATRICES = get_args(LoraTarget)
-"""Names of the layers' matrices: nearly all of a model's parameters."""
 
 
 class Loss(struct.PyTreeNode):
@@ -91,13 +89,14 @@ def slotted_gradient(
     batch: Any,
     key: jax.Array,
 ) -> tuple[Params, Loss]:
-    """`jax.grad(function, has_aux=True)`, where the layers' matrices have gradients of type `dtype`."""
-    if dtype == FLOAT32:
+    """`jax.grad(function, has_aux=True)`, where the layers' matrices have gradients of type `dtype`, which
+    are on the device wherever the matrices are."""
+    if dtype == FLOAT32 and not in_host(params):
         return jax.grad(function, has_aux=True)(params, batch, key)
     flat = flatten_dict(params)
     matrices = {path: leaf for path, leaf in flat.items() if path[-1] in MATRICES}
     others = {path: leaf for path, leaf in flat.items() if path not in matrices}
-    slots = {path: jnp.zeros_like(leaf, dtype) for path, leaf in matrices.items()}
+    slots = {path: jnp.zeros(leaf.shape, dtype) for path, leaf in matrices.items()}
 
     def of_slots(slots: Any, others: Any) -> tuple[jax.Array, Loss]:
         return function(Slotted(unflatten_dict(matrices | others), unflatten_dict(slots)), batch, key)
@@ -124,19 +123,22 @@ def update(
     chex.assert_trees_all_equal_shapes(gradients, state.params)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
 
-    def keep(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    def updated(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+        updates, new_opt_state = optimizer.update(gradients, opt_state, params)
+        new = optax.apply_updates(params, updates), new_opt_state
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, opt_state))
 
+    old = state.params, state.opt_state
+    # Of optimizers, only the clipping looks at more than one parameter, and it looks at gradients alone.
+    params, opt_state = in_turns(updated, *old, after=norm) if in_host(old) else updated(*old)
     one = jnp.float32(1)
     metrics: Metrics = loss.metrics | {
         "loss": (loss.total, loss.weight),
         "gradient_norm": (norm, one),
         "skipped": (1 - finite.astype(jnp.float32), one),
     }
-    return TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state)), metrics
+    return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def train_step(

@@ -23,6 +23,14 @@ def test_full_remat_computes_again_all_but_the_last_matmul():
     assert wanted * tokens == pytest.approx(407e12, rel=2e-3)
 
 
+def test_what_is_kept_is_not_computed_again():
+    """The matmuls of q, k and gate are done three times, like the model's; in which memory, is one."""
+    full = LLAMA2_7B.model_copy(update={"remat": "full"})
+    some = full.model_copy(update={"keep": ("q", "gate"), "keep_in_host": ("k",)})
+    spared = 2 * 32 * (2 * 4096**2 + 4096 * 11_008)
+    assert hardware_flops_per_token(full, 2048) - hardware_flops_per_token(some, 2048) == spared
+
+
 def test_without_remat_the_model_is_all_there_is():
     T = 2048
     assert hardware_flops_per_token(LLAMA2_7B, T) == 6 * (MATRICES + 4096 * 32_000) + 6 * 32 * 4096 * T

@@ -287,6 +287,58 @@ def test_a_checkpoint_of_any_layout_restores_into_any_other(tmp_path: Path, tiny
             assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
 
 
+KINDS = ("none", "optimizer", "parameters")
+
+
+@pytest.mark.parametrize("saved", KINDS)
+def test_what_lies_in_the_hosts_memory_goes_through_a_checkpoint(tmp_path: Path, tiny_model, saved) -> None:
+    """On eight devices: restored bit for bit, with every array in the memory that the restoring run wants."""
+    from maxllm.config import MeshConfig, OptimizerConfig
+    from maxllm.model.llama import Llama
+    from maxllm.optim import make_optimizer
+    from maxllm.parallel.mesh import make_mesh
+    from maxllm.run import checkpoint
+    from maxllm.steps.state import abstract, create, initializer
+
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    init = initializer(Llama(tiny_model()), make_optimizer(OptimizerConfig(), 10))
+    described = {kind: abstract(init, mesh, offload=kind) for kind in KINDS}
+    state = create(init, described[saved], jax.random.key(0))
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state, None)
+    checkpoints.close()
+    for kind, description in described.items():
+        restored = checkpoint.restore(tmp_path / "checkpoints" / "1", description)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+        assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(
+            lambda leaf: leaf.sharding, description
+        )
+        in_host = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(restored)} - {"device"}
+        assert in_host == (set() if kind == "none" else {"pinned_host"})
+
+
+def test_a_run_may_go_on_with_its_state_in_the_hosts_memory(corpus: Path, uninterrupted: Path) -> None:
+    """Parameters and optimizer in host memory for 6 of 24 steps, the optimizer's state for the rest; held-out
+    rows are evaluated on the way. Another program rounds otherwise, so the end is compared by its loss."""
+    folder = corpus / "offloaded"
+    words = verb(command(folder, corpus), "pretrain")
+    process = subprocess.Popen(
+        [*words, "mesh.offload=parameters"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ONE_DEVICE,
+    )
+    wait_for(folder, 6, process)
+    process.kill()
+    process.wait()
+    again = subprocess.run(
+        [*words, "mesh.offload=optimizer"], check=True, capture_output=True, text=True, env=ONE_DEVICE
+    )
+    assert "continues from the checkpoint of step" in again.stderr
+    ends = [json.loads((run / "summary.json").read_text())["heldout_last"] for run in (folder, uninterrupted)]
+    assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], rel=1e-3)
+
+
 def test_a_run_that_is_older_than_a_setting_goes_on(tmp_path: Path) -> None:
     """Its config.yaml lacks what came later, and means the default; another value is another recipe."""
     from maxllm import recipe
