@@ -79,7 +79,7 @@ def abstract_tree(boxed: Any, mesh: Mesh, zero: int = 3, offload: Offload = "non
       The unboxed tree of `jax.ShapeDtypeStruct(shape, dtype, sharding)`: feed it to `jit`'s shardings, to
       Orbax's restore, to shape checks.
     """
-    specs = jax.tree.map(names_of, boxed, is_leaf=is_boxed)
+    specs = jax.tree.map(spec_of, boxed, is_leaf=is_boxed)
     of_parameters = nn.logical_to_mesh_sharding(specs, mesh, rules_of(zero))
     of_optimizer = nn.logical_to_mesh_sharding(specs, mesh, rules_of(3 if zero >= 1 else 0))
 
@@ -101,7 +101,7 @@ def is_boxed(node: Any) -> bool:
     return isinstance(node, nn.meta.AxisMetadata)
 
 
-def names_of(node: Any) -> Any:
+def spec_of(node: Any) -> Any:
     """The logical names of a parameter, or of an array like it, as a spec; none for what carries none.
 
     An optimizer that leaves a parameter to another keeps an empty node in its box, which has no spec.
