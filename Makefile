@@ -13,7 +13,7 @@ quickstart: setup
 	$(BIN)/maxllm quickstart --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 test-real: setup
 	$(BIN)/python -m pytest -q -m real tests/real

@@ -79,3 +79,8 @@ def tiny_tokenizer() -> SpmTokenizer:
     rows = ["\n".join(row.values()) for row in tasks.instruction_rows("train", 200, 0)]
     config = TokenizerConfig(path="unused", vocab_size=512, character_coverage=1.0)
     return train([*plays, *rows], config)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, or one worker ends with it while the other waits."""
+    items.sort(key=lambda item: item.path.name != "test_sharded.py")
