@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from maxllm.config import MATRICES
 from maxllm.parallel.memory import in_host, in_turns
+from maxllm.parallel.pipeline import deal
 from maxllm.records import Metrics, Params, Slotted
 from maxllm.steps.state import TrainState
 
@@ -40,9 +41,7 @@ def split(batch: Any, microbatches: int) -> Any:
 
     Rows are dealt out in turn, so that a batch sharded over devices stays where it is.
     """
-    return jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+    return jax.tree.map(partial(deal, parts=microbatches), batch)
 
 
 def accumulate(
