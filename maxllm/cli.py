@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from maxllm.errors import DoesNotFit, Interrupted, RunFailed, UserError, leave
 from maxllm.options import TRAINERS, parse
 from maxllm.parallel.compiler import without_tpu
+from maxllm.parallel.hugepages import restart_with_huge_pages
 
 CONTINUES = {"quickstart", "export", "convert", *TRAINERS}
 """Verbs that go on where they were interrupted: launchers retry exit code 75."""
@@ -26,6 +27,8 @@ CONTINUES = {"quickstart", "export", "convert", *TRAINERS}
 
 def entry() -> NoReturn:
     """The `maxllm` command. Outside a training loop, which has its own handlers, a signal ends it at once."""
+    if {"quickstart", *TRAINERS} & set(sys.argv):
+        restart_with_huge_pages()
     if CONTINUES & set(sys.argv):
         code, sentence = 75, "interrupted; the same command continues from what was saved"
     else:

@@ -1,6 +1,6 @@
 """A pretraining step on this machine beside Hugging Face transformers and torch's AdamW, in one run.
 
-    python tools/bench_step.py [--steps 6] [--ours-only]
+    python tools/bench_step.py [--turns 3] [--ours-only]
 
 The model has 34 M parameters (d 512, 8 layers, vocabulary 8,192), the batch 8 rows of 256 tokens, float32;
 both clip gradients and take AdamW. Prints seconds per step, tokens per second, and the share of the speed
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -24,6 +24,7 @@ from rich.table import Table
 from maxllm.config import BatchConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from maxllm.parallel import processes, sharding
 from maxllm.parallel.compiler import without_tpu
+from maxllm.parallel.hugepages import restart_with_huge_pages
 from maxllm.parallel.mesh import make_mesh
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import LmBatch
@@ -46,14 +47,18 @@ MODEL = ModelConfig(
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, weight_decay=0.1)
 
 
-def seconds_of(step: Callable[[], object], steps: int) -> float:
-    """Median of some steps after two that warm up."""
-    times = []
-    for _ in range(steps + 2):
-        started = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[2:])
+def seconds_of(works: Sequence[Callable[[], object]], turns: int) -> list[float]:
+    """The median time of each. They take turns, because machines are noisy: five times one, of which the first
+    is not counted, then five times the other."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(turns):
+        for work, own in zip(works, seconds, strict=True):
+            for number in range(5):
+                started = time.perf_counter()
+                work()
+                if number > 0:
+                    own.append(time.perf_counter() - started)
+    return [statistics.median(own) for own in seconds]
 
 
 def ours(tokens: np.ndarray) -> Callable[[], object]:
@@ -118,7 +123,7 @@ def matmul_flops() -> float:
     """FLOP/s of the feed-forward's matmul alone."""
     x, w = jnp.ones((ROWS * LENGTH, MODEL.d_model)), jnp.ones((MODEL.d_model, MODEL.d_ff))
     multiply = jax.jit(jnp.matmul)
-    seconds = seconds_of(partial(repeat, lambda: multiply(x, w), 20), 5) / 20
+    seconds = seconds_of([partial(repeat, lambda: multiply(x, w), 20)], 1)[0] / 20
     return 2 * x.size * MODEL.d_ff / seconds
 
 
@@ -133,9 +138,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--ours-only", action="store_true")
     options = parser.parse_args()
+    restart_with_huge_pages()  # as `maxllm pretrain` does; torch has them too
     without_tpu()
     tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
     flops = ROWS * LENGTH * train_flops_per_token(MODEL, LENGTH)
@@ -144,8 +150,8 @@ def main() -> None:
         "", "s per step", "tokens/s", "of the matmul speed", title=f"matmul {peak / 1e9:.0f} GFLOP/s"
     )
     steps = {"ours": ours} if options.ours_only else {"ours": ours, "transformers + torch": theirs}
-    for name, make in steps.items():
-        seconds = seconds_of(make(tokens), options.steps)
+    timed = seconds_of([make(tokens) for make in steps.values()], options.turns)
+    for name, seconds in zip(steps, timed, strict=True):
         speed, share = ROWS * LENGTH / seconds, flops / seconds / peak
         table.add_row(name, f"{seconds:.2f}", f"{speed:,.0f}", f"{share:.0%}")
     Console().print(table)

@@ -5,7 +5,6 @@ Key and value heads are never repeated: G of them serve H query heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -15,8 +14,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from maxllm.errors import UserError
-from maxllm.model import cudnn, ring, splash
-from maxllm.model.visible import Keys, distances, visible
+from maxllm.model import cudnn, ring, splash, xla
+from maxllm.model.visible import Keys
 from maxllm.parallel.sharding import CONTEXT, MICROBATCH, TENSOR
 
 Backend = Literal["auto", "xla", "splash", "cudnn"]
@@ -47,9 +46,10 @@ def attend(
     v_BSGK: jax.Array,
     keys: Keys,
     window: int | None,
-    dropout: Callable[[jax.Array], jax.Array],
     travelling: bool = False,
     slopes_H: np.ndarray | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """[B, T, H, K] in q's type.
 
@@ -60,9 +60,10 @@ def attend(
       v_BSGK: values.
       keys: who sees whom.
       window: how many keys a query sees at most, its own included; None for all.
-      dropout: of the probabilities; only XLA's kernel has them.
       travelling: every device has its own keys, which go around; else all have all keys.
       slopes_H: of ALiBi, None without it; only XLA's kernel has it.
+      dropout: the share of probabilities that become 0; only XLA's kernel has it.
+      dropout_key: says which; None for none of them.
     """
     if backend == "auto":
         backend = resolve(backend, jax.default_backend(), q_BTHK.dtype)
@@ -72,31 +73,8 @@ def attend(
         return splash.attend(q_BTHK, k_BSGK, v_BSGK, keys, window)
     if backend == "cudnn":
         return cudnn.attend(q_BTHK, k_BSGK, v_BSGK, keys, window)
-    return xla(q_BTHK, k_BSGK, v_BSGK, keys, window, dropout, slopes_H)
-
-
-def xla(
-    q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    keys: Keys,
-    window: int | None,
-    dropout: Callable[[jax.Array], jax.Array],
-    slopes_H: np.ndarray | None = None,
-) -> jax.Array:
-    """Holds all scores, [B, H, T, S] in float32."""
-    B, T, H, K = q_BTHK.shape
-    G = k_BSGK.shape[2]
-    q_BTGQK = q_BTHK.reshape(B, T, G, H // G, K)
-    scores_BGQTS = jnp.einsum("btgqk,bsgk->bgqts", q_BTGQK, k_BSGK, preferred_element_type=jnp.float32)
-    scores_BGQTS *= K**-0.5
-    if slopes_H is not None:
-        scores_BGQTS -= slopes_H.reshape(G, H // G, 1, 1) * distances(keys)
-    seen_BTS = visible(keys, window)
-    scores_BGQTS = jnp.where(seen_BTS[:, None, None], scores_BGQTS, jnp.finfo(jnp.float32).min)
-    probs_BGQTS = dropout(jax.nn.softmax(scores_BGQTS, axis=-1).astype(q_BTHK.dtype))
-    o_BTGQK = jnp.einsum("bgqts,bsgk->btgqk", probs_BGQTS, v_BSGK)
-    return o_BTGQK.reshape(B, T, H, K)
+    pattern = xla.Pattern(window, dropout)
+    return xla.attend(q_BTHK, k_BSGK, v_BSGK, keys, pattern, slopes_H, dropout_key)
 
 
 def around(
@@ -106,7 +84,7 @@ def around(
     mesh = jax.sharding.get_abstract_mesh()
     rows, heads = PartitionSpec(MICROBATCH, CONTEXT), PartitionSpec(MICROBATCH, CONTEXT, TENSOR)
     return jax.shard_map(
-        partial(ring.ring, splash.BLOCK_OF_RING if backend == "splash" else ring.XLA),
+        partial(ring.ring, splash.BLOCK_OF_RING if backend == "splash" else xla.BLOCK_OF_RING),
         in_specs=(heads, heads, heads, rows),
         out_specs=heads,
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),

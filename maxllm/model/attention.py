@@ -64,12 +64,23 @@ class Attention(nn.Module):
         q_BTHK, k_BSGK = checkpoint_name(q_BTHK, "q"), checkpoint_name(k_BSGK, "k")
         v_BSGK = checkpoint_name(v_BSGK, "v")
 
-        dropout = nn.Dropout(c.attention_dropout, deterministic=deterministic)
+        dropped = c.attention_dropout > 0 and not deterministic
+        dropout_key = self.make_rng("dropout") if dropped else None
         # One query against a cache is a matrix-vector product; kernels that tile queries have nothing to add.
         tiled = cache_length is None and not self.is_initializing()
         backend = c.kernel if tiled else "xla"
-        window = c.sliding_window
-        o_BTHK = attend(backend, q_BTHK, k_BSGK, v_BSGK, keys, window, dropout, travelling, slopes_H)
+        o_BTHK = attend(
+            backend,
+            q_BTHK,
+            k_BSGK,
+            v_BSGK,
+            keys,
+            c.sliding_window,
+            travelling,
+            slopes_H,
+            c.attention_dropout,
+            dropout_key,
+        )
         B, T, _ = x_BTD.shape
         o_BTD = o_BTHK.reshape(B, T, H * K)
         y_BTD = matmul(o_BTD, wo_HKD.reshape(H * K, D))

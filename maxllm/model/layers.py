@@ -123,6 +123,12 @@ class RMSNorm(nn.Module):
         return (x_BTD * inverse * scale_D).astype(dtype_of(self.config))
 
 
+@jax.checkpoint
+def gated(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    """silu(gate) up; of what lies between, nothing is kept for the backward pass."""
+    return jax.nn.silu(gate_BTF) * up_BTF
+
+
 class SwiGLU(nn.Module):
     """(silu(x w_gate) * x w_up) w_down (Shazeer 2020)."""
 
@@ -147,7 +153,7 @@ class SwiGLU(nn.Module):
             gate_BTF += bias(self, "gate_bias", (F,), ("mlp",)).astype(gate_BTF.dtype)
             up_BTF += bias(self, "up_bias", (F,), ("mlp",)).astype(up_BTF.dtype)
         gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
-        h_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        h_BTF = gated(gate_BTF, up_BTF)
         h_BTF = nn.with_logical_constraint(h_BTF, ("batch", "length", "act_mlp"))
         y_BTD = matmul(h_BTF, down_FD)
         y_BTD = adapted(self, self.lora, "w_down", h_BTF, y_BTD, ("mlp", "embed"), deterministic)

@@ -159,7 +159,8 @@ class Decoder(nn.Module):
         if cache_length is not None:
             first_slot, key_segments_BS = self.cached_segments(segment_ids_BT, cache_length)
         keys = Keys(segment_ids_BT, key_segments_BS, first_slot, shards)
-        cos, sin = rope.angles(c, positions_BT)
+        # Held fast: XLA would fuse them into each unrolled layer, and compute every angle there again.
+        cos, sin = jax.lax.optimization_barrier(rope.angles(c, positions_BT))
         if stages_here() > 1 and cache_length is None and not self.is_initializing():
             x_BTD = self._through_stages(x_BTD, keys, cos, sin, deterministic)
         else:

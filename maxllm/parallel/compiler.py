@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 COMPILER_OPTIONS: dict[str, dict[str, str | bool | int]] = {
+    "cpu": {
+        # The pass that takes barriers out before anything is fused. Without them XLA undoes what
+        # `jax.checkpoint` computes again, and computes the rotary embedding's sines in every use of them.
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+    },
     "tpu": {
         # Weights are gathered once for each pass (model/layers.py). Left alone, XLA turns gather and matmul
         # into a loop of small exchanges and gathers again for every use: 79 GB of them instead of 35 for

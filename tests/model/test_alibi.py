@@ -10,7 +10,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from maxllm.config import MeshConfig
 from maxllm.errors import UserError
 from maxllm.hf.config import family_of
-from maxllm.model import attend
+from maxllm.model import attend, xla
 from maxllm.model.alibi import slopes
 from maxllm.model.forward import forward
 from maxllm.model.llama import Llama
@@ -59,7 +59,7 @@ def by_hand(q_BTHK, k_BSGK, v_BSGK):
 
 def attended(arrays, keys):
     """Of real queries."""
-    o_BTHK = attend.attend("xla", *arrays, keys, None, lambda probs: probs, slopes_H=slopes(H))
+    o_BTHK = attend.attend("xla", *arrays, keys, None, slopes_H=slopes(H))
     return o_BTHK * (keys.query_segments_BT != 0)[:, :, None, None]
 
 
@@ -68,11 +68,13 @@ def keys_of(shards=1):
     return Keys(segments_BT, segments_BT, jnp.int32(0), shards)
 
 
-def test_attention_is_the_softmax_by_hand(arrays):
+@pytest.mark.parametrize("shortest", [6, 64], ids=["blocks", "block"])
+def test_attention_is_the_softmax_by_hand(monkeypatch, arrays, shortest):
     """Float32 against float64: sums of 24 terms, scores below 10: 24 x 6e-8 x 10, and not slopes left out."""
+    monkeypatch.setattr(xla, "SHORTEST", shortest)  # four blocks of 6 queries, or one of 24
     wanted = by_hand(*arrays)
     np.testing.assert_allclose(attended(arrays, keys_of()), wanted, atol=2e-5)
-    plain = attend.attend("xla", *arrays, keys_of(), None, lambda probs: probs)
+    plain = attend.attend("xla", *arrays, keys_of(), None)
     assert np.abs(plain - wanted)[:, SEGMENTS != 0].max() > 0.1
 
 

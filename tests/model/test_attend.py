@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, interpreted, against XLA's: packed, grouped, windowed; alone and on a mesh.
+"""XLA's attention against JAX's own; the TPU's kernel, interpreted, against XLA's: packed, grouped, windowed.
 
 cuDNN's kernel runs on GPUs only: what it is told is given to XLA's here, and its calls are found in the
 program.
@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from maxllm.config import MeshConfig
 from maxllm.errors import UserError
-from maxllm.model import attend
+from maxllm.model import attend, xla
 from maxllm.model.visible import Keys, visible
 from maxllm.parallel import context
 from maxllm.parallel.mesh import make_mesh
@@ -52,7 +52,7 @@ def total_and_gradients(backend, window, arrays, travelling):
     real = (keys.query_segments_BT != 0)[:, :, None, None]
 
     def total(q, k, v):
-        o = attend.attend(backend, q, k, v, keys, window, lambda probs: probs, travelling) * real
+        o = attend.attend(backend, q, k, v, keys, window, travelling) * real
         return jnp.sum(o * jnp.cos(jnp.arange(K))), o
 
     gradients, o = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
@@ -63,6 +63,68 @@ def assert_close(got, wanted):
     """Float32 throughout; sums of 512 terms in another order, scores of order 1: 1e-5."""
     for one, other in zip(got, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 70, 300], ids=["causal", "70", "300"])
+@pytest.mark.parametrize("length", [T, 100], ids=["blocks", "block"])
+def test_xla_is_attention(arrays, window, length):
+    """In four blocks of queries or in one, against JAX's own."""
+    q, k, v, keys = jax.tree.map(lambda a: a[:, :length] if a.ndim else a, arrays)
+    real = (keys.query_segments_BT != 0)[:, :, None, None]
+    mask_B1TS = visible(keys, window)[:, None]
+
+    def total(q, k, v):
+        o = jax.nn.dot_product_attention(q, k, v, mask=mask_B1TS, implementation="xla") * real
+        return jnp.sum(o * jnp.cos(jnp.arange(K))), o
+
+    gradients, o = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    assert_close(outputs_and_gradients("xla", window, (q, k, v, keys)), (o, *gradients))
+
+
+def test_blocks_leave_out_what_no_query_sees(arrays):
+    """By hand: 512 queries, a window of 70; the last block starts at 384, and its first query sees 315."""
+    q, k, _, keys = arrays
+    shapes = q.swapaxes(1, 2)[:, None], k.swapaxes(1, 2)
+    starts = 0, 128, 256, 384
+    assert xla.blocks(*shapes, keys, None) == [(t, t + 128, 0, t + 128) for t in starts]
+    firsts = 0, 59, 187, 315
+    assert xla.blocks(*shapes, keys, 70) == [
+        (t, t + 128, first, t + 128) for t, first in zip(starts, firsts, strict=True)
+    ]
+    assert xla.blocks(*shapes, keys.replace(shards=2), None) == [(0, 512, 0, 512)]
+
+
+def test_scores_are_not_kept(arrays):
+    """For the backward pass there are q, k, v, the outputs and one number a query and head."""
+    q, k, v, keys = arrays
+    _, backward = jax.vjp(lambda *heads: attend.attend("xla", *heads, keys, None), q, k, v)
+    held = max(leaf.size for leaf in jax.tree.leaves(backward) if hasattr(leaf, "size"))
+    assert held == q.size < B * H * T * T
+
+
+def test_dropped_probabilities_are_dropped_in_both_passes(arrays):
+    """Against autodiff of the formula, with the same of them dropped; of which there are as many as asked."""
+    q, k, v, keys = jax.tree.map(lambda a: a[:, :100] if a.ndim else a, arrays)
+    key, share = jax.random.key(1), 0.3
+    block, pattern = xla.Block(0, 100, 0, 100), xla.Pattern(None, share)
+    kept = xla.scoring(block, pattern, (G, H // G), keys, None, key).kept_BGQTS.reshape(B, H, 100, 100)
+    # 80,000 draws: the share of zeros is 0.3 with a standard deviation of 0.0016.
+    np.testing.assert_allclose(np.mean(kept == 0), share, atol=0.007)
+    np.testing.assert_allclose(np.max(kept), 1 / (1 - share), rtol=1e-6)
+
+    def formula(q, k, v):
+        k, v = (jnp.repeat(a, H // G, axis=2) for a in (k, v))
+        scores = jnp.einsum("bthk,bshk->bhts", q, k) / K**0.5
+        probs = jax.nn.softmax(jnp.where(visible(keys, None)[:, None], scores, -1e30), -1)
+        return jnp.einsum("bhts,bshk->bthk", probs * kept, v)
+
+    def ours(q, k, v):
+        return attend.attend("xla", q, k, v, keys, None, dropout=share, dropout_key=key)
+
+    outputs = [f(q, k, v) for f in (ours, formula)]
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=2e-5)
+    gradients = [jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 2), (0, 1, 2))(q, k, v) for f in (ours, formula)]
+    assert_close(*gradients)
 
 
 @pytest.mark.parametrize("window", [None, 70], ids=["causal", "window"])
@@ -107,9 +169,7 @@ def test_cudnn_is_called_forward_and_backward(monkeypatch, arrays):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90800)
     *projections, keys = arrays
     q, k, v = (array.astype(jnp.bfloat16) for array in projections)
-    program = jax.jit(
-        jax.grad(lambda q, k, v: attend.attend("cudnn", q, k, v, keys, None, lambda probs: probs).sum())
-    )
+    program = jax.jit(jax.grad(lambda q, k, v: attend.attend("cudnn", q, k, v, keys, None).sum()))
     text = program.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "custom_call" in line and "fmha" in line]
     assert [name in call for name, call in zip(("Softmax(", "SoftmaxBackward("), calls, strict=True)] == [
@@ -173,11 +233,11 @@ def test_cudnn_needs_heads_that_it_knows(arrays, width):
     *_, keys = arrays
     q, k, v = (jnp.zeros((B, T, heads, width)) for heads in (H, G, G))
     with pytest.raises(UserError, match=f"heads of a multiple of 8, up to 128, not {width}"):
-        attend.attend("cudnn", q, k, v, keys, None, lambda probs: probs)
+        attend.attend("cudnn", q, k, v, keys, None)
 
 
 def test_splash_needs_whole_lanes(arrays):
     q, k, v, keys = arrays
     short = partial(jax.tree.map, lambda a: a[:, :100] if a.ndim > 1 else a)
     with pytest.raises(UserError, match="a multiple of 128 positions per device, not 100"):
-        attend.attend("splash", short(q), short(k), short(v), short(keys), None, lambda probs: probs)
+        attend.attend("splash", short(q), short(k), short(v), short(keys), None)
