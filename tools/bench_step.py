@@ -48,8 +48,8 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-4, weight_decay=0.1)
 
 
 def seconds_of(works: Sequence[Callable[[], object]], turns: int) -> list[float]:
-    """The median time of each. They take turns, because machines are noisy: five times one, of which the first
-    is not counted, then five times the other."""
+    """The median time of each. They take turns, because machines are noisy: five times one, of which the
+    first is not counted, then five times the other."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(turns):
         for work, own in zip(works, seconds, strict=True):

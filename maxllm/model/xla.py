@@ -128,7 +128,7 @@ def blocks(q: jax.Array, k: jax.Array, keys: Keys, window: int | None) -> list[B
 def scoring(
     block: Block,
     pattern: Pattern,
-    heads: tuple[int, int],
+    heads: tuple[int, ...],
     keys: Keys,
     slopes_H: jax.Array | None,
     key: jax.Array | None,
@@ -222,8 +222,8 @@ def ring_backward(
 ) -> tuple[jax.Array, ...]:
     """Its gradients."""
     q, k, v, seen_BTS = heads_first(causal, arrays)
-    out = (queries_first(a, k.shape[1]) for a in (o_BTHK, lse_BTH, do_BTHK))
-    dq, dk, dv = backward(q, k, v, *out, Scoring(seen_BTS))
+    o, lse, do = (queries_first(a, k.shape[1]) for a in (o_BTHK, lse_BTH, do_BTHK))
+    dq, dk, dv = backward(q, k, v, o, lse, do, Scoring(seen_BTS))
     return positions_first(dq), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 

@@ -23,7 +23,7 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool | int]] = {
         # A reduce-scatter over more than one dimension of the torus; otherwise it becomes an all-reduce of
         # twice the bytes.
         "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
-    }
+    },
 }
 """Platform -> `compiler_options` of `lowered.compile`."""
 

@@ -1,9 +1,9 @@
 """Huge pages for the memory of a step on CPU.
 
-XLA's CPU client allocates what a step needs beside the state anew for every step. In pages of 4 KiB, 1.5 GB of
-it are 370,000 page faults, an eighth of the time of a step of 34 M parameters. Linux gives huge pages to all
-("always") or only to who asks ("madvise", so on Debian and Ubuntu), and glibc asks if its environment said so
-when the process began (since version 2.35, 2022).
+XLA's CPU client allocates what a step needs beside the state anew for every step. In pages of 4 KiB, 1.5 GB
+of it are 370,000 page faults, an eighth of the time of a step of 34 M parameters. Linux gives huge pages to
+all ("always") or only to who asks ("madvise", so on Debian and Ubuntu), and glibc asks if its environment
+said so when the process began (since version 2.35, 2022).
 """
 
 from __future__ import annotations

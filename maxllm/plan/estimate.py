@@ -120,7 +120,7 @@ def model_of(config: Config) -> ModelConfig:
     """The model that a recipe trains.
 
     Raises:
-      UserError: it trains more than one, or part of one, or says none; or its attention holds all scores.
+      UserError: it trains more than one, or part of one, or says none; or XLA's kernel attends.
     """
     if config.stage not in ("pretrain", "sft") or config.lora is not None:
         what = "adapters" if config.lora is not None else f"the stage {config.stage}"
@@ -135,8 +135,8 @@ def model_of(config: Config) -> ModelConfig:
         )
     if config.model.kernel == "xla":
         raise UserError(
-            "there is no estimate for attention that holds all scores: give model.attention=auto, without "
-            "attention_dropout and ALiBi"
+            "there is no estimate for XLA's attention: give model.attention=auto, without attention_dropout "
+            "and ALiBi"
         )
     return config.model
 
@@ -302,9 +302,9 @@ def kept_bytes(model: ModelConfig, sizes: Sizes, layout: Layout, tokens: float, 
             return kind * tokens * (D + q + 2 * kv + 2 * D + 2 * F)
         case "none":
             # What jax.vjp keeps of a Layer, counted from its residuals: float32 of both norms (three of
-            # [tokens, D] each), their results, q k v twice and attention's own four, six of [tokens, F], and
-            # the gathered weights.
-            wide = 6 * 4 * D + kind * (2 * D + 3 * q + 2 * kv + 6 * F)
+            # [tokens, D] each), their results, q k v twice and attention's own four, three of [tokens, F],
+            # and the gathered weights.
+            wide = 6 * 4 * D + kind * (2 * D + 3 * q + 2 * kv + 3 * F)
             return tokens * wide + kind * (keys * 2 * kv + tokens * q + sizes.layer)
 
 

@@ -60,8 +60,7 @@ def test_the_state_is_that_of_the_compiler(name):
 
 
 def test_what_a_layer_keeps_is_what_vjp_keeps():
-    """`kept_bytes` without remat against the residuals of a Layer, which hold two arrays twice in another
-    shape: the product of the feed-forward and one of attention's, 5 % of them."""
+    """`kept_bytes` without remat against the residuals of a Layer, to the byte but for small arrays."""
     config = recipe.load_recipe(SEVEN, ["model.remat=none"])
     model, (B, T, D) = config.model, (4, 2048, 4096)
     x, ids = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16), jax.ShapeDtypeStruct((B, T), jnp.int32)
@@ -83,7 +82,7 @@ def test_what_a_layer_keeps_is_what_vjp_keeps():
     large = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept) if leaf.size > 1e6]
     layout = layout_of(config.mesh, hardware_of("v5p-16"))
     ours = estimate.kept_bytes(model, sizes_of(model, 1), layout, B * T, B * T)
-    assert ours == pytest.approx(sum(large), rel=0.05)
+    assert ours == sum(large)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
@@ -128,7 +127,7 @@ def test_what_should_not_fit_is_exit_3(capsys):
         (["sft/tiny_tasks_cpu", "--hardware", "v5e:2x2", "lora.rank=8"], "no estimate for adapters"),
         (["pretrain/tiny_slice_cpu"], "names no machine"),
         ([SEVEN, "--hardware", "h100x8"], "only TPUs can be estimated for as yet"),
-        ([SEVEN, "model.attention=xla"], "attention that holds all scores: give model.attention=auto"),
+        ([SEVEN, "model.attention=xla"], "no estimate for XLA's attention: give model.attention=auto"),
         ([SEVEN, "mesh.stage=2", "optimizer.gradient_dtype=float32"], "no estimate for a pipeline"),
         ([SEVEN, "mesh.fsdp=3"], "does not make 8 devices"),
         ([SEVEN, "batch.rows=12"], "rows at a time 12 is not divisible by 8"),
