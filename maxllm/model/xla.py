@@ -99,7 +99,7 @@ def attention_backward(pattern: Pattern, kept: Any, do: jax.Array) -> Any:
     q, k, v, *rest, o, lse = kept
     # Without a barrier XLA would find that it had the scores before, and keep them.
     q, k, do = jax.lax.optimization_barrier((q, k, do))
-    dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for block in blocks(q, k, rest[0], pattern.window):
         start, end, first, last = block
         own = q[..., start:end, :], k[:, :, first:last], v[:, :, first:last]
@@ -109,7 +109,7 @@ def attention_backward(pattern: Pattern, kept: Any, do: jax.Array) -> Any:
         dq.append(dq_block)
         dk += jnp.pad(dk_block, others)
         dv += jnp.pad(dv_block, others)
-    return jnp.concatenate(dq, axis=3), dk, dv, None, None, None
+    return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
 
 
 attention.defvjp(attention_forward, attention_backward)
@@ -170,7 +170,10 @@ def backward(
     do: jax.Array,
     scoring: Scoring,
 ) -> tuple[jax.Array, ...]:
-    """dv = p^T do; ds = p (do v^T - sum(o do)); dq = ds k; dk = ds^T q (Dao et al. 2022, appendix B.2)."""
+    """dv = p^T do; ds = p (do v^T - sum(o do)); dq = ds k; dk = ds^T q (Dao et al. 2022, appendix B.2).
+
+    dq is in q's type, dk and dv are float32.
+    """
     p_BGQTS = jnp.exp(scores(q, k, scoring) - lse_BGQT[..., None])
     p_BGQTS = jnp.where(scoring.seen_BTS[:, None, None], p_BGQTS, 0.0)
     dp_BGQTS = jnp.einsum("bgqtk,bgsk->bgqts", do, v, preferred_element_type=jnp.float32)
@@ -181,9 +184,9 @@ def backward(
     sums_BGQT = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1)
     ds_BGQTS = (p_BGQTS * (dp_BGQTS - sums_BGQT[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
     dq = jnp.einsum("bgqts,bgsk->bgqtk", ds_BGQTS, k)
-    dk = jnp.einsum("bgqts,bgqtk->bgsk", ds_BGQTS, q)
-    dv = jnp.einsum("bgqts,bgqtk->bgsk", dropped_BGQTS.astype(do.dtype), do)
-    return dq, dk, dv
+    # In float32, because those of other blocks are added to them.
+    add = partial(jnp.einsum, "bgqts,bgqtk->bgsk", preferred_element_type=jnp.float32)
+    return dq, add(ds_BGQTS, q), add(dropped_BGQTS.astype(do.dtype), do)
 
 
 def scores(q: jax.Array, k: jax.Array, scoring: Scoring) -> jax.Array:
