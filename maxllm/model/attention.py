@@ -76,10 +76,10 @@ class Attention(nn.Module):
             v_BSGK,
             keys,
             c.sliding_window,
-            travelling,
-            slopes_H,
-            c.attention_dropout,
-            dropout_key,
+            travelling=travelling,
+            slopes_H=slopes_H,
+            dropout=c.attention_dropout,
+            dropout_key=dropout_key,
         )
         B, T, _ = x_BTD.shape
         o_BTD = o_BTHK.reshape(B, T, H * K)

@@ -1,0 +1,21 @@
+"""What XLA is told on CPU changes what it makes."""
+
+import jax
+import jax.numpy as jnp
+
+from maxllm.parallel.compiler import compiler_options
+
+
+def test_barriers_hold_on_cpu():
+    """What is computed before one is not computed again in each use; with XLA's own options it is."""
+
+    def uses(x_TK):
+        cos_TK = jax.lax.optimization_barrier(jnp.cos(x_TK))
+        return cos_TK[:, None] * jnp.arange(8.0)[:, None], cos_TK[None] + jnp.arange(4.0)[:, None, None]
+
+    lowered = jax.jit(uses).lower(jnp.ones((16, 32)))
+    counts = [
+        lowered.compile(compiler_options=options).as_text().count(" cosine(")
+        for options in (compiler_options("cpu"), None)
+    ]
+    assert counts == [1, 2]
