@@ -17,6 +17,7 @@ from maxllm.errors import RunFailed, UserError
 from maxllm.parallel.compiler import compiler_options, made_whole, without_tpu
 from maxllm.plan.hardware import GIB, Hardware
 from maxllm.plan.hlo import Collective, collectives
+from maxllm.plan.matmuls import matmul_flops
 
 OUT_OF_MEMORY = re.compile(
     r"(?:Used |HLO temporaries \()(?P<size>[\d.]+)(?P<unit>[KMGT])(?: of |\) exceeds available HBM)"
@@ -39,6 +40,8 @@ class Compiled:
     seconds: float
     """Compiling took."""
     collectives: dict[str, Collective]
+    matmul_flops: float
+    """Of matmuls, attention's kernels left out."""
     text: str
     """The program, XLA's text."""
     made_whole: tuple[str, ...]
@@ -153,6 +156,7 @@ def compiled_for(hardware: Hardware, lower: Callable[[], Any]) -> Compiled | Too
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         seconds=seconds,
         collectives=collectives(text, hardware.node),
+        matmul_flops=matmul_flops(text),
         text=text,
         made_whole=tuple(whole),
     )

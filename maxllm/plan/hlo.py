@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,10 +28,21 @@ CONTEXT_BYTES = 8
 """No array that is exchanged is as small as the marks that an exchange under way carries."""
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)")
 _ARRAY = re.compile(rf"({'|'.join(SIZES)})\[([\d,]*)\]")
 _ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+
+
+class Instruction(NamedTuple):
+    """A line of a program."""
+
+    name: str
+    result: str
+    """Type, dimensions and layout, such as `bf16[4,2048]{1,0}`; of a tuple several."""
+    kind: str
+    operands: list[str]
+    """Their names."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +81,21 @@ def collectives(text: str, node: int | None = None) -> dict[str, Collective]:
     return {kind: Collective(*totals[kind]) for kind in KINDS if kind in totals}
 
 
+def instruction(line: str) -> Instruction | None:
+    """What a line says; None if it is no instruction."""
+    if match := _INSTRUCTION.match(line):
+        return Instruction(match[1], match[2], match[3], re.findall(r"%([\w.\-]+)", match[4]))
+    return None
+
+
 def identity(line: str) -> tuple[str, ...] | None:
     """What the pieces of one exchange have in common: TPU's compiler spreads it over the fusions that it
     overlaps with. A channel alone does not tell; all of `shard_map`'s have number 1."""
-    match, channel = _INSTRUCTION.match(line), re.search(r"channel_id=\d+", line)
-    if match is None or channel is None:
+    found, channel = instruction(line), re.search(r"channel_id=\d+", line)
+    if found is None or channel is None:
         return None
     source = re.search(r'op_name="[^"]*"', line)
-    arrays = (f"{kind}[{dims}]" for kind, dims in _ARRAY.findall(match[2]))  # layouts differ
+    arrays = (f"{kind}[{dims}]" for kind, dims in _ARRAY.findall(found.result))  # layouts differ
     return channel[0], *arrays, source[0] if source else ""
 
 
@@ -99,19 +118,19 @@ def walk(
 ) -> Iterator[tuple[str, int, bool]]:
     """Every instruction that a computation leads to, how often it runs, and whether inside a fusion."""
     for line in computations[name]:
-        match = _INSTRUCTION.match(line)
-        if match is None:
+        found = instruction(line)
+        if found is None:
             continue
-        if match[3] == "while":
+        if found.kind == "while":
             body = re.search(r"body=%?([\w.\-]+)", line)
             assert body is not None, "a loop has a body"
             yield from walk(computations, body[1], times * trip_count(computations, line), fused)
-        elif match[3] in ("fusion", "call", "conditional", "async-start"):
+        elif found.kind in ("fusion", "call", "conditional", "async-start"):
             if reduce_scatter_of(line, computations):
                 yield line, times, fused
                 continue
             for called in _CALLED.findall(line):
-                yield from walk(computations, called, times, fused or match[3] == "fusion")
+                yield from walk(computations, called, times, fused or found.kind == "fusion")
         else:
             yield line, times, fused
 
@@ -144,11 +163,11 @@ def exchange(line: str, computations: dict[str, list[str]]) -> tuple[str, int, l
     if inner := reduce_scatter_of(line, computations):
         devices = group(inner)
         return "reduce-scatter", sent("reduce-scatter", line_bytes(inner), len(devices)), devices
-    match = _INSTRUCTION.match(line)
-    assert match is not None, "walk gives instructions"
-    if match[3] == "send" and "xla_megascale_runtime" in line:
-        return BETWEEN_SLICES, array_bytes(*_ARRAY.findall(match[2])[0]), []
-    kind, started = match[3].removesuffix("-start"), match[3].endswith("-start")
+    found = instruction(line)
+    assert found is not None, "walk gives instructions"
+    if found.kind == "send" and "xla_megascale_runtime" in line:
+        return BETWEEN_SLICES, array_bytes(*_ARRAY.findall(found.result)[0]), []
+    kind, started = found.kind.removesuffix("-start"), found.kind.endswith("-start")
     if kind not in KINDS:
         return None
     devices = group(line)
@@ -160,10 +179,10 @@ def exchange(line: str, computations: dict[str, list[str]]) -> tuple[str, int, l
 
 def line_bytes(line: str, started: bool = False) -> int:
     """Bytes of an instruction's result; what is only started holds its operands before it, and contexts."""
-    match = _INSTRUCTION.match(line)
-    assert match is not None, "walk gives instructions"
-    arrays = [array_bytes(kind, dims) for kind, dims in _ARRAY.findall(match[2])]
-    if started and match[2].startswith("("):
+    found = instruction(line)
+    assert found is not None, "walk gives instructions"
+    arrays = [array_bytes(kind, dims) for kind, dims in _ARRAY.findall(found.result)]
+    if started and found.result.startswith("("):
         arrays = [size for size in arrays if size > CONTEXT_BYTES]
         arrays = arrays[len(arrays) // 2 :]
     return sum(arrays)

@@ -156,6 +156,10 @@ def speed(figures: dict[str, Any]) -> Table:
     table.add_row("compute-optimal for this model (20 per parameter)", f"{optimal:.3g} tokens")
     best = figures["compute_optimal_parameters"]
     table.add_row(f"compute-optimal for its {figures['tokens']:.3g} tokens", f"{best:.3g} parameters")
+    if figures["matmul_flops"] is not None:
+        table.add_row(
+            "matmuls in the program", f"{figures['matmul_flops'] / 1e12:,.1f} TFLOP per device and step"
+        )
     if figures["step_seconds_bound"] is not None:
         table.add_row("step", f"{figures['step_seconds_bound']:.3f} s, bound by {figures['bound_by']}")
         if figures["bubble"]:

@@ -174,7 +174,9 @@ def compiler_figures(plan: Plan, asked: Compiled | TooLarge) -> dict[str, Any]:
     limit = plan.hardware.chip.hbm_bytes
     figures = {"hbm_bytes": limit, "peak_bytes": asked.peak_bytes, "compile_seconds": round(asked.seconds, 2)}
     if isinstance(asked, TooLarge):
-        nothing = dict.fromkeys(("argument_bytes", "temp_bytes", "host_bytes", "collectives", "made_whole"))
+        nothing = dict.fromkeys(
+            ("argument_bytes", "temp_bytes", "host_bytes", "collectives", "matmul_flops", "made_whole")
+        )
         return {
             "fits": False,
             **figures,
@@ -191,6 +193,7 @@ def compiler_figures(plan: Plan, asked: Compiled | TooLarge) -> dict[str, Any]:
             kind: {"bytes": exchange.bytes, "count": exchange.count}
             for kind, exchange in asked.collectives.items()
         },
+        "matmul_flops": asked.matmul_flops,
         "largest": largest_arguments(plan),
         "made_whole": list(asked.made_whole),
     }

@@ -81,6 +81,9 @@ def test_a_plan_has_the_figures(plan):
     # The head is gathered once, and both tables' gradients are scattered in float32.
     assert gathered + scattered < 3 * 2 * weights * 3 / 4 + (2 + 4 + 4) * V * D
     assert figures["flops_per_token"] == 6 * (weights + D * V) + 6 * L * D * 256
+    # With full remat all matmuls are done four times but w_down's and the head's.
+    multiplied = 8 * (weights - L * D * F) + 6 * (L * D * F + D * V)
+    assert figures["matmul_flops"] == multiplied * 8 * 256 / 4
     assert figures["tokens_per_second"] == pytest.approx(8 * 256 / figures["step_seconds_bound"])
     assert figures["mfu_bound"] == pytest.approx(
         figures["flops_per_token"] * figures["tokens_per_second"] / (4 * 197e12)

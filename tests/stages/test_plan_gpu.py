@@ -66,6 +66,9 @@ def test_a_node(plan, name):
     # Beside the weights the segments of the rows are gathered, 4 bytes a token.
     assert 0 <= sent["all-gather"] - (2 * 2 * WEIGHTS + 2 * head) * 7 / 8 <= 3 * 4 * 16 * T
     assert sent["reduce-scatter"] == pytest.approx((2 * WEIGHTS + 4 * head) * 7 / 8, rel=1e-6)
+    # XLA's attention is matmuls too: of the layers' four times, but w_down.
+    multiplied = 8 * (WEIGHTS - L * D * F) + 6 * (L * D * F + head)
+    assert figures["matmul_flops"] >= multiplied * 16 * T / 8
 
 
 def test_two_nodes(plan):
