@@ -96,7 +96,9 @@ def block(
 def forward(*arrays: jax.Array) -> tuple[Sums, tuple[jax.Array | None, jax.Array | None]]:
     """The loss, and its gradients as what the backward pass needs."""
     sums, dx_BTD, dw_DV = on_mesh(True, *arrays)
-    return sums, (dx_BTD, dw_DV)
+    # Together: the head's gradient is summed and split before dx goes on to the layers. Left alone, XLA keeps
+    # the whole of it on every device until their backward pass is over.
+    return sums, jax.lax.optimization_barrier((dx_BTD, dw_DV))
 
 
 def backward(gradients: tuple[jax.Array, jax.Array], cotangent: Sums) -> tuple[Any, Any, None, None]:
