@@ -13,7 +13,7 @@ from typing import Any
 
 from maxllm.config import Config, MeshConfig, ModelConfig
 from maxllm.errors import UserError
-from maxllm.plan.hardware import TORUS, Hardware, hardware_of
+from maxllm.plan.hardware import Hardware, hardware_of
 from maxllm.plan.roofline import Bound, step_bound
 
 PART_BYTES = 1 << 28
@@ -237,12 +237,8 @@ def estimate(config: Config, model: ModelConfig, layout: Layout, hardware: Hardw
         "gradients of layers": L * sizes.layer * BYTES[config.optimizer.gradient_dtype] / gradient_shards,
         "gradients of embedding and head": 4 * sizes.tables * sizes.table / gradient_shards,
     }
-    if gradient_shards > 1 and (batch.microbatches > 1 or TORUS[hardware.generation] == 2):
-        # Seen in Llama-3-8B's schedule on v6e, and with microbatches: the head's gradient is scattered after
-        # the layers' backward pass. In Llama-2-7B's in one part on v5p, before it.
-        gradients["head's gradient, whole until it is scattered"] = 4 * sizes.table
     backward = state | kept | gradients | layer_bytes(model, sizes, layout, tokens, keys)
-    # The head's loss and gradient come before any layer's gradient is there.
+    # The head's gradient is scattered (steps/head.py) before any layer's gradient is there.
     head_part = min(PART_BYTES, 4 * tokens * model.vocab_size / layout.tensor)
     head = (
         state
@@ -347,10 +343,19 @@ def sent_bytes(
     if layout.shards > 1 and layout.zero >= 3:
         sent["weights gathered"] = parts * share(layout.shards) * (passes * weights + kind * sizes.table)
     if layout.shards > 1:
-        scattered = 1 if layout.zero >= 2 else 2
+        # An embedding that is split is looked up where it lies: its gradient has nowhere to go.
+        tables = 1 if layout.zero >= 3 else sizes.tables
+        # Where only shares of them are used, gradients are scattered; else reduced whole.
+        scattered = 1 if layout.zero >= 1 else 2
         sent["gradients over shards"] = (
-            scattered * parts * share(layout.shards) * (weights + 4 * sizes.tables * sizes.table)
+            scattered * parts * share(layout.shards) * (weights + 4 * tables * sizes.table)
         )
+        if layout.zero in (1, 2):
+            updated = L * sizes.layer + sizes.tables * sizes.table
+            sent["updated parameters"] = 4 * share(layout.shards) * updated
+        if layout.zero >= 3:
+            looked_up = kind * tokens * model.d_model
+            sent["embeddings of tokens, and their gradients"] = parts * 2 * share(layout.shards) * looked_up
     if layout.data > 1:
         whole = weights + 4 * sizes.tables * sizes.table
         held = layout.shards if layout.zero >= 2 else 1

@@ -77,7 +77,10 @@ def accumulate(
             return jax.tree.map(jnp.add, total, gradient_fn(params, *part)), None
 
         (sums, loss), _ = jax.lax.scan(add, zeros, (parts, keys))
-    gradients = jax.tree.map(lambda g: g.astype(FLOAT32) / jnp.maximum(loss.weight, 1e-9), sums)
+    # A product, because XLA's CPU backend keeps the result of a division for those who read it, and computes
+    # a product anew in each.
+    share = 1 / jnp.maximum(loss.weight, 1e-9)
+    gradients = jax.tree.map(lambda g: g.astype(FLOAT32) * share, sums)
     return gradients, loss
 
 
