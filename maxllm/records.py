@@ -68,6 +68,15 @@ class PairBatch(struct.PyTreeNode):
     """float32 weight of the prompt in the loss; 0 for a filler row."""
 
 
+class ReplyPairBatch(struct.PyTreeNode):
+    """Pairs whose completions' tokens count, and whose prompts' do not."""
+
+    pairs: PairBatch
+    """Chosen and rejected."""
+    starts_BC: Array
+    """int32 tokens before each completion."""
+
+
 class PromptBatch(struct.PyTreeNode):
     """Prompts to be completed; left-padded so that every row continues at the same slot."""
 
