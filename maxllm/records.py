@@ -69,10 +69,9 @@ class PairBatch(struct.PyTreeNode):
 
 
 class ReplyPairBatch(struct.PyTreeNode):
-    """Pairs whose completions' tokens count, and whose prompts' do not."""
+    """Pairs, and where their completions begin: the tokens from there on count, the prompt's do not."""
 
     pairs: PairBatch
-    """Chosen and rejected."""
     starts_BC: Array
     """int32 tokens before each completion."""
 
