@@ -119,7 +119,7 @@ def quickstart(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """maxllm prepare, pretrain, sft, reward, ppo"""
+    """maxllm prepare, pretrain, sft, reward, dpo, ppo"""
     from maxllm import recipe
 
     config = recipe.load_recipe(options.recipe, options.overrides)
@@ -132,13 +132,14 @@ def train(options: argparse.Namespace) -> None:
         config = resolved(config)
         print(json.dumps(config.model_dump(mode="json")) if options.json else recipe.dump(config), end="")
         return
-    from maxllm.stages import ppo, prepare, pretrain, reward, sft
+    from maxllm.stages import dpo, ppo, prepare, pretrain, reward, sft
 
     stages: dict[str, Callable[[Any], dict[str, Any]]] = {
         "prepare": prepare.run,
         "pretrain": pretrain.run,
         "sft": sft.run,
         "reward": reward.run,
+        "dpo": dpo.run,
         "ppo": ppo.run,
     }
     show(options, stages[options.verb](config), f"maxllm {options.verb}")

@@ -237,7 +237,7 @@ class StartConfig(Section):
 
     policy: Name | None = Field(
         None,
-        description="Run folder of the language model to start from (SFT: pretrain's; RM and PPO: SFT's; "
+        description="Run folder of the language model to start from (SFT: pretrain's; RM, DPO, PPO: SFT's; "
         "any: a converted one).",
     )
     reward: Name | None = Field(None, description="Run folder of the reward model (PPO).")
@@ -444,6 +444,31 @@ class RewardConfig(Section):
     )
 
 
+class DpoConfig(Section):
+    """DPO, which needs no reward model (Rafailov et al. 2023)."""
+
+    beta: float = Field(0.1, gt=0, description="How dearly departing from the reference is paid for.")
+    loss: Literal["sigmoid", "ipo"] = Field(
+        "sigmoid",
+        description="Loss of a pair: DPO's, or IPO's square, which has a margin of 1 / (2 beta) to reach.",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of pairs thought to be labelled the wrong way round (sigmoid)."
+    )
+    nll: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the chosen completion's negative log-likelihood, a mean over its tokens: it "
+        "keeps that from becoming less likely (Pang et al. 2024).",
+    )
+
+    @model_validator(mode="after")
+    def _smoothing(self) -> Self:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError("loss=ipo has no label_smoothing; leave it at 0, or give loss=sigmoid")
+        return self
+
+
 class PpoConfig(Section):
     """PPO on a reward model (Schulman 2017; Ziegler 2019; Ouyang 2022)."""
 
@@ -463,7 +488,7 @@ class PpoConfig(Section):
     )
 
 
-Stage = Literal["pretrain", "convert", "sft", "reward", "ppo"]
+Stage = Literal["pretrain", "convert", "sft", "reward", "dpo", "ppo"]
 
 
 class Config(Section):
@@ -483,6 +508,7 @@ class Config(Section):
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Decoding.")
     lora: LoraConfig | None = Field(None, description="Train adapters instead of the model (SFT).")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="Reward-model loss.")
+    dpo: DpoConfig = Field(default_factory=DpoConfig, description="DPO.")
     ppo: PpoConfig = Field(default_factory=PpoConfig, description="PPO.")
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ stage by stage:
   maxllm sft      sft/tiny_tasks_cpu
   maxllm reward   reward/tiny_tasks_cpu
   maxllm ppo      ppo/tiny_tasks_cpu
+  maxllm dpo      dpo/tiny_tasks_cpu          instead of reward and ppo
   maxllm chat     runs/tiny/ppo
   maxllm export   runs/tiny/ppo runs/tiny/hf
 
@@ -32,6 +33,7 @@ TRAINERS = {
     "pretrain": "train a language model from scratch on the prepared corpus",
     "sft": "fine-tune it on instructions and replies",
     "reward": "train a reward model on preferred and rejected replies",
+    "dpo": "improve the policy on preferred and rejected replies, without a reward model",
     "ppo": "improve the policy against the reward model",
 }
 

@@ -68,6 +68,14 @@ class PairBatch(struct.PyTreeNode):
     """float32 weight of the prompt in the loss; 0 for a filler row."""
 
 
+class ReplyPairBatch(struct.PyTreeNode):
+    """Pairs, and where their completions begin: the tokens from there on count, the prompt's do not."""
+
+    pairs: PairBatch
+    starts_BC: Array
+    """int32 tokens before each completion."""
+
+
 class PromptBatch(struct.PyTreeNode):
     """Prompts to be completed; left-padded so that every row continues at the same slot."""
 

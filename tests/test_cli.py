@@ -13,6 +13,7 @@ VERBS = (
     "pretrain",
     "sft",
     "reward",
+    "dpo",
     "ppo",
     "generate",
     "chat",

@@ -97,7 +97,7 @@ def test_an_unknown_key_names_the_nearest(base, override, sentence):
         ("optimizer.beta1=1", ["optimizer.beta1 was given 1", "less than 1"]),
         ("model.dtype=float16", ["model.dtype was given 'float16'", "'float32'", "'bfloat16'"]),
         ("data.sources=a.txt", ["data.sources was given 'a.txt'", "tuple"]),
-        ("stage=dpo", ["stage was given 'dpo'", "'pretrain'", "'ppo'"]),
+        ("stage=grpo", ["stage was given 'grpo'", "'pretrain'", "'ppo'"]),
         ("batch=8", ["batch was given 8", "Batch shape"]),
         ("model.tie_embeddings=perhaps", ["model.tie_embeddings was given 'perhaps'", "boolean"]),
     ],
@@ -144,6 +144,15 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(base, override, par
         (
             ["stage=ppo", "start.policy=runs/sft"],
             "a ppo recipe needs start.reward, the reward model's run folder",
+        ),
+        (["stage=dpo"], "a dpo recipe needs start.policy, the run folder it starts from"),
+        (
+            ["stage=dpo", "start.policy=runs/sft", "lora.rank=4"],
+            "lora trains adapters in sft; a dpo recipe cannot have it yet",
+        ),
+        (
+            ["dpo.loss=ipo", "dpo.label_smoothing=0.1"],
+            "dpo: loss=ipo has no label_smoothing; leave it at 0, or give loss=sigmoid",
         ),
         (
             [*PPO, "ppo.minibatches=3"],
@@ -318,7 +327,7 @@ def test_every_recipe_loads(path):
 
 
 def test_there_are_recipes_for_every_stage():
-    assert {path.parent.name for path in RECIPES} == {"pretrain", "sft", "reward", "ppo"}
+    assert {path.parent.name for path in RECIPES} == {"pretrain", "sft", "reward", "dpo", "ppo"}
 
 
 def test_head_width():

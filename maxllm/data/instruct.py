@@ -1,4 +1,4 @@
-"""Instruction, preference and prompt rows to the arrays that SFT, the reward model and PPO train on.
+"""Instruction, preference and prompt rows to the arrays that SFT, the reward model, DPO and PPO train on.
 
 A source is a JSONL file (or .json, .gz) or `tasks:SPLIT:COUNT` (data/tasks.py). Rows that cannot be used are
 counted by reason; a row is never cut to fit.
@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from maxllm.data.pack import Piece, pack
 from maxllm.data.sources import Tally, place, read_rows
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
-from maxllm.records import LmBatch, PairBatch, PromptBatch
+from maxllm.records import LmBatch, PairBatch, PromptBatch, ReplyPairBatch
 
 Kind = Literal["instruction", "preference", "prompt"]
 Parsed = TypeVar("Parsed")
@@ -41,6 +41,15 @@ class Question:
     answer: str | None
     ids: list[int]
     """Token ids up to where the assistant is to speak."""
+
+
+class ReplyPair(NamedTuple):
+    """A row of preferences as the policy reads it."""
+
+    ids: tuple[list[int], list[int]]
+    """Prompt + chosen and prompt + rejected, each ending with the end of the turn."""
+    starts: tuple[int, int]
+    """Where in each the reply begins."""
 
 
 def rows_of(source: str, kind: Kind, seed: int, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -135,13 +144,18 @@ def pack_conversations(pieces: Sequence[Piece], length: int, pad: int) -> LmBatc
 
 def pair_ids(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> tuple[list[int], list[int]]:
     """Token ids of prompt + chosen and of prompt + rejected, each ending with the end of the turn."""
+    return reply_pair(tokenizer, row, length).ids
+
+
+def reply_pair(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> ReplyPair:
+    """Both replies after their prompt, each in at most `length` tokens."""
     prompt, *replies = chat.preference_of(row)
-    pair = [
-        render.render_to_reply(tokenizer, [*prompt, chat.Message(role="assistant", content=reply)])
+    (chosen, first), (rejected, second) = (
+        render.render_reply(tokenizer, [*prompt, chat.Message(role="assistant", content=reply)])
         for reply in replies
-    ]
-    fits(max(map(len, pair)), length, "prompt and reply")
-    return pair[0], pair[1]
+    )
+    fits(max(len(chosen), len(rejected)), length, "prompt and reply")
+    return ReplyPair((chosen, rejected), (first, second))
 
 
 def pad_pairs(pairs: Sequence[tuple[list[int], list[int]]], length: int, pad: int) -> PairBatch:
@@ -154,21 +168,33 @@ def pad_pairs(pairs: Sequence[tuple[list[int], list[int]]], length: int, pad: in
     return PairBatch(tokens, lengths, np.ones(len(pairs), np.float32))
 
 
+def pad_reply_pairs(pairs: Sequence[ReplyPair], length: int, pad: int) -> ReplyPairBatch:
+    """The same, with the places where replies begin."""
+    starts = np.array([pair.starts for pair in pairs], np.int32)
+    return ReplyPairBatch(pad_pairs([pair.ids for pair in pairs], length, pad), starts)
+
+
 def question_of(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> Question:
     """The question in a prompt row (`prompt`, optional `answer`) or in an instruction row (its last reply).
 
     The prompt takes at most `length` tokens.
     """
     if "prompt" in row or "question" in row:
-        messages, answer = chat.prompt_of(row), row.get("answer")
-        if answer is not None and not isinstance(answer, str):
-            raise chat.RowError("field 'answer' is not text")
+        messages, answer = chat.prompt_of(row), answer_of(row)
     else:
         *messages, last = chat.messages_of(row)
         answer = last["content"]
     ids = render.render_prompt(tokenizer, messages)
     fits(len(ids), length, "the prompt")
     return Question(messages, answer, ids)
+
+
+def answer_of(row: dict[str, Any]) -> str | None:
+    """The right answer to a row's prompt, if the row has one."""
+    answer = row.get("answer")
+    if answer is not None and not isinstance(answer, str):
+        raise chat.RowError("field 'answer' is not text")
+    return answer
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], length: int, pad: int) -> PromptBatch:

@@ -47,8 +47,14 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 def render_to_reply(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation that ends with the token that ends the assistant's last turn."""
+    return render_reply(tokenizer, messages)[0]
+
+
+def render_reply(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], int]:
+    """The same, and how many of these tokens stand before what the model is trained to say in that turn."""
     ids, mask = render(tokenizer, messages)
-    return ids[: len(mask) - mask[::-1].index(1)]
+    end = len(mask) - mask[::-1].index(1)
+    return ids[:end], end - mask[:end][::-1].index(0)
 
 
 # --- ChatML ------------------------------------------------------------------------------------------------

@@ -104,12 +104,15 @@ def instruction_rows(split: Split, count: int, seed: int) -> Iterator[dict[str, 
 
 
 def preference_rows(split: Split, count: int, seed: int) -> Iterator[dict[str, str]]:
-    """`count` rows `{"prompt", "chosen", "rejected"}`: the right answer and a wrong one."""
+    """`count` rows `{"prompt", "chosen", "rejected", "answer"}`: the right answer and a wrong one; for the
+    checker alone, the right one again."""
     for _, (instruction, digits, rng) in zip(range(count), questions(split, seed + 1), strict=False):
+        answer = SOLVERS[instruction](digits)
         yield {
             "prompt": f"{instruction}\n{digits}",
-            "chosen": SOLVERS[instruction](digits),
+            "chosen": answer,
             "rejected": wrong_answer(instruction, digits, rng),
+            "answer": answer,
         }
 
 

@@ -52,28 +52,17 @@ def cross_entropy(
     (N, D), V = x_ND.shape, w_DV.shape[1]
     rows = rows_at_once(N, V)
     w_DV = w_DV.astype(x_ND.dtype)
-    first = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * V
-
-    def over_vocab(x: jax.Array) -> jax.Array:
-        return x if vocab_axis is None else jax.lax.psum(x, vocab_axis)
 
     def part(x_nD: jax.Array, targets_n: jax.Array, weights_n: jax.Array):
-        logits_nV = jnp.matmul(x_nD, w_DV, preferred_element_type=jnp.float32)
-        largest_n = jax.lax.stop_gradient(jnp.max(logits_nV, -1))
-        if vocab_axis is not None:
-            largest_n = jax.lax.pmax(largest_n, vocab_axis)
-        exp_nV = jnp.exp(logits_nV - largest_n[:, None])
-        sum_n = over_vocab(jnp.sum(exp_nV, -1))
-        target_nV = jnp.arange(V) == (targets_n - first)[:, None]
-        chosen_n = over_vocab(jnp.sum(jnp.where(target_nV, logits_nV, 0.0), -1))
-        losses_n = (jnp.log(sum_n) + largest_n - chosen_n) * weights_n
-        right_n = (chosen_n >= largest_n) * weights_n
+        softmax = softmax_of(x_nD, w_DV, targets_n, vocab_axis)
+        losses_n = softmax.losses_n * weights_n
+        right_n = softmax.right_n * weights_n
         sums = Sums(jnp.sum(losses_n), jnp.sum(weights_n), jnp.sum(right_n))
         if not gradients:
             return sums, None, None
-        dlogits_nV = (exp_nV / sum_n[:, None] - target_nV) * weights_n[:, None]
+        dlogits_nV = (softmax.exp_nV / softmax.sum_n[:, None] - softmax.target_nV) * weights_n[:, None]
         dlogits_nV = dlogits_nV.astype(x_nD.dtype)
-        dx_nD = over_vocab(jnp.matmul(dlogits_nV, w_DV.T))
+        dx_nD = over(vocab_axis, jnp.matmul(dlogits_nV, w_DV.T))
         dw_DV = jnp.matmul(x_nD.T, dlogits_nV, preferred_element_type=jnp.float32)
         return sums, dx_nD, dw_DV
 
@@ -89,6 +78,63 @@ def cross_entropy(
     blocks = jax.tree.map(lambda a: a.reshape(N // rows, rows, *a.shape[1:]), (x_ND, targets_N, weights_N))
     (sums, dw_DV), dx = jax.lax.scan(add, start, blocks)
     return sums, dx.reshape(N, D) if gradients else None, dw_DV
+
+
+def target_logps(
+    x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array, vocab_axis: str | None = None
+) -> jax.Array:
+    """log p(target) of every row, [N] float32; the arguments are those of `cross_entropy`.
+
+    Its gradient for a cotangent g_N is that of `cross_entropy` with the weights -g_N, which makes the logits
+    again.
+    """
+    N, V = len(x_ND), w_DV.shape[1]
+    rows = rows_at_once(N, V)
+    w_DV = w_DV.astype(x_ND.dtype)
+
+    def part(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return -softmax_of(block[0], w_DV, block[1], vocab_axis).losses_n
+
+    if rows == N:
+        return part((x_ND, targets_N))
+    blocks = jax.tree.map(lambda a: a.reshape(N // rows, rows, *a.shape[1:]), (x_ND, targets_N))
+    return jax.lax.map(part, blocks).reshape(N)
+
+
+class Softmax(NamedTuple):
+    """That of some rows, and its loss."""
+
+    exp_nV: jax.Array
+    """exp(logit - the row's largest)."""
+    sum_n: jax.Array
+    """Of these, over the whole vocabulary."""
+    target_nV: jax.Array
+    """bool; where the target is."""
+    losses_n: jax.Array
+    """-log p(target)."""
+    right_n: jax.Array
+    """bool; no other token is likelier than the target."""
+
+
+def softmax_of(x_nD: jax.Array, w_DV: jax.Array, targets_n: jax.Array, vocab_axis: str | None) -> Softmax:
+    """All that is made of the logits of some rows; the arguments are those of `cross_entropy`."""
+    V = w_DV.shape[1]
+    first = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * V
+    logits_nV = jnp.matmul(x_nD, w_DV, preferred_element_type=jnp.float32)
+    largest_n = jax.lax.stop_gradient(jnp.max(logits_nV, -1))
+    if vocab_axis is not None:
+        largest_n = jax.lax.pmax(largest_n, vocab_axis)
+    exp_nV = jnp.exp(logits_nV - largest_n[:, None])
+    sum_n = over(vocab_axis, jnp.sum(exp_nV, -1))
+    target_nV = jnp.arange(V) == (targets_n - first)[:, None]
+    chosen_n = over(vocab_axis, jnp.sum(jnp.where(target_nV, logits_nV, 0.0), -1))
+    losses_n = jnp.log(sum_n) + largest_n - chosen_n
+    return Softmax(exp_nV, sum_n, target_nV, losses_n, chosen_n >= largest_n)
+
+
+def over(vocab_axis: str | None, x: jax.Array) -> jax.Array:
+    """Summed over the shares of the vocabulary."""
+    return x if vocab_axis is None else jax.lax.psum(x, vocab_axis)
 
 
 def rows_at_once(N: int, V: int) -> int:

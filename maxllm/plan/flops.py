@@ -25,11 +25,15 @@ def matmul_parameters(config: ModelConfig, head: int) -> int:
     return config.n_layers * per_layer + D * head
 
 
-def train_flops_per_token(config: ModelConfig, sequence_length: int, head: int | None = None) -> float:
-    """Forward and backward: 6 per matmul parameter, plus causal attention.
+def train_flops_per_token(
+    config: ModelConfig, sequence_length: int, head: int | None = None, references: int = 0
+) -> float:
+    """Forward and backward: 6 per matmul parameter, plus causal attention; and a third of it, a forward pass,
+    for each of the `references`, frozen models of the same shape.
 
     Attention's q k^T and p v cost 2 * 2 * H * K * T forward per token and layer, half of it under the causal
     mask, three times that with the backward pass (Chowdhery et al. 2022, appendix B, halved for causality).
     """
     attention = 6 * config.n_layers * config.n_heads * config.k_dim * sequence_length
-    return 6.0 * matmul_parameters(config, config.vocab_size if head is None else head) + attention
+    trained = 6.0 * matmul_parameters(config, config.vocab_size if head is None else head) + attention
+    return trained * (1 + references / 3)

@@ -47,6 +47,7 @@ def step_bound(
     passes: int,
     between_nodes_bytes: float = 0.0,
     idle: float = 0.0,
+    references: int = 0,
 ) -> Bound:
     """The bound of a training step on one device.
 
@@ -61,9 +62,11 @@ def step_bound(
       passes: times that the weights are read for matmuls: 3, or 4 with recomputation.
       between_nodes_bytes: those of sent_bytes that leave the node, over the slower network.
       idle: share of the step in which the device has nothing to do: the bubble of a pipeline.
+      references: frozen models of the same shape, each with a forward pass of its own.
     """
-    flops = hardware_flops_per_token(model, sequence_length) * tokens_per_device
-    memory = parameter_shard * UPDATE_BYTES + gathered_parameters * 2 * passes
+    frozen = references * train_flops_per_token(model, sequence_length) / 3
+    flops = (hardware_flops_per_token(model, sequence_length) + frozen) * tokens_per_device
+    memory = parameter_shard * UPDATE_BYTES + gathered_parameters * 2 * (passes + references)
     links = sent_bytes / chip.link_bandwidth
     if chip.node_bandwidth is not None:
         links = max(links, between_nodes_bytes / chip.node_bandwidth)

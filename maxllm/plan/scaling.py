@@ -50,3 +50,8 @@ def classic_bytes(parameters: float, trained: bool = True, shards: int = 1) -> f
 def classic_ppo_bytes(parameters: float, shards: int = 1) -> float:
     """Four models of one size: actor and critic are trained, reference and reward model are only run."""
     return 2 * classic_bytes(parameters, True, shards) + 2 * classic_bytes(parameters, False, shards)
+
+
+def classic_dpo_bytes(parameters: float, shards: int = 1) -> float:
+    """Two models of one size: the policy is trained, the reference is only run."""
+    return classic_bytes(parameters, True, shards) + classic_bytes(parameters, False, shards)

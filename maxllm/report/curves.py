@@ -120,6 +120,13 @@ def charts_of(run: Run, facts: Facts) -> list[Chart]:
                 curves("−log σ(difference of scores)", "Loss", "loss"),
                 share("Pairs ordered right", pairs, levels=coin),
             ]
+        case "dpo":
+            pairs, right = (Line(of, run.heldout_curve(of)) for of in ("accuracy", "exact_match"))
+            return [
+                curves("of a pair", "Loss", "loss"),
+                curves("β log(π / reference), chosen minus rejected", "Margin", "margin"),
+                share("Held-out figures", pairs, right, levels=(Level("coin", 0.5),)),
+            ]
         case "ppo":
             return [
                 curves("the reward model's opinion", "Mean score", "score"),

@@ -70,6 +70,10 @@ def facts_of_run(run: Run) -> Facts:
         case "reward":
             facts = {"reward_pair_accuracy": run.after("accuracy")}
             heldout = {"reward_pair_accuracy": items}
+        case "dpo":
+            facts = both(run, {"exact_match": "dpo_exact_match"})
+            facts |= {"dpo_pair_accuracy": run.after("accuracy")}
+            heldout = {"dpo_pair_accuracy": items, "dpo_exact_match": run.summary.get("heldout_questions")}
         case "ppo":
             names = ("score", "exact_match", "exact_match_greedy")
             facts = both(run, {name: f"ppo_{name}" for name in names}) | {"ppo_kl": run.after("kl")}
@@ -108,7 +112,11 @@ def rows(facts: Facts, stage: str) -> list[Row]:
             meaning = "Share of held-out questions whose reply is exactly the known answer."
             return [share_row(name, meaning, facts, "sft_exact_match", items.get("sft_exact_match"))]
         case "reward":
-            return [reward_row(facts, items)]
+            name = "Pairs the reward model orders right"
+            meaning = "How often the right reply gets a higher score than a wrong one."
+            return [pairs_row(name, meaning, facts, "reward_pair_accuracy", items)]
+        case "dpo":
+            return dpo_rows(facts, items)
         case "ppo":
             return ppo_rows(facts, number(items.get("ppo")))
         case "export":
@@ -144,19 +152,30 @@ def pretrain_row(facts: Facts, items: Facts) -> Row:
     )
 
 
-def reward_row(facts: Facts, items: Facts) -> Row:
+def dpo_rows(facts: Facts, items: Facts) -> list[Row]:
+    """Pair accuracy, and right answers where the held-out rows have them."""
+    meaning = "How often the better reply has gained more probability since DPO began than the other one."
+    pairs = pairs_row("Pairs the policy orders right, DPO", meaning, facts, "dpo_pair_accuracy", items)
+    if number(facts.get("dpo_exact_match_after")) is None:
+        return [pairs]
+    meaning = "Share of held-out questions whose reply is exactly the known answer."
+    questions = items.get("dpo_exact_match")
+    return [pairs, share_row("Right answers after DPO", meaning, facts, "dpo_exact_match", questions)]
+
+
+def pairs_row(name: str, meaning: str, facts: Facts, key: str, items: Facts) -> Row:
     """Pair accuracy against a coin."""
-    after, behind = number(facts.get("reward_pair_accuracy")), number(items.get("reward_pair_accuracy"))
+    after, behind = number(facts.get(key)), number(items.get(key))
     verdict = NO_VERDICT
     if after is not None and behind:
         chance = behind if abs(after - 0.5) <= 2 * 0.5 / math.sqrt(behind) else None
         verdict = compared(0.5, after, percent, chance_of=chance, against="than a coin")
     return Row(
-        "Pairs the reward model orders right",
+        name,
         (f"coin {percent(0.5)}",),
         shown(after, percent),
         "" if behind is None else count(behind, "pair"),
-        "How often the right reply gets a higher score than a wrong one.",
+        meaning,
         verdict,
     )
 

@@ -108,7 +108,7 @@ def check_replies_fit(config: Config) -> None:
       UserError: the reply would take the whole row.
     """
     reply, row = config.generation.max_new_tokens, config.batch.sequence_length
-    if config.stage in ("sft", "ppo") and reply >= row:
+    if config.stage in ("sft", "dpo", "ppo") and reply >= row:
         raise UserError(
             f"generation.max_new_tokens={reply} leaves no room for a prompt in batch.sequence_length={row}"
         )

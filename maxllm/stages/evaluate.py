@@ -15,12 +15,13 @@ from maxllm.parallel.mesh import check_batch_divides
 from maxllm.run.checkpoint import find, restore
 from maxllm.run.loop import Job
 from maxllm.run.session import Session, check_replies_fit, reopen, run_config
-from maxllm.stages import ppo, pretrain, reward, sft
+from maxllm.stages import dpo, ppo, pretrain, reward, sft
 
 JOBS: dict[str, Callable[[Session], Job]] = {
     "pretrain": pretrain.job,
     "sft": sft.job,
     "reward": reward.job,
+    "dpo": dpo.job,
     "ppo": ppo.job,
 }
 

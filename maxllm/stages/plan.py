@@ -30,6 +30,7 @@ from maxllm.plan.hardware import Hardware, hardware_of
 from maxllm.plan.roofline import Bound, step_bound
 from maxllm.plan.scaling import (
     classic_bytes,
+    classic_dpo_bytes,
     classic_ppo_bytes,
     optimal_parameters,
     optimal_tokens,
@@ -37,7 +38,7 @@ from maxllm.plan.scaling import (
 )
 from maxllm.run.session import check_replies_fit, lower_step, resolved
 from maxllm.stages.ppo import algorithm_of, check_sampling, program_of
-from maxllm.stages.program import Program, language_program, reward_program
+from maxllm.stages.program import Program, dpo_program, language_program, reward_program
 from maxllm.steps.state import parameter_count
 
 STOP, PAD = (2,), 0
@@ -143,6 +144,8 @@ def program_for(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
             return language_program(config, model, mesh)
         case "reward":
             return reward_program(config, model, mesh)
+        case "dpo":
+            return dpo_program(config, model, mesh)
         case "ppo":
             check_sampling(config.generation)
             return program_of(config, model, mesh, algorithm_of(config, model, STOP, PAD))
@@ -156,7 +159,7 @@ def program_for(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
 def machine_figures(plan: Plan) -> dict[str, Any]:
     """The machine and the model; `classic_state_bytes` is what all devices together would hold of it in the
     classic recipe (mixed precision, Adam, nothing split)."""
-    classic = classic_ppo_bytes if plan.config.stage == "ppo" else classic_bytes
+    classic = {"ppo": classic_ppo_bytes, "dpo": classic_dpo_bytes}.get(plan.config.stage, classic_bytes)
     return {
         "hardware": plan.hardware.name,
         "devices": plan.hardware.devices,
@@ -204,19 +207,19 @@ def speed_figures(
 ) -> dict[str, Any]:
     """What the bound allows; None where there is none: a program that does not fit, or PPO, whose decoding is
     bound by other things."""
-    batch, model = plan.config.batch, plan.model
-    per_step = batch.rows * batch.sequence_length * (2 if plan.config.stage == "reward" else 1)
-    flops = train_flops_per_token(model, batch.sequence_length)
+    batch, model, stage = plan.config.batch, plan.model, plan.config.stage
+    per_step = batch.rows * batch.sequence_length * (2 if stage in ("reward", "dpo") else 1)
+    flops = train_flops_per_token(model, batch.sequence_length, references=references_of(plan))
     total = tokens if tokens is not None else float(per_step * plan.config.run.steps)
     figures: dict[str, Any] = {
         "flops_per_token": flops,
-        "flops_per_token_full_attention": full_attention(model, batch.sequence_length),
+        "flops_per_token_full_attention": full_attention(model, batch.sequence_length, references_of(plan)),
         "tokens_per_step": per_step,
         "tokens": total,
         "compute_optimal_parameters": optimal_parameters(training_flops(parameters_of(plan), total)),
     }
     names = ("step_seconds_bound", "bound_by", "mfu_bound", "tokens_per_second", "days", "cost", "energy_kwh")
-    if isinstance(asked, TooLarge) or plan.config.stage == "ppo":
+    if isinstance(asked, TooLarge) or stage == "ppo":
         return figures | dict.fromkeys(names)
     bound = bound_of(plan, asked, per_step)
     speed = per_step / bound.seconds
@@ -248,6 +251,7 @@ def bound_of(plan: Plan, asked: Compiled, tokens: int) -> Bound:
         passes=3 if plan.model.remat == "none" else 4,
         between_nodes_bytes=sum(exchange.between_nodes for exchange in asked.collectives.values()),
         idle=bubble_of(plan),
+        references=references_of(plan),
     )
 
 
@@ -257,10 +261,16 @@ def bubble_of(plan: Plan) -> float:
     return bubble(stages, model.pipeline_microbatches or stages, model.pipeline_rounds)
 
 
-def full_attention(model: ModelConfig, sequence_length: int) -> float:
+def references_of(plan: Plan) -> int:
+    """Frozen models that a training pass goes with; PPO, whose speed has no bound, is not asked."""
+    return int(plan.config.stage == "dpo")
+
+
+def full_attention(model: ModelConfig, sequence_length: int, references: int) -> float:
     """FLOPs per token by the older convention, which counts the masked half of attention too."""
-    return train_flops_per_token(model, sequence_length) + (
-        6 * model.n_layers * model.n_heads * model.k_dim * sequence_length
+    masked = 6 * model.n_layers * model.n_heads * model.k_dim * sequence_length
+    return train_flops_per_token(model, sequence_length, references=references) + masked * (
+        1 + references / 3
     )
 
 

@@ -19,7 +19,8 @@ from maxllm.config import Config, ModelConfig
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
-from maxllm.records import LmBatch, PairBatch, Params
+from maxllm.records import LmBatch, PairBatch, Params, ReplyPairBatch
+from maxllm.steps.dpo import dpo_loss
 from maxllm.steps.language import adapters_loss, language_loss
 from maxllm.steps.reward import reward_loss
 from maxllm.steps.state import TrainState, abstract, init_adapters, init_params, initializer
@@ -64,13 +65,26 @@ def language_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
 def reward_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
     """The reward model, on pairs."""
     scalar = ScalarModel(model)
+    batch = pair_batch(config.batch.rows, config.batch.sequence_length)
+    return trained(config, mesh, scalar, partial(reward_loss, scalar, config.reward), batch)
+
+
+def dpo_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
+    """DPO, on pairs, beside the frozen reference."""
+    llama = Llama(model)
     B, T = config.batch.rows, config.batch.sequence_length
-    batch = PairBatch(
+    batch = ReplyPairBatch(pair_batch(B, T), jax.ShapeDtypeStruct((B, 2), jnp.int32))
+    reference = abstract(partial(init_params, llama), mesh)
+    return trained(config, mesh, llama, partial(dpo_loss, llama, config.dpo), batch, frozen=(reference,))
+
+
+def pair_batch(B: int, T: int) -> PairBatch:
+    """Shapes and types of B pairs."""
+    return PairBatch(
         jax.ShapeDtypeStruct((B, 2, T), jnp.int32),
         jax.ShapeDtypeStruct((B, 2), jnp.int32),
         jax.ShapeDtypeStruct((B,), jnp.float32),
     )
-    return trained(config, mesh, scalar, partial(reward_loss, scalar, config.reward), batch)
 
 
 def trained(

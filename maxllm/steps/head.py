@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
 
-from maxllm.losses.linear import Sums, cross_entropy
+from maxllm.losses.linear import Sums, cross_entropy, target_logps
 from maxllm.parallel.sharding import BATCH, CONTEXT, TABLES, TENSOR
 
 ROWS = (*BATCH, CONTEXT)
@@ -70,12 +70,9 @@ def block(
     """One device's share; `split` is None where there are no other devices."""
     B, T, D = x_BTD.shape
     kind = w_DV.dtype
-    w_DV = w_DV.astype(x_BTD.dtype)  # before it crosses the network
-    if split and split.parameters:
-        w_DV = jax.lax.all_gather(w_DV, TABLES, axis=0, tiled=True)
     sums, dx, dw = cross_entropy(
         x_BTD.reshape(B * T, D),
-        w_DV,
+        gathered(w_DV, x_BTD.dtype, split is not None and split.parameters),
         targets_BT.reshape(B * T),
         weights_BT.reshape(B * T),
         vocab_axis=TENSOR if split else None,
@@ -91,6 +88,12 @@ def block(
         elif dw is not None:
             dw = jax.lax.psum(dw, ROWS)
     return sums, dx, dw
+
+
+def gathered(w_DV: jax.Array, dtype: Any, split: bool) -> jax.Array:
+    """The device's columns of the head, in full; they change type before they cross the network."""
+    w_DV = w_DV.astype(dtype)
+    return jax.lax.all_gather(w_DV, TABLES, axis=0, tiled=True) if split else w_DV
 
 
 def forward(*arrays: jax.Array) -> tuple[Sums, tuple[jax.Array | None, jax.Array | None]]:
@@ -109,3 +112,40 @@ def backward(gradients: tuple[jax.Array, jax.Array], cotangent: Sums) -> tuple[A
 
 
 head_loss.defvjp(forward, backward)
+
+
+# --- log-probabilities -------------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def head_logps(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """log p(target) at every position, [B, T] float32, for losses that are no weighted sum of them."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return logps_block(False, None, x_BTD, w_DV, targets_BT)
+    w = spec("table")
+    return jax.shard_map(
+        partial(logps_block, w[0] is not None, TENSOR), in_specs=(X, w, X), out_specs=X, check_vma=False
+    )(x_BTD, w_DV, targets_BT)
+
+
+def logps_block(
+    split: bool, vocab_axis: str | None, x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array
+) -> jax.Array:
+    """Those of one device's rows; `split` says whether the head is split over TABLES."""
+    B, T, D = x_BTD.shape
+    w_DV = gathered(w_DV, x_BTD.dtype, split)
+    return target_logps(x_BTD.reshape(B * T, D), w_DV, targets_BT.reshape(B * T), vocab_axis).reshape(B, T)
+
+
+def logps_forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The log-probabilities, and what they were made of: the backward pass makes logits again."""
+    return head_logps(*arrays), arrays
+
+
+def logps_backward(arrays: tuple[jax.Array, ...], g_BT: jax.Array) -> tuple[Any, Any, None]:
+    """The gradient of the cross-entropy that weighs each position with minus its cotangent."""
+    _, (dx_BTD, dw_DV) = forward(*arrays, -g_BT)
+    return dx_BTD, dw_DV, None
+
+
+head_logps.defvjp(logps_forward, logps_backward)

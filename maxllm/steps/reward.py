@@ -13,14 +13,18 @@ from maxllm.records import PairBatch, Params
 from maxllm.steps.update import Loss
 
 
+def right_padded(tokens_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(tokens, segment ids, positions) of rows that are one sequence each, with padding after it."""
+    slots_T = jnp.arange(tokens_BT.shape[1])
+    segment_ids_BT = (slots_T < lengths_B[:, None]).astype(jnp.int32)
+    return tokens_BT, segment_ids_BT, jnp.broadcast_to(slots_T, tokens_BT.shape)
+
+
 def score(
     model: nn.Module, params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, key: jax.Array | None = None
 ) -> jax.Array:
     """Score of right-padded sequences, read at their last real token, [B] float32."""
-    slots_T = jnp.arange(tokens_BT.shape[1])
-    segment_ids_BT = (slots_T < lengths_B[:, None]).astype(jnp.int32)
-    positions_BT = jnp.broadcast_to(slots_T, tokens_BT.shape)
-    scores_BT = forward(model, params, tokens_BT, segment_ids_BT, positions_BT, key)
+    scores_BT = forward(model, params, *right_padded(tokens_BT, lengths_B), key)
     return jnp.take_along_axis(scores_BT, jnp.maximum(lengths_B - 1, 0)[:, None], axis=1)[:, 0]
 
 

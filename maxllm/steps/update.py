@@ -153,7 +153,7 @@ def train_step(
     microbatches: int,
     gradient_dtype: jnp.dtype = FLOAT32,
 ) -> tuple[TrainState, Metrics]:
-    """The step of every stage that trains one model on a batch: pretrain, SFT (LoRA too), reward.
+    """The step of every stage that trains one model on a batch: pretrain, SFT (LoRA too), reward, DPO.
 
     Args:
       state: what is trained.
@@ -176,7 +176,7 @@ def train_step(
     )
 
 
-def eval_step(params: Params, batch: Any, *, loss_fn: Callable[..., Loss]) -> Metrics:
+def eval_step(params: Params, batch: Any, *frozen: Params, loss_fn: Callable[..., Loss]) -> Metrics:
     """The loss without dropout, and the metrics that come with it, as (sum, count)."""
-    loss = loss_fn(params, batch, None)
+    loss = loss_fn(params, batch, None, *frozen)
     return loss.metrics | {"loss": (loss.total, loss.weight)}

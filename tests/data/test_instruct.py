@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,9 +13,11 @@ from maxllm.data.instruct import (
     pack_conversations,
     pad_pairs,
     pad_prompts,
+    pad_reply_pairs,
     pair_ids,
     question_of,
     read_split,
+    reply_pair,
 )
 from maxllm.data.tokenizer import BOS, IM_END, PAD
 from maxllm.errors import UserError
@@ -250,6 +253,25 @@ def test_pairs_are_right_padded(tiny_tokenizer, pair):
             assert ids[c] == head + tiny_tokenizer.encode(reply) + [IM_END]
             assert batch.lengths_BC[n, c] == len(ids[c])
             assert batch.tokens_BCT[n, c].tolist() == ids[c] + [PAD] * (64 - len(ids[c]))
+
+
+def test_replies_of_a_pair_begin_where_generation_does(tiny_tokenizer):
+    """Also after an earlier turn of the assistant's; the two are what the reward model reads."""
+    talk = [
+        {"role": "user", "content": "Sort 21"},
+        {"role": "assistant", "content": "12"},
+        {"role": "user", "content": "Again"},
+    ]
+    rows = [PAIRS[0], {"prompt": talk, "chosen": "12", "rejected": "21 21"}]
+    pairs = [reply_pair(tiny_tokenizer, row, 64) for row in rows]
+    batch = pad_reply_pairs(pairs, 64, PAD)
+    wanted = pad_pairs([pair_ids(tiny_tokenizer, row, 64) for row in rows], 64, PAD)
+    jax.tree.map(np.testing.assert_array_equal, batch.pairs, wanted)
+    heads = [[{"role": "user", "content": rows[0]["prompt"]}], talk]
+    for n, head in enumerate(heads):
+        length = len(render.render_prompt(tiny_tokenizer, head))
+        assert batch.starts_BC[n].tolist() == [length, length]
+    assert batch.starts_BC.dtype == np.int32
 
 
 def test_prompts_are_left_padded():

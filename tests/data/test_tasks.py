@@ -73,6 +73,7 @@ def test_demonstrations():
 def test_chosen_is_right_and_rejected_is_wrong():
     for row in tasks.preference_rows("train", 1000, 3):
         assert row["chosen"] == answer_by_other_means(row["prompt"])
+        assert row["answer"] == row["chosen"]
         assert row["rejected"] != row["chosen"] and re.fullmatch(r"\d+", row["rejected"])
         assert tasks.check(row["prompt"], row["chosen"])
         assert not tasks.check(row["prompt"], row["rejected"])
@@ -124,7 +125,7 @@ def test_rows_are_a_function_of_split_and_seed(kind):
 def test_rows_have_the_users_fields():
     (instruction,), (preference,), (prompt,) = (list(rows("train", 1, 0)) for rows in KINDS.values())
     assert set(instruction) == {"instruction", "input", "output"}
-    assert set(preference) == {"prompt", "chosen", "rejected"}
+    assert set(preference) == {"prompt", "chosen", "rejected", "answer"}
     assert set(prompt) == {"prompt", "answer"}
 
 

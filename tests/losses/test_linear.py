@@ -44,6 +44,15 @@ def test_loss_and_gradients_in_parts(rows, monkeypatch, part_bytes):
     assert nothing is None and nothing_either is None
 
 
+@pytest.mark.parametrize("part_bytes", [1 << 28, 4 * V * 7], ids=["1", "4"])
+def test_log_probabilities_of_targets_in_parts(rows, monkeypatch, part_bytes):
+    """Tolerance as above."""
+    monkeypatch.setattr(linear, "PART_BYTES", part_bytes)
+    x, w, targets, _ = rows
+    wanted = token.token_logps((x @ w)[None], targets[None])[0]
+    np.testing.assert_allclose(linear.target_logps(x, w, targets), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "part", "wanted"),
     [(8192, 32000, 1 << 28, 2048), (2048, 8192, 1 << 28, 2048), (7, 100, 400, 1), (6, 100, 800, 2)],

@@ -1,4 +1,4 @@
-"""The pairwise loss against numbers worked out by hand (6 digits, so 1e-6; float32 has 7)."""
+"""Losses on preferences against numbers worked out by hand (6 digits, so 1e-6; float32 has 7)."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxllm.losses.preference import pairwise
+from maxllm.losses.preference import dpo, ipo, pairwise
 
 
 def loss(scores, **settings):
@@ -54,3 +54,36 @@ def test_hopeless_pairs_stay_finite():
     value, gradient = jax.value_and_grad(lambda s: pairwise(s).sum())(jnp.array([[-1e4, 1e4]]))
     np.testing.assert_allclose(value, 2e4)
     np.testing.assert_allclose(gradient, [[-1, 1]])
+
+
+# DPO and IPO
+
+
+@pytest.mark.parametrize(("delta", "expected"), [(0, 0.693147), (10, 0.313262), (20, 0.126928)])
+def test_dpo(delta, expected):
+    """log(1 + e^(-beta delta)) at beta = 0.1."""
+    np.testing.assert_allclose(dpo(jnp.array([delta], jnp.float32), 0.1), [expected], rtol=0, atol=1e-6)
+
+
+def test_dpo_with_smoothed_labels():
+    """0.9 x 0.313262 + 0.1 x 1.313262: the other label costs log(1 + e^1)."""
+    loss = dpo(jnp.array([10.0]), 0.1, label_smoothing=0.1)
+    np.testing.assert_allclose(loss, [0.413262], rtol=0, atol=1e-6)
+
+
+def test_gradient_of_smoothed_dpo_is_0_at_the_margin_of_the_labels():
+    """beta delta = log(0.9 / 0.1): one label in ten is wrong, so the odds are nine to one and no more."""
+    gradient = jax.grad(lambda delta: dpo(delta, 0.1, label_smoothing=0.1))
+    np.testing.assert_allclose(gradient(10 * np.log(9.0)), 0, atol=1e-7)
+    assert gradient(10 * np.log(8.0)) < 0 < gradient(10 * np.log(10.0))
+    np.testing.assert_allclose(jax.grad(lambda delta: dpo(delta, 0.1))(0.0), -0.05, rtol=1e-6)
+
+
+def test_ipo():
+    """(delta - 5)^2 at beta = 0.1: least at 5, and as dear beyond it."""
+    np.testing.assert_allclose(ipo(jnp.array([0.0, 5.0, 7.0, 3.0]), 0.1), [25, 0, 4, 4], rtol=1e-6)
+
+
+def test_a_hopeless_pair_of_dpo_stays_finite():
+    value, gradient = jax.value_and_grad(lambda delta: dpo(delta, 0.1))(-1e5)
+    np.testing.assert_allclose([value, gradient], [1e4, -0.1], rtol=1e-6)

@@ -22,3 +22,10 @@ def test_grouped_queries_save_projections() -> None:
     grouped = LLAMA2_7B.model_copy(update={"n_kv_heads": 8})
     saved = 32 * 2 * 4096 * (4096 - 1024)
     assert matmul_parameters(LLAMA2_7B, 32_000) - matmul_parameters(grouped, 32_000) == saved
+
+
+def test_a_frozen_reference_costs_its_forward_pass() -> None:
+    # 2 of the 6 FLOPs per parameter, and 2 of the 6 L D T of causal attention
+    trained = train_flops_per_token(LLAMA2_7B, 4096)
+    both = train_flops_per_token(LLAMA2_7B, 4096, references=1)
+    assert both - trained == 2 * 6_607_077_376 + 2 * 32 * 4096 * 4096

@@ -50,6 +50,9 @@ def test_the_highest_floor_is_the_bound():
     assert bound.memory == (1e9 * 28 + 8e9 * 2 * 3) / 2.765e12
     assert bound.links == 35e9 / 5.4e11
     assert (bound.seconds, bound.by) == (bound.compute, "compute")
+    beside = step_bound(chip, **figures, tokens_per_device=8192, sent_bytes=35e9, passes=3, references=1)
+    assert beside.compute == pytest.approx(bound.compute * 4 / 3)  # nothing is computed again here
+    assert beside.memory == (1e9 * 28 + 8e9 * 2 * 4) / 2.765e12
     few = step_bound(chip, **figures, tokens_per_device=1, sent_bytes=35e9, passes=3)
     assert few.by == "links"
 

@@ -351,8 +351,21 @@ def test_folder_of_runs(tmp_path: Path) -> None:
     assert "8 min 20 s" in page.text
 
 
+def test_a_run_of_dpo(tmp_path: Path) -> None:
+    """With right answers where rows have them, and without."""
+    heldout = [{"accuracy": 0.0, "margin": 0.0, "loss": 0.69}, {"accuracy": 0.91, "margin": 1.5, "loss": 0.3}]
+    page = Page(write_report(make_run(tmp_path / "pairs", "dpo", heldout, heldout_items=500)))
+    row = page.row("Pairs the policy orders right, DPO")
+    assert "coin 50.0%" in row and "91.0%" in row and "500 pairs" in row and "verdict better" in row
+    assert "Right answers" not in page.text and sum(tag == "svg" for tag, _ in page.tags) == 3
+    known = [figures | {"exact_match": share} for figures, share in zip(heldout, (0.4, 0.8), strict=True)]
+    more = {"heldout_items": 500, "heldout_questions": 300}
+    row = Page(write_report(make_run(tmp_path / "dpo", "dpo", known, **more))).row("Right answers after DPO")
+    assert "40.0%" in row and "80.0%" in row and "300 questions" in row and "verdict better" in row
+
+
 def test_a_stage_this_report_does_not_know(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "dpo", "dpo", [{"margin_mean": 0.1}, {"margin_mean": 0.4}])
+    folder = make_run(tmp_path / "grpo", "grpo", [{"margin_mean": 0.1}, {"margin_mean": 0.4}])
     page = Page(write_report(folder))
     assert "margin mean" in page.text and sum(tag == "svg" for tag, _ in page.tags) == 2
 

@@ -177,6 +177,23 @@ def test_every_stage_has_a_plan(plan, stage, changes):
     assert figures["fits"] and figures["collectives"]
 
 
+def test_dpo_holds_its_reference_and_counts_it(plan):
+    """The policy 12 bytes a parameter, the reference 4, over the shards; both rows of a pair are read, by the
+    reference forward alone. Logits are so few here that the policy's are kept for its backward pass."""
+    start, data = {"policy": "not/here"}, {"sources": ["unused.jsonl"]}
+    code, figures, error = plan("mesh.fsdp=4", stage="dpo", start=start, data=data)
+    assert code == 0, error
+    wanted = 16 * PARAMETERS / 4
+    assert wanted <= figures["argument_bytes"] < 1.1 * wanted
+    assert any(line.split()[2].startswith("frozen/") for line in figures["largest"])
+    assert figures["tokens_per_step"] == 2 * 8 * 256
+    weights, head = L * (3 * D * D + 3 * D * F), D * V
+    assert figures["flops_per_token"] == pytest.approx((6 * (weights + head) + 6 * L * D * 256) * 4 / 3)
+    multiplied = 8 * (weights - L * D * F) + 6 * (L * D * F + head) + 2 * (weights + head)
+    assert figures["matmul_flops"] == multiplied * 2 * 8 * 256 / 4
+    assert figures["classic_state_bytes"] == 18 * PARAMETERS
+
+
 def test_four_models_of_ppo_hold_what_they_should(plan):
     """Actor and critic 12 bytes a parameter, reference and reward model 4: 32 in all, over the shards."""
     _, figures, _ = plan(

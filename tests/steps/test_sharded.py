@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from maxllm.config import BatchConfig, GenerationConfig, MeshConfig, OptimizerConfig, PpoConfig
+from maxllm.config import BatchConfig, DpoConfig, GenerationConfig, MeshConfig, OptimizerConfig, PpoConfig
 from maxllm.errors import UserError
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
@@ -26,9 +26,10 @@ from maxllm.optim import make_optimizer
 from maxllm.parallel import processes, sharding
 from maxllm.parallel.compiler import made_whole
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
-from maxllm.records import LmBatch, PromptBatch
+from maxllm.records import LmBatch, PairBatch, PromptBatch, ReplyPairBatch
 from maxllm.run.session import compile_reader, compile_step
 from maxllm.stages.ppo import init_state, iteration
+from maxllm.steps.dpo import dpo_loss
 from maxllm.steps.language import language_loss
 from maxllm.steps.ppo import Frozen, Ppo
 from maxllm.steps.state import abstract, create, init_params, initializer
@@ -89,6 +90,15 @@ def prompt_batch(P=6):
     return PromptBatch(np.where(np.arange(P) < P - lengths[:, None], np.int32(5), tokens), lengths)
 
 
+def pair_batch():
+    """Pairs of 3 to 16 tokens, of which those behind the second or a later one are the completion's."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(3, T + 1, (B, 2)).astype(np.int32)
+    tokens = rng.integers(6, V, (B, 2, T)).astype(np.int32)
+    starts = rng.integers(2, lengths).astype(np.int32)
+    return ReplyPairBatch(PairBatch(tokens, lengths, np.ones(B, np.float32)), starts)
+
+
 @cache
 def created(init):
     """What `init` makes on one device, as numpy arrays: the start on every mesh (test_state_… compares)."""
@@ -126,6 +136,25 @@ def run_lm(config):
         step = partial(train_step, loss_fn=loss_fn, optimizer=SGD, seed=0, microbatches=1)
         mesh = shape if isinstance(shape, Mesh) else mesh_of(shape)
         return take_steps(mesh, init, step, lm_batch(packed), zero=zero, count=3)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_dpo(config):
+    """run_dpo(mesh shape, zero): three steps of the policy, away from another reference."""
+    model = Llama(config)
+    loss_fn = partial(dpo_loss, model, DpoConfig(nll=0.1))
+    step = partial(train_step, loss_fn=loss_fn, optimizer=SGD, seed=0, microbatches=1)
+
+    def reference(key):
+        return init_params(model, jax.random.fold_in(key, 7))
+
+    @cache
+    def run(shape, zero=3):
+        return take_steps(
+            mesh_of(shape), initializer(model, SGD), step, pair_batch(), reference, zero=zero, count=3
+        )
 
     return run
 
@@ -303,6 +332,16 @@ def test_optimizers_do_the_same_one_parameter_at_a_time(config, name):
     )
     run = partial(take_steps, mesh, init, step, lm_batch())
     assert_same(run(offload="optimizer"), run(), 4e-4 if name == "muon" else TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("shape", "zero"),
+    [((1, 2, 1, 1, 4), 3), ((1, 2, 1, 2, 2), 3), ((1, 2, 2, 1, 2), 3), ((2, 2, 1, 1, 2), 0)],
+    ids=str,
+)
+def test_three_steps_of_dpo(run_dpo, shape, zero):
+    """Policy and reference are split alike but by ZeRO, which leaves the reference as it is."""
+    assert_same(run_dpo(shape, zero), run_dpo(ONE))
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 1, 1, 2), (1, 2, 2, 1, 2)], ids=str)

@@ -1,0 +1,106 @@
+"""`maxllm dpo` on a model of two layers: what a run leaves, that it continues, and what it measures."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+
+from maxllm.cli import main
+from maxllm.files import write_bytes
+from maxllm.model.llama import Llama
+from maxllm.run.checkpoint import save_params
+
+STEPS, BETA = 8, 0.1
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory, tiny_model, tiny_tokenizer, params_of):
+    """The folder of a model to start from."""
+    folder = tmp_path_factory.mktemp("dpo") / "policy"
+    model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
+    tree = {
+        "stage": "convert",
+        "run": {"dir": str(folder), "steps": 1},
+        "model": model.model_dump(mode="json"),
+        "batch": {"rows": 1, "sequence_length": 64},
+    }
+    save_params(folder, params_of(Llama(model)))
+    for name, content in tiny_tokenizer.files.items():
+        write_bytes(folder / name, content)
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+@pytest.fixture
+def dpo(policy, capsys):
+    """dpo(run folder, *words): the summary of the command, here on eight simulated devices."""
+
+    def run(folder, *words):
+        words = (f"start.policy={policy}", f"run.dir={folder}", f"run.steps={STEPS}", *words)
+        few = ["data.sources=[tasks:train:64]", "data.heldout_sources=[tasks:train:64]"]
+        small = ["batch.rows=8", "batch.sequence_length=48", "run.checkpoint_every=4", "run.eval_every=4"]
+        rate = ["dpo.nll=0", "optimizer.learning_rate=3e-3", "optimizer.warmup_steps=0"]
+        code = main(["dpo", "dpo/tiny_tasks_cpu_fast", "mesh.fsdp=2", *few, *small, *rate, *words, "--json"])
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        return json.loads(said.out)
+
+    return run
+
+
+def arrays(folder, step=STEPS):
+    """Every array of a checkpoint."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        trees = {
+            item: checkpointer.restore((folder / "checkpoints" / str(step) / item).absolute())
+            for item in ("params", "rest")
+        }
+    return {
+        jax.tree_util.keystr(path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(trees)
+    }
+
+
+def test_a_run_and_its_continuation(dpo, tmp_path, capsys):
+    """Rewards are measured from where the policy began, to float32's rounding of log-probabilities of some
+    tens. What is trained is measured, for this model only learns by heart. A run without its last checkpoint
+    comes to the same one again, bit for bit."""
+    folder = tmp_path / "run"
+    summary = dpo(folder)
+    first, last = summary["heldout_first"], summary["heldout_last"]
+    assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
+    assert first["margin"] == first["reward_chosen"] == first["accuracy"] == 0
+    for name in ("chosen", "rejected"):
+        moved = BETA * (last[f"logp_{name}"] - first[f"logp_{name}"])
+        assert abs(moved) > 1e-2
+        assert last[f"reward_{name}"] == pytest.approx(moved, abs=1e-5)
+    assert last["margin"] == pytest.approx(last["reward_chosen"] - last["reward_rejected"], abs=1e-5)
+    assert last["loss"] < first["loss"] and last["accuracy"] > 0.5
+    assert (summary["heldout_items"], summary["heldout_questions"]) == (64, 64)
+    assert summary["tokens"] == STEPS * 2 * 8 * 48
+
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    (again / "summary.json").unlink()
+    shutil.rmtree(again / "checkpoints" / str(STEPS))
+    assert dpo(again)["heldout_last"] == last
+    ours, wanted = arrays(again), arrays(folder)
+    assert ours.keys() == wanted.keys() and len(wanted) > 20
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+    code = main(["evaluate", str(folder), "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    assert code == 0 and {name: figures[name] for name in last} == last
+
+
+def test_rows_without_answers_have_no_exact_match(dpo, tmp_path):
+    rows = [{"prompt": f"Sort {i}", "chosen": "good", "rejected": "bad"} for i in range(24)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    words = (f"data.sources=['{path}']", "data.heldout_sources=[]", "data.heldout_share=0.3")
+    summary = dpo(tmp_path / "run", *words, "run.steps=1")
+    assert summary["heldout_questions"] == 0 and "exact_match" not in summary["heldout_last"]
