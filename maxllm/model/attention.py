@@ -51,7 +51,11 @@ class Attention(nn.Module):
         if c.position == "rope":
             q_BTHK, k_BSGK = rope.rotate(q_BTHK, cos, sin), rope.rotate(k_BSGK, cos, sin)
         slopes_H = alibi.slopes(H) if c.position == "alibi" else None
-        q_BTHK = nn.with_logical_constraint(q_BTHK, ("batch", "length", "act_heads", None))
+        # All three, so that what is gathered below is keys and values, and not the wider x before them.
+        q_BTHK, k_BSGK, v_BSGK = (
+            nn.with_logical_constraint(a, ("batch", "length", "act_heads", None))
+            for a in (q_BTHK, k_BSGK, v_BSGK)
+        )
         if cache_length is not None:
             k_BSGK = self._cached("k", k_BSGK, keys.first_slot, cache_length)
             v_BSGK = self._cached("v", v_BSGK, keys.first_slot, cache_length)

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model.adapters import adapted
+from maxllm.parallel import context
 from maxllm.parallel.memory import fetched
 
 
@@ -99,13 +100,13 @@ def matmul(x_BTD: jax.Array, w: jax.Array, out: jnp.dtype | None = None) -> jax.
     rounding on the way.
 
     Rows are flattened to [B * T, D] first: the weight gradient then contracts one dimension, which XLA's CPU
-    backend turns into one large matmul (a third off the backward pass).
+    backend turns into one large matmul (a third off the backward pass). Not where positions are split: every
+    device would collect whole rows for it.
     """
     B, T, D = x_BTD.shape
-    shape = w.shape[1:]
-    w = w.reshape(D, -1).astype(x_BTD.dtype)
-    y = jnp.matmul(x_BTD.reshape(B * T, D), w, preferred_element_type=out)
-    return y.reshape(B, T, *shape)
+    x = x_BTD if context.shards_here() > 1 else x_BTD.reshape(B * T, D)
+    y = jnp.matmul(x, w.reshape(D, -1).astype(x.dtype), preferred_element_type=out)
+    return y.reshape(B, T, *w.shape[1:])
 
 
 class RMSNorm(nn.Module):
