@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +61,7 @@ def attend(
       v_BSGK: values.
       keys: who sees whom.
       window: how many keys a query sees at most, its own included; None for all.
-      travelling: every device has its own keys, which go around; else all have all keys.
+      travelling: each device's keys go around the others of its row; else every device gathers all of them.
       slopes_H: of ALiBi, None without it; only XLA's kernel has it.
       dropout: the share of probabilities that become 0; only XLA's kernel has it.
       dropout_key: says which; None for none of them.
@@ -73,6 +74,9 @@ def attend(
         return splash.attend(q_BTHK, k_BSGK, v_BSGK, keys, window)
     if backend == "cudnn":
         return cudnn.attend(q_BTHK, k_BSGK, v_BSGK, keys, window)
+    k_BSGK, v_BSGK = (
+        nn.with_logical_constraint(a, ("batch", "keys", "act_heads", None)) for a in (k_BSGK, v_BSGK)
+    )
     pattern = xla.Pattern(window, dropout)
     return xla.attend(q_BTHK, k_BSGK, v_BSGK, keys, pattern, slopes_H, dropout_key)
 

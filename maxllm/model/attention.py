@@ -51,7 +51,7 @@ class Attention(nn.Module):
         if c.position == "rope":
             q_BTHK, k_BSGK = rope.rotate(q_BTHK, cos, sin), rope.rotate(k_BSGK, cos, sin)
         slopes_H = alibi.slopes(H) if c.position == "alibi" else None
-        # All three, so that what is gathered below is keys and values, and not the wider x before them.
+        # Of the three each device has its positions; what is gathered is keys and values, not the wider x.
         q_BTHK, k_BSGK, v_BSGK = (
             nn.with_logical_constraint(a, ("batch", "length", "act_heads", None))
             for a in (q_BTHK, k_BSGK, v_BSGK)
@@ -59,12 +59,6 @@ class Attention(nn.Module):
         if cache_length is not None:
             k_BSGK = self._cached("k", k_BSGK, keys.first_slot, cache_length)
             v_BSGK = self._cached("v", v_BSGK, keys.first_slot, cache_length)
-        # Under context parallelism every device gathers all keys for its own queries, or they travel.
-        travelling = keys.shards > 1 and c.context_attention == "ring"
-        positions = "length" if travelling else "keys"
-        k_BSGK = nn.with_logical_constraint(k_BSGK, ("batch", positions, "act_heads", None))
-        v_BSGK = nn.with_logical_constraint(v_BSGK, ("batch", positions, "act_heads", None))
-
         q_BTHK, k_BSGK = checkpoint_name(q_BTHK, "q"), checkpoint_name(k_BSGK, "k")
         v_BSGK = checkpoint_name(v_BSGK, "v")
 
@@ -80,7 +74,7 @@ class Attention(nn.Module):
             v_BSGK,
             keys,
             c.sliding_window,
-            travelling=travelling,
+            travelling=keys.shards > 1 and c.context_attention == "ring",
             slopes_H=slopes_H,
             dropout=c.attention_dropout,
             dropout_key=dropout_key,

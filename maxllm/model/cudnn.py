@@ -13,7 +13,7 @@ from maxllm.parallel.sharding import CONTEXT, MICROBATCH, TENSOR
 
 
 def attend(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, keys: Keys, window: int | None
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, keys: Keys, window: int | None
 ) -> jax.Array:
     """cuDNN's flash attention, bfloat16; each device its rows, heads and queries.
 
@@ -31,26 +31,29 @@ def attend(
             f"cuDNN's attention kernel needs heads of a multiple of 8, up to 128, not {K}: "
             "give another model.head_dim, or model.attention=xla"
         )
-    slots_T, slots_S = (jnp.asarray(context.slots(a.shape[1], keys.shards)) for a in (q_BTHK, k_BSGK))
+    slots_T = jnp.asarray(context.slots(q_BTHK.shape[1], keys.shards))
 
-    def per_device(q_BTHK, k_BSGK, v_BSGK, query_segments_BT, key_segments_BS, query_slots_T):
-        seen_BTS = seen(query_slots_T, slots_S, query_segments_BT, key_segments_BS, window)
+    def per_device(q_BTHK, k_BTGK, v_BTGK, segments_BT, slots_T):
+        k_BSGK, v_BSGK, key_segments_BS = (
+            context.gathered(a, keys.shards) for a in (k_BTGK, v_BTGK, segments_BT)
+        )
+        slots_S = jnp.arange(k_BSGK.shape[1])
+        seen_BTS = seen(slots_T, slots_S, segments_BT, key_segments_BS, window)
         # To skip what is above the diagonal, cuDNN takes query and key 0 to be the same slot. Its own window
         # it does not take beside a mask, before 9.10.2.
         return jax.nn.dot_product_attention(
             q_BTHK, k_BSGK, v_BSGK, mask=seen_BTS[:, None], is_causal=keys.shards == 1, implementation="cudnn"
         )
 
-    arrays = (q_BTHK, k_BSGK, v_BSGK, keys.query_segments_BT, keys.key_segments_BS, slots_T)
+    arrays = (q_BTHK, k_BTGK, v_BTGK, keys.query_segments_BT, slots_T)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return per_device(*arrays)
-    queries, all_keys = PartitionSpec(MICROBATCH, CONTEXT, TENSOR), PartitionSpec(MICROBATCH, None, TENSOR)
-    rows, all_rows = PartitionSpec(MICROBATCH, CONTEXT), PartitionSpec(MICROBATCH)
+    rows, heads = PartitionSpec(MICROBATCH, CONTEXT), PartitionSpec(MICROBATCH, CONTEXT, TENSOR)
     return jax.shard_map(
         per_device,
-        in_specs=(queries, all_keys, all_keys, rows, all_rows, PartitionSpec(CONTEXT)),
-        out_specs=queries,
+        in_specs=(heads, heads, heads, rows, PartitionSpec(CONTEXT)),
+        out_specs=heads,
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,  # as splash
     )(*arrays)

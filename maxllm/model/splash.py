@@ -19,48 +19,42 @@ BLOCK = 1024
 
 
 def attend(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, keys: Keys, window: int | None
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, keys: Keys, window: int | None
 ) -> jax.Array:
     """The Pallas kernel that skips blocks above the diagonal; each device its rows, heads and queries."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     mesh = jax.sharding.get_abstract_mesh()
-    (_, T, H, K), S = q_BTHK.shape, k_BSGK.shape[1]
+    _, T, H, K = q_BTHK.shape
     heads = H if mesh.empty else H // mesh.shape[TENSOR]
-    mask = masks.CausalMask((T, S)) if window is None else masks.LocalMask((T, S), (window - 1, 0), 0)
+    mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
     # Each device has its places' queries and all keys, in the order of the row.
     mask.q_sequence = context.slots(T, keys.shards)
-    k_BSGK, v_BSGK, key_segments_BS = (
-        context.unbalanced(a, keys.shards) for a in (k_BSGK, v_BSGK, keys.key_segments_BS)
-    )
     kernel = make_kernel(mask, heads, keys.shards)
 
-    def per_device(kernel, q_BTHK, k_BSGK, v_BSGK, query_segments_BT, key_segments_BS):
+    def per_device(kernel, q_BTHK, k_BTGK, v_BTGK, segments_BT):
+        k_BSGK, v_BSGK, key_segments_BS = (
+            context.gathered(a, keys.shards) for a in (k_BTGK, v_BTGK, segments_BT)
+        )
+
         def one_row(q_THK, k_SGK, v_SGK, query_segments_T, key_segments_S):
             segments = kernels.SegmentIds(query_segments_T, key_segments_S)
             heads_first = (a.swapaxes(0, 1) for a in (q_THK * K**-0.5, k_SGK, v_SGK))
             return kernel(*heads_first, segment_ids=segments).swapaxes(0, 1)
 
-        return jax.vmap(one_row)(q_BTHK, k_BSGK, v_BSGK, query_segments_BT, key_segments_BS)
+        return jax.vmap(one_row)(q_BTHK, k_BSGK, v_BSGK, segments_BT, key_segments_BS)
 
-    arrays = (q_BTHK, k_BSGK, v_BSGK, keys.query_segments_BT, key_segments_BS)
+    arrays = (q_BTHK, k_BTGK, v_BTGK, keys.query_segments_BT)
     if mesh.empty:
         return per_device(kernel, *arrays)
-    queries, all_keys = PartitionSpec(MICROBATCH, CONTEXT, TENSOR), PartitionSpec(MICROBATCH, None, TENSOR)
+    rows, heads_of = PartitionSpec(MICROBATCH, CONTEXT), PartitionSpec(MICROBATCH, CONTEXT, TENSOR)
     outside = AbstractMesh(mesh.axis_sizes, mesh.axis_names)  # in a pipeline, `mesh` is that of one stage
     kernel_spec = kernel.manual_sharding_spec(NamedSharding(outside, PartitionSpec(None, CONTEXT)))
     return jax.shard_map(
         per_device,
-        in_specs=(
-            kernel_spec,
-            queries,
-            all_keys,
-            all_keys,
-            PartitionSpec(MICROBATCH, CONTEXT),
-            PartitionSpec(MICROBATCH),
-        ),
-        out_specs=queries,
+        in_specs=(kernel_spec, heads_of, heads_of, heads_of, rows),
+        out_specs=heads_of,
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,  # Pallas kernels do not say what varies over which axis
     )(kernel, *arrays)

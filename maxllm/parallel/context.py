@@ -45,6 +45,14 @@ def unbalanced(row_BT: jax.Array, shards: int) -> jax.Array:
     return rearranged(row_BT, np.argsort(chunks(shards)))
 
 
+def gathered(row_BT: jax.Array, shards: int) -> jax.Array:
+    """Inside `shard_map`: the places of all devices that share a row, in its order, from each one's own. Its
+    transpose sums gradients and leaves each device its own, a reduce-scatter."""
+    if shards == 1:
+        return row_BT
+    return unbalanced(jax.lax.all_gather(row_BT, CONTEXT, axis=1, tiled=True), shards)
+
+
 def rearranged(row_BT: jax.Array, order: np.ndarray) -> jax.Array:
     """[B, T, …] with its chunks in another order."""
     if len(order) == 2:
