@@ -111,13 +111,20 @@ def test_zero_trades_memory_for_exchanges(plan):
     assert figures[0]["collectives"].keys() == {"all-reduce"}
 
 
-@pytest.mark.parametrize(
-    "mesh", [["mesh.fsdp=2", "mesh.tensor=2"], ["mesh.context=2", "mesh.fsdp=2"]], ids=str
-)
-def test_products_compile(plan, mesh):
-    code, figures, _ = plan(*mesh)
+def test_products_compile(plan):
+    code, figures, _ = plan("mesh.fsdp=2", "mesh.tensor=2")
     assert code == 0 and figures["fits"]
     assert figures["argument_bytes"] < 1.1 * 12 * PARAMETERS / 4
+
+
+def test_over_positions_keys_and_values_are_gathered_and_nothing_wider(plan):
+    """Each layer's weights twice, the head once, keys and values of four rows twice; ids and segments."""
+    code, figures, _ = plan("mesh.context=2", "mesh.fsdp=2")
+    assert code == 0 and figures["argument_bytes"] < 1.1 * 12 * PARAMETERS / 4
+    weights, head = 2 * L * (3 * D * D + 3 * D * F), 2 * V * D
+    keys_and_values = 2 * L * (4 * 256) * D  # two of half the width, two bytes each
+    expected = (2 * weights + head) * 3 / 4 + 2 * keys_and_values / 2
+    assert 0 <= figures["collectives"]["all-gather"]["bytes"] - expected <= 16 * 8 * 256
 
 
 def test_two_slices_exchange_their_shares_of_gradients(plan):
