@@ -60,13 +60,13 @@ class Layer(nn.Module):
         """[B, T, D] -> [B, T, D], in the (carry, output) form that nn.scan wants."""
         c = self.config
         x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-        residual = nn.Dropout(c.residual_dropout, deterministic=deterministic)
-        h_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
+        dropout = nn.Dropout(c.residual_dropout, deterministic=deterministic)
+        h_BTD = context.collected(RMSNorm(c, name="attention_norm")(x_BTD))
         h_BTD = Attention(c, self.lora, name="attention")(h_BTD, keys, cos, sin, deterministic, cache_length)
-        x_BTD = x_BTD + residual(h_BTD)
-        h_BTD = SwiGLU(c, self.lora, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD), deterministic)
-        x_BTD = x_BTD + residual(h_BTD)
-        return nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed")), None
+        x_BTD = x_BTD + dropout(context.summed(h_BTD))
+        h_BTD = context.collected(RMSNorm(c, name="mlp_norm")(x_BTD))
+        h_BTD = SwiGLU(c, self.lora, name="mlp")(h_BTD, deterministic)
+        return x_BTD + dropout(context.summed(h_BTD)), None
 
 
 def layer_class(config: ModelConfig) -> type[Layer]:
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
             x_BTD = jnp.zeros((*tokens_BT.shape, c.d_model), dtype_of(c))
         else:
             x_BTD = lookup(self.embedding_VD, tokens_BT, dtype_of(c))
-        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
+        x_BTD = context.split(x_BTD)
         x_BTD = self.embedding_dropout(x_BTD, deterministic=deterministic)
         first_slot, key_segments_BS = jnp.int32(0), segment_ids_BT
         if cache_length is not None:

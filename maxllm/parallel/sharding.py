@@ -38,6 +38,7 @@ RULES: Rules = (
     # activations
     ("batch", BATCH),
     ("length", CONTEXT),
+    ("residual_length", (CONTEXT, TENSOR)),
     ("keys", None),
     ("act_embed", None),
     ("act_heads", TENSOR),

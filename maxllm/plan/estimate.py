@@ -288,7 +288,7 @@ def optimizer_bytes(config: Config, model: ModelConfig, sizes: Sizes, layout: La
 
 
 def kept_bytes(model: ModelConfig, sizes: Sizes, layout: Layout, tokens: float, keys: float) -> float:
-    """Of one layer, by `model.remat`; [tokens, D] is whole on every device of a tensor group."""
+    """Of one layer, by `model.remat`; a tensor group splits the positions of the residual stream."""
     kind, t = BYTES[model.dtype], layout.tensor
     D, F = model.d_model, model.d_ff / t
     q, kv = model.n_heads * model.k_dim / t, model.n_kv_heads * model.k_dim / t
@@ -296,15 +296,15 @@ def kept_bytes(model: ModelConfig, sizes: Sizes, layout: Layout, tokens: float, 
         case "offload":
             return 0.0  # in the memory of the host
         case "full":
-            return kind * tokens * D
+            return kind * tokens * D / t
         case "dots":
             # The layer's input, and the results of its seven matmuls.
-            return kind * tokens * (D + q + 2 * kv + 2 * D + 2 * F)
+            return kind * tokens * (3 * D / t + q + 2 * kv + 2 * F)
         case "none":
             # What jax.vjp keeps of a Layer, counted from its residuals: float32 of both norms (three of
             # [tokens, D] each), their results, q k v twice and attention's own four, three of [tokens, F],
             # and the gathered weights.
-            wide = 6 * 4 * D + kind * (2 * D + 3 * q + 2 * kv + 3 * F)
+            wide = 6 * 4 * D / t + kind * (2 * D + 3 * q + 2 * kv + 3 * F)
             return tokens * wide + kind * (keys * 2 * kv + tokens * q + sizes.layer)
 
 
@@ -369,7 +369,8 @@ def sent_bytes(
         each = keys * 2 * model.n_kv_heads * model.k_dim / layout.tensor * kind
         sent["keys and values"] = parts * share(layout.context) * L * each * (passes + 1)
     if layout.tensor > 1:
-        # Two results of a layer are summed forward, two gradients backward, one result again with remat.
-        sums = 4 if model.remat in ("none", "dots") else 5
-        sent["activations"] = parts * 2 * share(layout.tensor) * L * sums * kind * tokens * model.d_model
+        # Into attention and feed-forward a gather, out of them a reduce-scatter, and backward the same; with
+        # remat both gathers again, and the sum after attention where matmuls are not kept.
+        times = {"none": 8, "dots": 10}.get(model.remat, 11)
+        sent["activations"] = parts * share(layout.tensor) * L * times * kind * tokens * model.d_model
     return sent
