@@ -14,8 +14,8 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool | int]] = {
         # The pass that takes barriers out before anything is fused. Without them XLA undoes what
         # `jax.checkpoint` computes again, and computes the rotary embedding's sines in every use of them.
         "xla_disable_hlo_passes": "cse_barrier_expander",
-        # Otherwise XLA copies AdamW's old moments before it writes the new ones, as parameters are computed from
-        # the old ones too: 0.27 GB in a step of 34 M parameters (tools/bench_step.py).
+        # Otherwise XLA copies AdamW's old moments before it writes the new ones, as parameters are computed
+        # from the old ones too: 0.27 GB in a step of 34 M parameters (tools/bench_step.py).
         "xla_cpu_copy_insertion_use_region_analysis": True,
     },
     "tpu": {
