@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model.adapters import adapted
-from maxllm.parallel import context
+from maxllm.parallel import residual
 from maxllm.parallel.memory import fetched
 
 
@@ -104,7 +104,7 @@ def matmul(x_BTD: jax.Array, w: jax.Array, out: jnp.dtype | None = None) -> jax.
     device would collect whole rows for it.
     """
     B, T, D = x_BTD.shape
-    x = x_BTD if context.split_here() > 1 else x_BTD.reshape(B * T, D)
+    x = x_BTD if residual.shards_here() > 1 else x_BTD.reshape(B * T, D)
     y = jnp.matmul(x, w.reshape(D, -1).astype(x.dtype), preferred_element_type=out)
     return y.reshape(B, T, *w.shape[1:])
 

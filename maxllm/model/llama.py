@@ -21,7 +21,7 @@ from maxllm.model.attention import Attention
 from maxllm.model.embedding import lookup
 from maxllm.model.layers import RMSNorm, SwiGLU, dtype_of, matmul, weight
 from maxllm.model.visible import Keys
-from maxllm.parallel import context
+from maxllm.parallel import context, residual
 from maxllm.parallel.pipeline import pipeline, stages_here
 from maxllm.records import Params, Slotted
 
@@ -61,12 +61,12 @@ class Layer(nn.Module):
         c = self.config
         x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
         dropout = nn.Dropout(c.residual_dropout, deterministic=deterministic)
-        h_BTD = context.collected(RMSNorm(c, name="attention_norm")(x_BTD))
+        h_BTD = residual.collected(RMSNorm(c, name="attention_norm")(x_BTD))
         h_BTD = Attention(c, self.lora, name="attention")(h_BTD, keys, cos, sin, deterministic, cache_length)
-        x_BTD = x_BTD + dropout(context.summed(h_BTD))
-        h_BTD = context.collected(RMSNorm(c, name="mlp_norm")(x_BTD))
+        x_BTD = x_BTD + dropout(residual.summed(h_BTD))
+        h_BTD = residual.collected(RMSNorm(c, name="mlp_norm")(x_BTD))
         h_BTD = SwiGLU(c, self.lora, name="mlp")(h_BTD, deterministic)
-        return x_BTD + dropout(context.summed(h_BTD)), None
+        return x_BTD + dropout(residual.summed(h_BTD)), None
 
 
 def layer_class(config: ModelConfig) -> type[Layer]:
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
             x_BTD = jnp.zeros((*tokens_BT.shape, c.d_model), dtype_of(c))
         else:
             x_BTD = lookup(self.embedding_VD, tokens_BT, dtype_of(c))
-        x_BTD = context.split(x_BTD)
+        x_BTD = residual.split(x_BTD)
         x_BTD = self.embedding_dropout(x_BTD, deterministic=deterministic)
         first_slot, key_segments_BS = jnp.int32(0), segment_ids_BT
         if cache_length is not None:
