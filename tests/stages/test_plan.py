@@ -127,6 +127,18 @@ def test_over_positions_keys_and_values_are_gathered_and_nothing_wider(plan):
     assert 0 <= figures["collectives"]["all-gather"]["bytes"] - expected <= 16 * 8 * 256
 
 
+def test_what_lies_in_the_hosts_memory_is_counted_there(plan):
+    """Of four chips each has a quarter of the moments and of the layers' matrices, the norms' moments, and
+    gate and up of its two rows; on the device embedding, head and batch are left of the arguments."""
+    words = ("mesh.fsdp=4", "mesh.offload=parameters", "model.keep_in_host=[gate,up]")
+    code, figures, _ = plan(*words)
+    assert code == 0 and figures["fits"]
+    weights, tables, norms = L * (3 * D * D + 3 * D * F), 2 * V * D, D + 2 * L * D
+    kept = L * 2 * (2 * 256 * F) * 2
+    assert figures["host_bytes"] == 8 * (weights + tables) / 4 + 8 * norms + 4 * weights / 4 + kept
+    assert 4 * tables / 4 <= figures["argument_bytes"] < 1.1 * 4 * tables / 4
+
+
 def test_two_slices_exchange_their_shares_of_gradients(plan):
     """Each chip of a slice sends its quarter of the gradients: in bfloat16 those of layers, at least."""
     code, figures, _ = plan("--hardware", "2xv5e:2x2", "mesh.slices=2", "mesh.data=2", "mesh.fsdp=4")
