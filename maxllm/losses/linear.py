@@ -28,7 +28,7 @@ class Sums(NamedTuple):
     weight: jax.Array
     """Sum of the weights."""
     right: jax.Array
-    """Sum of the weights of targets that no other token is likelier than."""
+    """Sum of the weights of targets that are likelier than every other token."""
 
 
 def cross_entropy(
@@ -113,7 +113,8 @@ class Softmax(NamedTuple):
     losses_n: jax.Array
     """-log p(target)."""
     right_n: jax.Array
-    """bool; no other token is likelier than the target."""
+    """bool; the target is likelier than every other token. A tie is no answer: a collapsed model, to which
+    all tokens are alike, would have all of them right."""
 
 
 def softmax_of(x_nD: jax.Array, w_DV: jax.Array, targets_n: jax.Array, vocab_axis: str | None) -> Softmax:
@@ -129,7 +130,9 @@ def softmax_of(x_nD: jax.Array, w_DV: jax.Array, targets_n: jax.Array, vocab_axi
     target_nV = jnp.arange(V) == (targets_n - first)[:, None]
     chosen_n = over(vocab_axis, jnp.sum(jnp.where(target_nV, logits_nV, 0.0), -1))
     losses_n = jnp.log(sum_n) + largest_n - chosen_n
-    return Softmax(exp_nV, sum_n, target_nV, losses_n, chosen_n >= largest_n)
+    likeliest_n = over(vocab_axis, jnp.sum(logits_nV == largest_n[:, None], -1))
+    right_n = (chosen_n >= largest_n) & (likeliest_n == 1)
+    return Softmax(exp_nV, sum_n, target_nV, losses_n, right_n)
 
 
 def over(vocab_axis: str | None, x: jax.Array) -> jax.Array:

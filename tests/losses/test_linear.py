@@ -44,6 +44,17 @@ def test_loss_and_gradients_in_parts(rows, monkeypatch, part_bytes):
     assert nothing is None and nothing_either is None
 
 
+def test_a_tie_is_not_right():
+    """A collapsed model, to which all tokens are alike, answers nothing; nor does one of two likeliest."""
+    w_DV = jnp.zeros((2, V)).at[0, :2].set(1.0)
+    x_ND = jnp.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    sums, _, _ = linear.cross_entropy(x_ND, w_DV, jnp.array([0, 1, 0]), jnp.ones(3))
+    assert float(sums.right) == 0
+    w_DV = w_DV.at[0, 1].set(2.0)
+    sums, _, _ = linear.cross_entropy(x_ND, w_DV, jnp.array([0, 1, 0]), jnp.ones(3))
+    assert float(sums.right) == 1
+
+
 @pytest.mark.parametrize("part_bytes", [1 << 28, 4 * V * 7], ids=["1", "4"])
 def test_log_probabilities_of_targets_in_parts(rows, monkeypatch, part_bytes):
     """Tolerance as above."""
