@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from maxllm.errors import UserError
 
 
@@ -59,6 +61,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
     return value
+
+
+def file_hash(path: Path) -> str:
+    """XXH3 of a file's content, 128 bits in hexadecimal; as fast as the file can be read."""
+    digest = xxhash.xxh3_128()
+    buffer = bytearray(1 << 22)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            digest.update(view[:size])
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -57,6 +57,30 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether a flag is set in any process; every process must ask at the same point."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def from_main(number: int) -> int:
+    """The main process's number, in every process; all must ask at the same point."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def peer_lost(error: BaseException) -> bool:
+    """Whether an error tells, in the words of JAX's libraries, that another process of this run is gone."""
+    signs = ("Gloo", "closed by peer", "reset by peer", "coordination service", "heartbeat", "Barrier")
+    return jax.process_count() > 1 and any(sign in str(error) for sign in signs)
+
+
 def to_global(batch: Any, sharding: Sharding) -> Any:
     """Global arrays from a batch that every process computes alike; each device gets its rows only."""
 

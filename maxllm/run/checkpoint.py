@@ -1,8 +1,9 @@
 """Checkpoints through Orbax: the parameters that other stages read, and the rest that only resuming needs.
 
 A checkpoint has two items. `params` is what the next stage starts from; `rest` is the state without it (step,
-optimizer state, the critic of PPO). Those taken where the run was evaluated also carry a rank, larger is
-better. A restore that does not fit is an error, never a fresh start.
+optimizer state, the critic of PPO). Each carries the hashes of its files (run/hashes.py), which every read
+compares. Checkpoints taken where the run was evaluated also carry a rank, larger is better. A restore that
+does not fit is an error, never a fresh start.
 
 A training run writes through `Checkpoints`; whoever only reads uses the functions below it, which never touch
 the folder.
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -21,19 +23,25 @@ import flax.linen as nn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import xxhash
 from flax.traverse_util import flatten_dict, unflatten_dict
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint import checkpoint_managers
 
 from maxllm.errors import RunFailed, UserError
 from maxllm.files import read_json
+from maxllm.parallel import processes
 from maxllm.records import Params
+from maxllm.run.hashes import HashedHandler, HashedSave, array_of, damaged, is_description, verify
 
 FOLDER = "checkpoints"
 
 Which = Literal["latest", "best"]
 
 UNRANKED = -math.inf
-"""The rank of a state that was not evaluated."""
+"""The rank of a state that was not evaluated, or whose figure was no number: it is never the best."""
+
+UNFINISHED = "*.orbax-checkpoint-tmp*"
+"""What Orbax calls the folder of a checkpoint that is being written."""
 
 
 class State(Protocol):
@@ -52,80 +60,152 @@ AnyState = TypeVar("AnyState", bound=State)
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        keep: int,
+        in_use: Callable[[], Mapping[int, Sequence[str]]] = dict,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Opens `run_dir/checkpoints` for writing; no other process may have it open so.
 
         Args:
           run_dir: the run folder.
           keep: latest checkpoints to keep; the one of the highest rank is kept besides.
+          in_use: the steps that other runs began from, which are kept too, and whose these runs are.
+          say: told when a checkpoint stays for another run's sake alone.
+
+        Raises:
+          RunFailed: a checkpoint's rank is damaged.
         """
-        best = BestN(get_metric_fn=rank_of, n=1, keep_checkpoints_without_metrics=False)
+        self._best = max(ranks(run_dir).values(), default=UNRANKED)
+        self._quiet = ExitStack()
+        self._quiet.enter_context(without_merge_warning())
         self._manager = ocp.CheckpointManager(
             (run_dir / FOLDER).absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+                preservation_policy=_Kept(keep, in_use, say),
                 best_fn=rank_of,  # writes the ranks down, so that a resumed run knows them
                 enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,  # what a kill left half-written
             ),
+            item_handlers={"params": HashedHandler(), "rest": HashedHandler()},
         )
 
-    def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+    def is_best(self, rank: float) -> bool:
+        """Whether a rank is higher than that of every checkpoint so far."""
+        return rank > self._best
 
-    def save(self, step: int, state: State, rank: float | None) -> None:
-        """Starts saving in the background; `rank` is None where the state was not evaluated."""
+    def save(self, step: int, state: State, rank: float = UNRANKED) -> None:
+        """Starts saving in the background; a state that was evaluated has a rank."""
         params, rest = state.detach()
         with writable(Path(self._manager.directory)):
             self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)
-                ),
-                metrics={"rank": UNRANKED if rank is None else rank},
+                args=ocp.args.Composite(params=HashedSave(params), rest=HashedSave(rest)),
+                metrics={"rank": rank, "hash": hash_of_rank(rank)},
             )
+        self._best = max(self._best, rank)
 
     def restore(self, step: int, abstract_state: AnyState) -> AnyState:
         """The state saved at `step`, in the shardings of `abstract_state`.
 
         Raises:
-          RunFailed: it cannot be read; nothing is changed.
+          RunFailed: it is damaged or cannot be read; nothing is changed.
         """
         return restore(Path(self._manager.directory) / str(step), abstract_state)
 
     def close(self) -> None:
         """Waits for the save under way."""
-        with writable(Path(self._manager.directory)):
-            self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            with writable(Path(self._manager.directory)):
+                self._manager.wait_until_finished()
+            self._manager.close()
+        finally:
+            self._quiet.close()
+
+
+class _Kept(checkpoint_managers.PreservationPolicy):
+    """The latest checkpoints, the best one, and those that other runs began from."""
+
+    def __init__(
+        self, keep: int, in_use: Callable[[], Mapping[int, Sequence[str]]], say: Callable[[str], None]
+    ) -> None:
+        best = checkpoint_managers.BestN(get_metric_fn=rank_of, n=1, keep_checkpoints_without_metrics=False)
+        latest = checkpoint_managers.LatestN(keep)
+        self._own = checkpoint_managers.AnyPreservationPolicy([latest, best])
+        self._in_use, self._say = in_use, say
+        self._told: set[int] = set()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which of the checkpoints stay."""
+        users = self._in_use()
+        kept = []
+        for checkpoint, own in zip(
+            checkpoints, self._own.should_preserve(checkpoints, context=context), strict=True
+        ):
+            step = int(checkpoint.step)
+            if not own and step in users and step not in self._told:
+                self._told.add(step)
+                self._say(f"keeps the checkpoint of step {step}, from which {', '.join(users[step])} began")
+            kept.append(bool(own) or step in users)
+        return kept
 
 
 # --- reading -----------------------------------------------------------------------------------------------
 
 
+def steps_of(run_dir: Path) -> list[int]:
+    """The steps of a run's checkpoints, in order; a half-written one has another kind of name."""
+    folder = run_dir / FOLDER
+    names = (entry.name for entry in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 def latest_step(run_dir: Path) -> int | None:
-    """The step of a run's newest complete checkpoint."""
-    folder = (run_dir / FOLDER).absolute()
-    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.is_dir() else None
+    """The step of a run's newest checkpoint."""
+    return max(steps_of(run_dir), default=None)
 
 
 def best_step(run_dir: Path) -> int | None:
-    """The step of a run's checkpoint with the highest rank."""
-    folder = (run_dir / FOLDER).absolute()
-    ranks = {}
-    for step in ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []:
-        file = folder / str(step) / "metrics" / "metrics"
-        if file.is_file():
-            rank = rank_of(read_json(file))
-            if rank > UNRANKED:
-                ranks[step] = rank
-    return max(ranks, key=lambda step: ranks[step], default=None)
+    """The step of a run's checkpoint with the highest rank; of equal ones, the first."""
+    found = {step: rank for step, rank in ranks(run_dir).items() if rank > UNRANKED}
+    return max(found, key=lambda step: found[step], default=None)
+
+
+def ranks(run_dir: Path) -> dict[int, float]:
+    """{step: rank} of a run's checkpoints.
+
+    Raises:
+      RunFailed: a rank is damaged.
+    """
+    found = {}
+    for step in steps_of(run_dir):
+        checkpoint = run_dir / FOLDER / str(step)
+        file = checkpoint / "metrics" / "metrics"
+        try:
+            metrics = read_json(file) if file.is_file() else {}
+        except UserError as error:
+            raise damaged(checkpoint, str(error)) from None
+        if metrics and metrics.get("hash") != hash_of_rank(metrics.get("rank", math.nan)):
+            raise damaged(checkpoint, f"{file} is not as it was written")
+        found[step] = rank_of(metrics) if metrics else UNRANKED
+    return found
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Removes what a kill or a full disk left half-written; whoever calls it holds the run's lock."""
+    for folder in (run_dir / FOLDER).glob(UNFINISHED):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def rank_of(metrics: dict[str, float]) -> float:
     """What orders checkpoints: larger is better."""
     return metrics["rank"]
+
+
+def hash_of_rank(rank: float) -> str:
+    """What tells a damaged rank: it is in no item with hashes."""
+    return xxhash.xxh3_64_hexdigest(repr(float(rank)).encode())
 
 
 def find(run_dir: Path, which: Which = "latest") -> Path:
@@ -144,7 +224,7 @@ def restore(checkpoint: Path, abstract_state: AnyState) -> AnyState:
     """A whole training state from one checkpoint's folder, in the shardings of `abstract_state`.
 
     Raises:
-      RunFailed: it cannot be read.
+      RunFailed: it is damaged or cannot be read.
     """
     params, rest = abstract_state.detach()
     restored = read_items(checkpoint, params=params, rest=rest)
@@ -155,6 +235,8 @@ def read_items(checkpoint: Path, **abstract: Any) -> Any:
     """Some items of a checkpoint, each in the shardings and types of its abstract tree."""
     # The handler, not a Checkpointer: an item of a checkpoint is not a checkpoint of its own.
     handler = ocp.StandardCheckpointHandler()
+    for name in abstract:
+        verify(checkpoint / name)
     with readable(checkpoint):
         return {
             name: handler.restore(checkpoint / name, args=ocp.args.StandardRestore(tree))
@@ -167,27 +249,34 @@ def check_params(checkpoint: Path, abstract_params: Params) -> None:
 
     Raises:
       UserError: it is of another model.
+      RunFailed: it is damaged.
     """
-    with readable(checkpoint):
-        saved = ocp.StandardCheckpointHandler().metadata(checkpoint / "params").tree
+    saved = stored_tree(checkpoint)
     problems = differences(saved, abstract_params)
     if problems:
         raise UserError(f"{checkpoint} is a checkpoint of another model: {'; '.join(problems[:5])}")
+
+
+def stored_tree(checkpoint: Path) -> Any:
+    """Shapes and types of the parameters in a checkpoint.
+
+    Raises:
+      RunFailed: it is damaged.
+    """
+    verify(checkpoint / "params", wanted=is_description)
+    with readable(checkpoint):
+        return ocp.StandardCheckpointHandler().metadata(checkpoint / "params").tree
 
 
 def save_params(run_dir: Path, params: Params) -> None:
     """Writes parameters alone as the only checkpoint of a run folder, at step 0.
 
     Small in memory and quick: as much as the largest array is on its way to the disk at a time, in chunks, of
-    one layer each where layers are stacked; one folder for each array, where Orbax's one file for all keeps
-    much of it in memory; and uncompressed: zstd takes a quarter off weights in twice the time.
+    one layer each where layers are stacked; and uncompressed: zstd takes a quarter off weights in twice the
+    time.
     """
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    handler = ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=under_way_gb(params),  # type: ignore[arg-type]  # Orbax multiplies it
-        use_ocdbt=False,
-        use_compression=False,
-    )
+    handler = HashedHandler(save_concurrent_gb=under_way_gb(params), use_compression=False)
     folder = (run_dir / FOLDER).absolute()
     flat = flatten_dict(params, sep="/")
     chunks = unflatten_dict({path: chunks_of(path) for path in flat}, sep="/")
@@ -196,7 +285,7 @@ def save_params(run_dir: Path, params: Params) -> None:
         without_merge_warning(),
         ocp.CheckpointManager(folder, options=options, item_handlers={"params": handler}) as manager,
     ):
-        manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params, save_args=chunks)))
+        manager.save(0, args=ocp.args.Composite(params=HashedSave(params, save_args=chunks)))
 
 
 def chunks_of(path: str) -> ocp.SaveArgs:
@@ -235,8 +324,7 @@ def stored_dtypes(checkpoint: Path, abstract_params: Params) -> Params:
       UserError: it is of another model.
     """
     check_params(checkpoint, abstract_params)
-    with readable(checkpoint):
-        saved = ocp.StandardCheckpointHandler().metadata(checkpoint / "params").tree
+    saved = stored_tree(checkpoint)
     return jax.tree.map(lambda leaf, kind: leaf.update(dtype=kind.dtype), abstract_params, saved)
 
 
@@ -245,7 +333,7 @@ def load_params(checkpoint: Path, abstract_params: Params) -> Params:
 
     Raises:
       UserError: it is of another model.
-      RunFailed: it cannot be read.
+      RunFailed: it is damaged or cannot be read.
     """
     check_params(checkpoint, abstract_params)
     flat = flatten_dict(nn.unbox(abstract_params), sep="/")
@@ -255,7 +343,12 @@ def load_params(checkpoint: Path, abstract_params: Params) -> Params:
 
 
 def load_array(checkpoint: Path, path: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    """One array of the parameters; its path has slashes."""
+    """One array of the parameters; its path has slashes.
+
+    Raises:
+      RunFailed: it is damaged or cannot be read.
+    """
+    verify_array(checkpoint, path)
     wanted = unflatten_dict({path: abstract}, sep="/")
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
     with readable(checkpoint):
@@ -272,45 +365,66 @@ def open_array(checkpoint: Path, path: str) -> Any:
     What was saved in pieces larger than a layer is read whole at once, because each layer would read all.
 
     Raises:
-      RunFailed: it cannot be read.
+      RunFailed: it is damaged or cannot be read.
     """
     import tensorstore
 
-    folder, name = checkpoint / "params", path.replace("/", ".")
-    if (folder / name).is_dir():
-        store: dict[str, Any] = {"driver": "file", "path": str(folder / name)}
-    else:  # Orbax's one file for all
-        store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": name}
+    verify_array(checkpoint, path)
+    store = {"driver": "file", "path": str(checkpoint / "params" / path.replace("/", "."))}
+    spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
     with readable(checkpoint):
-        array = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
+        array = tensorstore.open(spec, open=True, read=True).result()
         layers_apart = (array.chunk_layout.read_chunk.shape or ())[:1] == (1,)
         return array if layers_apart else np.asarray(array)
 
 
+def verify_array(checkpoint: Path, path: str) -> None:
+    """Compares the files of one array of the parameters with their hashes; its path has slashes.
+
+    Raises:
+      RunFailed: it is damaged.
+    """
+    name = path.replace("/", ".")
+    verify(checkpoint / "params", wanted=lambda file: array_of(file) == name)
+
+
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Turns whatever Orbax raises while writing into one sentence."""
+    """Turns what Orbax raises while writing into one sentence."""
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:300]
+        if processes.peer_lost(error):
+            raise
         raise RunFailed(
-            f"a checkpoint cannot be written to {folder} ({type(error).__name__}: {reason}); the same "
-            "command continues from the last complete one"
+            f"a checkpoint cannot be written to {folder} ({reason_of(error)}); the same command continues "
+            "from the last complete one"
         ) from error
 
 
 @contextmanager
 def readable(checkpoint: Path) -> Iterator[None]:
-    """Turns whatever Orbax raises while reading into one sentence."""
+    """Turns what Orbax raises while reading files that are as they were written into one sentence."""
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        raise RunFailed(
-            f"checkpoint {checkpoint} cannot be restored ({type(error).__name__}: {reason}); remove that "
-            "folder to use the checkpoint before it"
-        ) from error
+        if processes.peer_lost(error):
+            raise
+        full = is_out_of_memory(error)
+        why = "there is not enough memory" if full else "its files are as they were written, but"
+        raise RunFailed(f"checkpoint {checkpoint} cannot be restored: {why} ({reason_of(error)})") from error
+
+
+def reason_of(error: Exception) -> str:
+    """An error of a library in a phrase."""
+    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0][:300]}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the host or a device has no room left, which is no fault of a checkpoint."""
+    return (
+        isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+    )
 
 
 def differences(saved: Any, wanted: Any) -> list[str]:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 import jax
-import numpy as np
 
 from maxllm.errors import leave
+from maxllm.parallel import processes
 
 AGREE_EVERY = 10
 """Steps between two moments at which several processes agree whether to stop."""
@@ -38,11 +38,7 @@ class StopRequest:
         """
         if jax.process_count() == 1:
             return self.asked
-        if step % AGREE_EVERY:
-            return False
-        from jax.experimental import multihost_utils
-
-        return bool(np.any(multihost_utils.process_allgather(np.array(self.asked))))
+        return step % AGREE_EVERY == 0 and processes.anywhere(self.asked)
 
 
 @contextmanager

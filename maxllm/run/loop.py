@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,11 @@ from maxllm.files import read_json, write_json
 from maxllm.parallel import processes, sharding
 from maxllm.plan.flops import PEAK_FLOPS
 from maxllm.records import Metrics
-from maxllm.run.checkpoint import FOLDER, Checkpoints, latest_step
+from maxllm.run.checkpoint import FOLDER, UNRANKED, Checkpoints, latest_step
 from maxllm.run.faults import StopRequest, stop_on_signals
+from maxllm.run.parents import check_parents, in_use, record_parents, roles_of
 from maxllm.run.record import METRICS, SUMMARY, Recorder, hardware, peak_rss_bytes, read_summary
-from maxllm.run.session import Session, compile_step, open_run_dir
+from maxllm.run.session import Session, compile_step, open_run_dir, say
 
 DATA = "data.json"
 """Which data a run is made of; see `check_same_data`."""
@@ -40,6 +42,8 @@ class Job:
     """Pure `(state, batch, *frozen) -> (state, metrics)`."""
     batches: Batches
     """The data, in order."""
+    heldout: Any
+    """Records of arrays, and lists of texts, that `evaluate` reads: part of what a run is."""
     evaluate: Callable[[Any], dict[str, float]]
     """Held-out figures of a state."""
     best: tuple[str, Literal["min", "max"]]
@@ -52,6 +56,8 @@ class Job:
     """Trees that the step reads besides state and batch."""
     facts: dict[str, Any] | None = None
     """Numbers that go into summary.json as they are."""
+    warning: Callable[[dict[str, float]], str | None] = lambda means: None
+    """Looks at the figures of a log line; a sentence where they tell that training does nothing."""
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -76,47 +82,72 @@ def train(session: Session, job: Job) -> dict[str, Any]:
 
     Raises:
       Interrupted: SIGTERM or Ctrl-C came; the state is saved.
-      RunFailed: too many consecutive updates were not finite, or the run's checkpoints are gone.
-      UserError: another process is training in the same folder.
+      RunFailed: too many consecutive updates were not finite, the run's checkpoints are gone or damaged, or
+        another process of the run has ended.
+      UserError: another process is training in the same folder, or the run began from other data or parents.
     """
-    run, title = session.config.run, session.config.stage
+    title = session.config.stage
     with stop_on_signals() as stop:
-        first = latest_step(session.run_dir)
-        check_not_lost(session.run_dir, first)
-        state = job.fresh() if first is None else None
-        with open_run_dir(session):
-            check_same_data(session.run_dir, job.batches, first)
-            checkpoints = Checkpoints(session.run_dir, run.keep_checkpoints)
-            try:
-                with Recorder(session.run_dir, title, run.steps, first, processes.is_main()) as recorder:
-                    if state is None:
-                        assert first is not None, "else there is a fresh state"
-                        state = checkpoints.restore(first, job.abstract_state)
-                        recorder.say(f"continues from the checkpoint of step {first}")
-                    summary = _Loop(session, job, checkpoints, recorder, stop).run(state, first or 0)
-            finally:
-                checkpoints.close()
-            if processes.is_main():
-                write_json(session.run_dir / SUMMARY, summary)
+        try:
+            state = job.fresh() if latest_step(session.run_dir) is None else None
+            with open_run_dir(session):
+                summary = finished(session) or _train_in_folder(session, job, state, stop)
+        except Exception as error:
+            if processes.peer_lost(error):
+                raise RunFailed(
+                    "another process of this run has ended, and this one cannot go on alone; the message of "
+                    "that process says why. The same command continues from the last complete checkpoint"
+                ) from error
+            raise
         if stop.anywhere(0):
             raise Interrupted(f"{title} is complete; stopped as asked, the same command continues after it")
     return summary
 
 
-def check_same_data(run_dir: Path, batches: Batches, step: int | None) -> None:
-    """A run goes on with the data it began with.
+def _train_in_folder(session: Session, job: Job, state: Any, stop: StopRequest) -> dict[str, Any]:
+    """`train` in a folder that no other process has open; `state` is None where a checkpoint was there."""
+    run, title, run_dir = session.config.run, session.config.stage, session.run_dir
+    # Read now that the folder is ours: another process may have trained here since `state` was made.
+    newest = processes.from_main(-1 if (step := latest_step(run_dir)) is None else step)
+    first = None if newest < 0 else newest
+    check_not_lost(run_dir, first)
+    check_same_data(run_dir, job, first)
+    parents = {role: session.parent(role) for role in roles_of(session.config)}
+    check_parents(run_dir, parents)
+    if processes.is_main():
+        record_parents(run_dir, parents, partial(say, session))
+    checkpoints = Checkpoints(run_dir, run.keep_checkpoints, partial(in_use, run_dir), partial(say, session))
+    try:
+        with Recorder(run_dir, title, run.steps, first, processes.is_main()) as recorder:
+            if first is not None:
+                state = checkpoints.restore(first, job.abstract_state)
+                recorder.say(f"continues from the checkpoint of step {first}")
+            elif state is None:
+                state = job.fresh()
+            summary = _Loop(session, job, checkpoints, recorder, stop).run(state, first or 0)
+    finally:
+        checkpoints.close()
+    if processes.is_main():
+        write_json(run_dir / SUMMARY, summary)
+    return summary
+
+
+def check_same_data(run_dir: Path, job: Job, step: int | None) -> None:
+    """A run goes on with the data it began with, and is measured on the same held-out data.
 
     Raises:
-      UserError: the data is another.
+      UserError: one of them is another.
     """
-    now = fingerprint(batches.rows)
+    now = {"training": fingerprint(job.batches.rows), "held-out": fingerprint(job.heldout)}
     if step is not None and (run_dir / DATA).is_file():
         former = read_json(run_dir / DATA)
-        if former != now:
-            raise UserError(
-                f"the training data of {run_dir} has changed since the run began ({former['rows']} rows "
-                f"then, {now['rows']} now); put it back, or give another run.dir"
-            )
+        for name, data in now.items():
+            if former.get(name) != data:
+                rows = (former.get(name) or {}).get("rows")
+                raise UserError(
+                    f"the {name} data of {run_dir} has changed since the run began ({rows} rows then, "
+                    f"{data['rows']} now); put it back, or give another run.dir"
+                )
     if processes.is_main():
         write_json(run_dir / DATA, now)
 
@@ -148,8 +179,8 @@ class _Loop:
         """From the state after step `first` to the last step."""
         job, run = self.job, self.session.config.run
         self.tell_size()
-        if first == 0:
-            self.evaluate(state, 0)
+        if not self.recorder.heldout():
+            self.evaluate(state, first)
         rows = sharding.batch_sharding(self.session.mesh)
         step_fn, compile_seconds = compile_step(
             self.session.mesh,
@@ -167,6 +198,8 @@ class _Loop:
         self.window.restart()
         for step in range(first + 1, run.steps + 1):
             batch = processes.to_global(job.batches.at(step - 1), rows)
+            if self.is_over():
+                self.note_pending()
             state, metrics = step_fn(state, batch, *job.frozen)
             # Reading numbers waits for the device; reading the former step's keeps it busy meanwhile.
             self.note_pending()
@@ -176,9 +209,9 @@ class _Loop:
             saving = stopping or due(step, run.checkpoint_every, run.steps)
             if evaluating or saving:
                 self.note_pending()
-            heldout = self.evaluate(state, step) if evaluating else None
-            if saving:
-                self.save(step, state, heldout)
+            rank = self.rank_of(self.evaluate(state, step)) if evaluating else UNRANKED
+            if saving or self.checkpoints.is_best(rank):
+                self.save(step, state, rank)
             if stopping:
                 raise Interrupted(
                     f"stopped after step {step} of {run.steps} and saved; the same command continues"
@@ -200,6 +233,13 @@ class _Loop:
     def seconds(self) -> float:
         """Seconds this run has taken so far, earlier sittings included."""
         return round(self.recorder.seconds_before + time.perf_counter() - self.started, 3)
+
+    def is_over(self) -> bool:
+        """Whether the step under way has ended: its time must then not count as the next one's.
+
+        On CPU a step may be computed where it is called.
+        """
+        return self.pending is not None and all(x.is_ready() for x in jax.tree.leaves(self.pending[1]))
 
     def note_pending(self) -> None:
         """Takes in the numbers of the step under way, if there is one."""
@@ -227,6 +267,8 @@ class _Loop:
             record = {"step": step, "seconds": self.seconds(), **self.window.means(), **self.window.speed()}
             self.recorder.write(record)
             self.recorder.say(self.window.line(step, run.steps, record))
+            if (warning := self.job.warning(record)) is not None:
+                self.recorder.say(f"step {step}: {warning}")
             self.window.restart()
         self.recorder.advance(step)
 
@@ -239,17 +281,21 @@ class _Loop:
         self.window.paused(time.perf_counter() - started)
         return heldout
 
-    def save(self, step: int, state: Any, heldout: dict[str, float] | None) -> None:
-        """Starts saving in the background, ranked by its own held-out figure where it has one."""
-        started = time.perf_counter()
+    def rank_of(self, heldout: dict[str, float]) -> float:
+        """What orders states by their held-out figures, larger is better; what is no number never ranks."""
         name, better = self.job.best
-        rank = None if heldout is None else heldout[name] * (1 if better == "max" else -1)
+        figure = heldout[name] * (1 if better == "max" else -1)
+        return figure if math.isfinite(figure) else UNRANKED
+
+    def save(self, step: int, state: Any, rank: float) -> None:
+        """Starts saving in the background."""
+        started = time.perf_counter()
         self.checkpoints.save(step, state, rank)
         self.window.paused(time.perf_counter() - started)
 
     def summary(self, state: Any, compile_seconds: float) -> dict[str, Any]:
         """What summary.json says."""
-        heldout = [record for record in self.recorder.records if "heldout" in record]
+        heldout = self.recorder.heldout()
         logged = [record for record in self.recorder.records if "heldout" not in record]
         speeds = [record["tokens_per_second"] for record in logged[1:] or logged]
         return {
@@ -259,11 +305,11 @@ class _Loop:
             "tokens": self.session.config.run.steps * self.job.tokens_per_step,
             "seconds": self.seconds(),
             "compile_seconds": round(compile_seconds, 2),
-            "tokens_per_second": float(np.median(speeds)),
+            "tokens_per_second": float(np.median(speeds)) if speeds else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "heldout_first": heldout[0]["heldout"],
             "heldout_last": heldout[-1]["heldout"],
-            "last": logged[-1],
+            "last": logged[-1] if logged else None,
             "hardware": hardware(),
             **(self.job.facts or {}),
         }
@@ -306,7 +352,7 @@ class _Window:
             speed["mfu"] = per_second * self._job.flops_per_step / (self._peak * jax.device_count())
         return speed
 
-    def line(self, step: int, steps: int, record: dict[str, float]) -> str:
+    def line(self, step: int, steps: int, record: dict[str, Any]) -> str:
         """The console line."""
         shown = ["loss", "accuracy", "score", "kl", "gradient_norm"]
         parts = [f"{name} {record[name]:.4g}" for name in shown if name in record]

@@ -130,6 +130,12 @@ class Recorder:
           main: False for the processes that must not write.
         """
         self._path, self._main = run_dir / METRICS, main
+        if first_step is not None and main and not self._path.is_file():
+            console(main).print(
+                f"{title}: {self._path} is gone, and with it what was recorded up to step {first_step}",
+                markup=False,
+                soft_wrap=True,
+            )
         kept = [r for r in read_records(run_dir) if first_step is not None and r["step"] <= first_step]
         self.seconds_before: float = max((record["seconds"] for record in kept), default=0.0)
         self.records = kept
@@ -165,6 +171,10 @@ class Recorder:
         if self._main:
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(line_of(record))
+
+    def heldout(self) -> list[dict[str, Any]]:
+        """The records of evaluations, in order."""
+        return [record for record in self.records if "heldout" in record]
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""

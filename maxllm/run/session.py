@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from maxllm.parallel import processes, sharding
 from maxllm.parallel.compiler import compiler_options
 from maxllm.parallel.memory import check_offload, fetched
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
+from maxllm.run.checkpoint import remove_unfinished
+from maxllm.run.parents import Role, parent_of
 from maxllm.run.record import console
 
 CONFIG, HF_CONFIG, LOCK = "config.yaml", "hf_config.json", ".lock"
@@ -63,6 +65,17 @@ class Session:
     run_dir: Path
     hf_config: dict[str, Any] | None = None
     """config.json of the Hugging Face model that this one descends from, whose other fields export keeps."""
+    _parents: dict[Role, Path] = field(default_factory=dict, repr=False)
+
+    def parent(self, role: Role) -> Path:
+        """The checkpoint that this run began from, or will; found once, so that what is read is recorded.
+
+        Raises:
+          UserError: it is gone, or not what it was.
+        """
+        if role not in self._parents:
+            self._parents[role] = parent_of(self.run_dir, self.config, role)
+        return self._parents[role]
 
 
 def open_session(config: Config) -> Session:
@@ -224,6 +237,7 @@ def open_run_dir(session: Session) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another process is training in {session.run_dir}") from None
         check_same_recipe(session.run_dir, session.config)  # it may have come since the session was opened
+        remove_unfinished(session.run_dir)  # first of all: it may be what fills the disk
         for name, content in session.tokenizer.files.items():
             write_bytes(session.run_dir / name, content)
         if session.hf_config is not None:

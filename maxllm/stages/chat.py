@@ -19,6 +19,7 @@ from maxllm.data.render import render_prompt
 from maxllm.data.tokenizer import document_start
 from maxllm.errors import UserError
 from maxllm.records import Params
+from maxllm.run.checkpoint import find
 from maxllm.run.session import Session, reopen
 from maxllm.stages.shared import policy_params, reply_text, responder, response_ids
 
@@ -34,7 +35,7 @@ class Speaker:
         self.session: Session = reopen(run_dir, overrides, ("generation", "run.seed", "model.dtype"))
         if self.session.config.stage == "reward":
             raise UserError(f"{run_dir} holds a reward model, which gives scores and no text")
-        self.params: Params = policy_params(self.session, run_dir)
+        self.params: Params = policy_params(self.session, find(run_dir))
         self.chats = speaks_in_turns(self.session)
         self._respond = cache(lambda: responder(self.session, self.session.config.generation))
         self._turn = 0

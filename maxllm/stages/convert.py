@@ -189,12 +189,12 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
         return {name: written[name] for name in COUNTS} | (logits if verify else {})
     checkpoint = find(run_dir)
     if session.config.lora is not None:
-        params = policy_params(session, run_dir)
+        params = policy_params(session, checkpoint)
 
         def read(path: str, leaf: Any) -> Any:
             return leaf
 
-        whole: Callable[[], Params] = partial(policy_params, session, run_dir)
+        whole: Callable[[], Params] = partial(policy_params, session, checkpoint)
     else:
         params = stored_dtypes(checkpoint, abstract_params(session, Llama(session.model)))
 

@@ -13,7 +13,7 @@ from maxllm.config import Config
 from maxllm.data import chat, loader
 from maxllm.data.instruct import Question, ReplyPair, answer_of, pad_reply_pairs, read_split, reply_pair
 from maxllm.plan.flops import train_flops_per_token
-from maxllm.records import Params
+from maxllm.records import Params, ReplyPairBatch
 from maxllm.run.loop import Job, finished, mean_over, train
 from maxllm.run.session import Session, compile_reader, open_session
 from maxllm.stages.program import dpo_program
@@ -49,7 +49,8 @@ def job(session: Session) -> Job:
     program = dpo_program(config, session.model, session.mesh)
     reference = start_policy(session)()
     # 3. Held-out figures: the loss's, and right answers, where rows say which these are.
-    figures = heldout_pairs(session, program.loss_fn, [pair for pair, _ in heldout_rows], reference)
+    heldout = pad_reply_pairs([pair for pair, _ in heldout_rows], length, pad)
+    figures = heldout_pairs(session, program.loss_fn, heldout, reference)
     room = length - config.generation.max_new_tokens
     questions = [q for _, q in heldout_rows if q.answer is not None and len(q.ids) <= room]
     answers = heldout_answers(session, questions, room)
@@ -59,6 +60,7 @@ def job(session: Session) -> Job:
         fresh=lambda: start_from(reference, program.optimizer, program.abstract_state),
         step=program.step,
         batches=loader.Batches(pairs, config.batch.rows, config.run.seed),
+        heldout=(heldout, [question.answer for question in questions]),
         evaluate=lambda state: figures(state) | answers(state),
         best=("loss", "min"),
         tokens_per_step=tokens,
@@ -80,11 +82,10 @@ def pair_and_question(session: Session, row: dict[str, Any]) -> tuple[ReplyPair,
 
 
 def heldout_pairs(
-    session: Session, loss_fn: Callable[..., Loss], pairs: Sequence[ReplyPair], reference: Params
+    session: Session, loss_fn: Callable[..., Loss], rows: ReplyPairBatch, reference: Params
 ) -> Callable[[TrainState], dict[str, float]]:
     """Loss, share of pairs in the right order, implicit rewards and log-probabilities over held-out pairs."""
     reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
-    rows = pad_reply_pairs(pairs, session.config.batch.sequence_length, session.tokenizer.pad)
     batches = partial(loader.in_order, rows, session.config.batch.rows)
     return lambda state: mean_over(batches(), lambda batch: reader(state.params, batch, reference))
 

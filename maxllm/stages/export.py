@@ -87,7 +87,7 @@ def export_policy(
     Raises:
       RunFailed: the two do not agree; nothing is left at out_dir.
     """
-    params = policy_params(session, run_dir)
+    params = policy_params(session, find(run_dir))
     check: dict[str, Any] | None = None
 
     def compare(folder: Path) -> None:

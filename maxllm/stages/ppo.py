@@ -48,6 +48,9 @@ from maxllm.steps import ppo as algorithm
 from maxllm.steps.ppo import Frozen, Ppo, PpoState
 from maxllm.steps.state import abstract, init_params, initializer
 
+LEAST_ADVANTAGE_STD = 1e-4
+"""Below it the 1e-8 that whitening adds to the variance is what it divides by."""
+
 
 def iteration(
     state: PpoState,
@@ -81,7 +84,8 @@ def job(session: Session) -> Job:
     check_sampling(config.generation)
     start = start_policy(session)
     reward = abstract_params(session, ScalarModel(session.model))
-    judge = check_start(session, Path(config.start.reward or ""), reward)
+    judge = session.parent("reward")
+    check_start(session, judge, reward)
     check_reward_fits(session)
     # 1. Data: prompts. Answers, where rows have them, are for the held-out check; training never sees them.
     length = config.batch.sequence_length - config.generation.max_new_tokens
@@ -104,12 +108,24 @@ def job(session: Session) -> Job:
         batches=loader.Batches(
             prompts_of(train_questions, length, ppo.pad), config.batch.rows, config.run.seed
         ),
+        heldout=(prompts_of(heldout, length, ppo.pad), [question.answer for question in heldout]),
         evaluate=heldout_evaluator(session, ppo, frozen, heldout, length),
         best=("score", "max"),
         tokens_per_step=per_pass,
         flops_per_step=iteration_flops(session, per_pass),
         frozen=(frozen,),
         facts={"heldout_items": len(heldout), "sources": told(session, tallies)},
+        warning=nothing_to_learn,
+    )
+
+
+def nothing_to_learn(means: dict[str, float]) -> str | None:
+    """A sentence where all advantages are alike, as those of a single reply of one token are."""
+    if means.get("advantage_std", 1.0) > LEAST_ADVANTAGE_STD:
+        return None
+    return (
+        f"all advantages are alike (replies of {means['response_tokens']:.3g} tokens), so that whitening "
+        "leaves nothing to learn from; give more batch.rows, or longer or less certain replies"
     )
 
 

@@ -15,6 +15,7 @@ import jax
 
 from maxllm.config import Config
 from maxllm.errors import UserError
+from maxllm.records import LmBatch
 from maxllm.run.loop import Job, finished, train
 from maxllm.run.session import Session, open_session
 from maxllm.stages import prepare
@@ -50,13 +51,15 @@ def job(session: Session) -> Job:
             return create(program.init, program.abstract_state, jax.random.key(config.run.seed))
         return start_from(start(), program.optimizer, program.abstract_state)
 
+    heldout = prepare.read_rows(prepared, "heldout")
     # 3. Train; the best checkpoint is the one with the fewest held-out bits per byte.
     return language_job(
         session,
         program,
         fresh=fresh,
         rows=prepare.read_rows(prepared, "train"),
-        evaluate=bits_per_byte(session, prepared, manifest),
+        heldout=heldout,
+        evaluate=bits_per_byte(session, heldout, manifest),
         best=("bits_per_byte", "min"),
         facts={
             "bits_per_byte_unigram": manifest["bits_per_byte_unigram"],
@@ -68,14 +71,14 @@ def job(session: Session) -> Job:
 
 
 def bits_per_byte(
-    session: Session, prepared: Path, manifest: dict[str, Any]
+    session: Session, rows: LmBatch, manifest: dict[str, Any]
 ) -> Callable[[TrainState], dict[str, float]]:
     """Held-out loss, accuracy and bits per byte of text.
 
     Bits are counted over every token of every held-out document, its end-of-text token included, and divided
     by the documents' UTF-8 bytes: a figure that does not depend on the tokenizer.
     """
-    measure = heldout_language(session, prepare.read_rows(prepared, "heldout"))
+    measure = heldout_language(session, rows)
     tokens, size = manifest["heldout"]["tokens"], manifest["heldout"]["bytes"]
 
     def evaluate(state: TrainState) -> dict[str, float]:

@@ -41,6 +41,7 @@ def job(session: Session) -> Job:
     )
     pad = session.tokenizer.pad
     # 2. State: the policy's decoder under a new head.
+    heldout = pad_pairs(heldout_pairs, length, pad)
     program = reward_program(config, session.model, session.mesh)
     start = start_policy(session)
     tokens = 2 * config.batch.rows * length
@@ -50,7 +51,8 @@ def job(session: Session) -> Job:
         fresh=lambda: start_from(with_new_head(session, start), program.optimizer, program.abstract_state),
         step=program.step,
         batches=loader.Batches(pad_pairs(train_pairs, length, pad), config.batch.rows, config.run.seed),
-        evaluate=heldout_pairs_evaluator(session, program.loss_fn, pad_pairs(heldout_pairs, length, pad)),
+        heldout=heldout,
+        evaluate=heldout_pairs_evaluator(session, program.loss_fn, heldout),
         best=("accuracy", "max"),
         tokens_per_step=tokens,
         flops_per_step=tokens * train_flops_per_token(session.model, length, head=1),

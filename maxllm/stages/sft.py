@@ -74,6 +74,7 @@ def job(session: Session) -> Job:
         fresh=trained.fresh,
         frozen=trained.frozen,
         rows=rows,
+        heldout=(heldout, prompts, [question.answer for question in questions]),
         evaluate=evaluate,
         best=("loss", "min"),
         facts={

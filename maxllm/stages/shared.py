@@ -23,8 +23,9 @@ from maxllm.model.llama import Llama
 from maxllm.parallel import sharding
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import LmBatch, Params, PromptBatch, Rollout
-from maxllm.run.checkpoint import Which, check_params, find, load_params
+from maxllm.run.checkpoint import check_params, load_params
 from maxllm.run.loop import Job, mean_over
+from maxllm.run.parents import parent_of, run_dir_of, shown
 from maxllm.run.record import read_summary
 from maxllm.run.session import Session, compile_reader, run_config, say
 from maxllm.stages.program import Program
@@ -56,15 +57,19 @@ def abstract_params(session: Session, model: Any) -> Params:
     return abstract(partial(init_params, model), session.mesh)
 
 
-def policy_params(session: Session, run_dir: Path, which: Which = "latest") -> Params:
-    """A run's language-model parameters on this session's mesh; adapters are merged into what they adapt."""
-    lora = run_config(run_dir).lora
-    if lora is None:
-        return load_params(find(run_dir, which), abstract_params(session, Llama(session.model)))
-    parent = run_config(run_dir).start
-    base = policy_params(session, Path(parent.policy or ""), parent.checkpoint)
-    adapters = load_params(find(run_dir, which), abstract_adapters(session, lora))
-    return jax.jit(partial(merge, lora=lora))(base, adapters)
+def policy_params(session: Session, checkpoint: Path) -> Params:
+    """A checkpoint's language-model parameters on this session's mesh, its adapters merged into their model.
+
+    Raises:
+      UserError: the model that adapters were trained beside is gone, or another one now.
+    """
+    run_dir = run_dir_of(checkpoint)
+    config = run_config(run_dir)
+    if config.lora is None:
+        return load_params(checkpoint, abstract_params(session, Llama(session.model)))
+    base = policy_params(session, parent_of(run_dir, config, "policy"))
+    adapters = load_params(checkpoint, abstract_adapters(session, config.lora))
+    return jax.jit(partial(merge, lora=config.lora))(base, adapters)
 
 
 def abstract_adapters(session: Session, lora: LoraConfig) -> Params:
@@ -78,27 +83,26 @@ def start_policy(session: Session) -> Callable[[], Params]:
     Raises:
       UserError: there is no checkpoint, or one of another model.
     """
-    run_dir, which = Path(session.config.start.policy or ""), session.config.start.checkpoint
-    lora = run_config(run_dir).lora
+    checkpoint = session.parent("policy")
+    lora = run_config(run_dir_of(checkpoint)).lora
     model = Llama(session.model)
     wanted = abstract_params(session, model) if lora is None else abstract_adapters(session, lora)
-    check_start(session, run_dir, wanted)
-    return partial(policy_params, session, run_dir, which)
+    check_start(session, checkpoint, wanted)
+    return partial(policy_params, session, checkpoint)
 
 
-def check_start(session: Session, run_dir: Path, wanted: Params) -> Path:
-    """The checkpoint that a run starts from, looked at and named on the console; nothing is read yet.
+def check_start(session: Session, checkpoint: Path, wanted: Params) -> None:
+    """Looks at a checkpoint that a run starts from, and names it on the console; nothing is read yet.
 
     Raises:
-      UserError: there is none, or it is of another model.
+      UserError: it is of another model.
+      RunFailed: it is damaged.
     """
-    checkpoint = find(run_dir, session.config.start.checkpoint)
     check_params(checkpoint, wanted)
-    parent = run_config(run_dir)
-    unfinished = parent.stage != "convert" and read_summary(run_dir) is None
+    parent = run_config(run_dir_of(checkpoint))
+    unfinished = parent.stage != "convert" and read_summary(run_dir_of(checkpoint)) is None
     more = f" of {parent.run.steps}: that run is not finished" if unfinished else ""
-    say(session, f"starts from {run_dir}, step {checkpoint.name}{more}")
-    return checkpoint
+    say(session, f"starts from {shown(run_dir_of(checkpoint))}, step {checkpoint.name}{more}")
 
 
 def language_job(
@@ -107,6 +111,7 @@ def language_job(
     *,
     fresh: Callable[[], TrainState],
     rows: LmBatch,
+    heldout: Any,
     evaluate: Callable[[TrainState], dict[str, float]],
     best: tuple[str, Any],
     facts: dict[str, Any],
@@ -120,6 +125,7 @@ def language_job(
         fresh=fresh,
         step=program.step,
         batches=loader.Batches(rows, config.batch.rows, config.run.seed),
+        heldout=heldout,
         evaluate=evaluate,
         best=best,
         tokens_per_step=tokens,

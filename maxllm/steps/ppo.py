@@ -122,12 +122,14 @@ def experience(ppo: Ppo, state: PpoState, frozen: Frozen, rollout: Rollout) -> t
     advantages_BR, returns_BR = policy.gae(rewards_BR, values_BR, mask_BR, config.gamma, config.gae_lambda)
 
     rows, tokens = jnp.float32(mask_BR.shape[0]), jnp.sum(mask_BR)
+    spread_BR = jnp.square(advantages_BR - policy.masked_mean(advantages_BR, mask_BR))
     metrics: Metrics = {
         "score": (jnp.sum(raw_scores_B), rows),
         "kl": (jnp.sum(policy.kl_k1(logps_BR, ref_logps_BR) * mask_BR), rows),
         "kl_k3": (jnp.sum(policy.kl_k3(logps_BR, ref_logps_BR) * mask_BR), rows),
         "entropy": (jnp.sum(token.entropy(logits_BRV) * mask_BR), tokens),
         "response_tokens": (tokens, rows),
+        "advantage_std": (jnp.sqrt(policy.masked_mean(spread_BR, mask_BR)), jnp.float32(1)),
         "finished": (rows - jnp.sum(unfinished_B), rows),
     }
     whitened_BR = policy.whiten(advantages_BR, mask_BR)

@@ -79,4 +79,22 @@ def test_a_fingerprint_tells_data_apart():
     assert fingerprint(rows) == same and same["rows"] == 1000
     shorter = {name: array[:-1] for name, array in rows.items()}
     other = rows | {"a": rows["a"] + 1}
-    assert len({fingerprint(each)["sha256"] for each in (rows, shorter, other)}) == 3
+    assert len({fingerprint(each)["hash"] for each in (rows, shorter, other)}) == 3
+
+
+def test_a_fingerprint_reads_every_value():
+    """One changed value anywhere, also in a file that is mapped, and one changed answer."""
+    rows = np.arange(5000 * 3, dtype=np.int32).reshape(5000, 3)
+    answers = [str(number) for number in range(5000)]
+    former = fingerprint((rows, answers))
+    for number in (0, 1, 1023, 1024, 2777, 4998, 4999):
+        changed = rows.copy()
+        changed[number, 1] ^= 1
+        assert fingerprint((changed, answers)) != former
+        assert fingerprint((rows, [*answers[:number], "x", *answers[number + 1 :]])) != former
+
+
+def test_a_fingerprint_of_a_mapped_file_is_that_of_its_values(tmp_path):
+    rows = np.arange(3000, dtype=np.int32).reshape(1000, 3)
+    np.save(tmp_path / "rows.npy", rows)
+    assert fingerprint(np.load(tmp_path / "rows.npy", mmap_mode="r")) == fingerprint(rows)

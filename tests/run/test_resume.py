@@ -106,12 +106,12 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("no checkpoint came")
 
 
-def test_a_warm_cache_is_faster_and_changes_nothing(corpus: Path, uninterrupted: Path) -> None:
-    """Two fresh processes with a cache of their own: the second reads what the first compiled, and both end
-    as the run that had none. Compiling takes seconds, reading tenths of one."""
+def test_a_warm_cache_is_read_and_changes_nothing(corpus: Path, uninterrupted: Path) -> None:
+    """Two fresh processes with a cache of their own: the second compiles nothing that the first had compiled,
+    and both end as the run that had none."""
     cache = corpus / "cache"
     environment = {name: value for name, value in ONE_DEVICE.items() if name != CACHE_DIR}
-    seconds = []
+    compiled = []
     for name in ("cold", "warm"):
         subprocess.run(
             verb(command(corpus / name, corpus), "pretrain"),
@@ -119,10 +119,12 @@ def test_a_warm_cache_is_faster_and_changes_nothing(corpus: Path, uninterrupted:
             capture_output=True,
             env=environment | {"XDG_CACHE_HOME": str(cache)},
         )
-        seconds.append(json.loads((corpus / name / "summary.json").read_text())["compile_seconds"])
         assert_same_end(uninterrupted, corpus / name)
-        assert list((cache / "maxllm" / "xla").glob("jit_train_step-*-cache"))
-    assert seconds[1] < 0.6 * seconds[0]
+        compiled.append(
+            {file.name: file.stat().st_mtime_ns for file in (cache / "maxllm" / "xla").glob("*-cache")}
+        )
+    assert any(name.startswith("jit_train_step-") for name in compiled[0])
+    assert compiled[1] == compiled[0]
 
 
 def test_kill_9_then_the_same_command(corpus: Path, uninterrupted: Path) -> None:
@@ -179,13 +181,12 @@ def test_a_broken_checkpoint_is_an_error_not_a_fresh_start(corpus: Path, uninter
     folder = corpus / "broken"
     subprocess.run(["cp", "-r", str(uninterrupted), str(folder)], check=True)
     (folder / "summary.json").unlink()
-    for item in (folder / "checkpoints" / str(STEPS) / "params").rglob("*"):
-        if item.is_file() and "d" in item.parts[-2:-1]:
-            item.write_bytes(b"")
+    (folder / "checkpoints" / str(STEPS) / "params" / "decoder.embedding" / "0.0").write_bytes(b"")
     words = [word.replace("uninterrupted", "broken") for word in command(uninterrupted, corpus)]
     result = subprocess.run(verb(words, "pretrain"), capture_output=True, text=True, env=ONE_DEVICE)
     assert result.returncode == 1, result.stderr
-    assert f"checkpoints/{STEPS} cannot be restored" in result.stderr and "Traceback" not in result.stderr
+    assert f"checkpoints/{STEPS} is damaged: in params, array decoder/embedding" in result.stderr
+    assert "Traceback" not in result.stderr
     assert not (folder / "summary.json").exists()
 
 
@@ -202,15 +203,16 @@ def test_the_best_evaluated_checkpoint_outlives_newer_ones(tmp_path: Path) -> No
     from maxllm.run import checkpoint
     from maxllm.steps.state import TrainState
 
-    def save(ranks: dict[int, float | None]) -> None:
+    def save(ranks: dict[int, float]) -> None:
         checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
         for step, rank in ranks.items():
             state = TrainState(jnp.int32(step), {"w": jnp.full(3, float(step))}, {"m": jnp.zeros(3)})
             checkpoints.save(step, state, rank)
         checkpoints.close()
 
-    save({1: -0.5, 2: None, 3: -0.1, 4: None, 5: -0.4})
-    save({6: None, 7: -0.3, 8: None})
+    none = checkpoint.UNRANKED
+    save({1: -0.5, 2: none, 3: -0.1, 4: none, 5: -0.4})
+    save({6: none, 7: -0.3, 8: none})
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert kept == [3, 7, 8]
     assert (checkpoint.latest_step(tmp_path), checkpoint.best_step(tmp_path)) == (8, 3)
@@ -245,7 +247,7 @@ def test_every_optimizer_goes_through_a_checkpoint(tmp_path: Path, tiny_model, c
 
     once = step(create(init, description, jax.random.key(0)))
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, once, None)
+    checkpoints.save(1, once)
     checkpoints.close()
     restored = checkpoint.Checkpoints(tmp_path, keep=1).restore(1, description)
     same = partial(jax.tree.map, np.testing.assert_array_equal)
@@ -278,7 +280,7 @@ def test_a_checkpoint_of_any_layout_restores_into_any_other(tmp_path: Path, tiny
     descriptions = [abstract(init, make_mesh(MeshConfig(**sizes)), zero) for sizes, zero in LAYOUTS]
     state = create(init, descriptions[number], jax.random.key(0))
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, state, None)
+    checkpoints.save(1, state)
     checkpoints.close()
     for description in descriptions:
         restored = checkpoint.Checkpoints(tmp_path, keep=1).restore(1, description)
@@ -305,7 +307,7 @@ def test_what_lies_in_the_hosts_memory_goes_through_a_checkpoint(tmp_path: Path,
     described = {kind: abstract(init, mesh, offload=kind) for kind in KINDS}
     state = create(init, described[saved], jax.random.key(0))
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, state, None)
+    checkpoints.save(1, state)
     checkpoints.close()
     for kind, description in described.items():
         restored = checkpoint.restore(tmp_path / "checkpoints" / "1", description)

@@ -217,6 +217,7 @@ def test_experience_metrics_equal_their_numpy_twins(world, expected):
         "kl_k3": (expected["k3"], B),
         "entropy": (expected["entropy"], tokens),
         "response_tokens": (tokens, B),
+        "advantage_std": (expected["advantages"].std(), 1),
         "finished": (np.asarray(world.rollout.finished_B).sum(), B),
     }
     assert set(world.metrics) == set(wanted)

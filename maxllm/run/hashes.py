@@ -1,0 +1,155 @@
+"""Content hashes of a checkpoint's items: written before it counts as complete, compared at each read.
+
+A disk, a cable or a copy that changes one bit changes a weight to anything up to 1e38, and neither Orbax's
+formats nor their compression notice. Every array has a folder of its own, so that a file names its array.
+
+The hash is XXH3 (Collet, xxhash.com), 128 bits, as fast as memory. It guards against accidents: nobody who
+can write the files is kept from writing their hashes too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import xxhash
+
+from maxllm.errors import RunFailed, UserError
+from maxllm.files import file_hash, read_json, write_json
+from maxllm.parallel import processes
+
+HASHES = "hashes.json"
+
+COMMITTED = "commit_success.txt"
+"""Orbax's mark in a complete checkpoint and in each of its items, written last."""
+
+STEP_METADATA = "_CHECKPOINT_METADATA"
+
+
+class HashedHandler(ocp.PyTreeCheckpointHandler):
+    """Orbax's handler of trees of arrays, which leaves with them the hash of every file it wrote."""
+
+    def __init__(self, **options: Any) -> None:
+        """Takes Orbax's options; arrays are never put together into one file."""
+        super().__init__(use_ocdbt=False, **options)
+
+    def finalize(self, directory: Any) -> None:
+        """Orbax calls it in the main process when all have written, before the checkpoint counts."""
+        super().finalize(directory)
+        folder = Path(directory)
+        write_json(folder / HASHES, hashes_of(folder, files_of(folder)))
+
+
+@ocp.args.register_with_handler(HashedHandler, for_save=True)
+@dataclass
+class HashedSave(ocp.args.PyTreeSave):
+    """What Orbax takes for an item that `HashedHandler` writes."""
+
+
+@ocp.args.register_with_handler(HashedHandler, for_restore=True)
+@dataclass
+class HashedRestore(ocp.args.PyTreeRestore):
+    """Its counterpart, without which Orbax takes no handler; reading needs none (run/checkpoint.py)."""
+
+
+def files_of(item: Path) -> list[str]:
+    """Names of an item's files, relative to it and in order, but for the hashes and Orbax's last mark."""
+    files = (file.relative_to(item).as_posix() for file in item.rglob("*") if file.is_file())
+    return sorted(name for name in files if name not in (HASHES, COMMITTED))
+
+
+def hashes_of(item: Path, names: Iterable[str]) -> dict[str, str | None]:
+    """{file name: hash} of some files of an item; None for one that cannot be read."""
+
+    def one(name: str) -> str | None:
+        try:
+            return file_hash(item / name)
+        except OSError:
+            return None
+
+    names = list(names)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
+
+
+def read_hashes(item: Path) -> dict[str, str]:
+    """{file name: hash} as the item was written.
+
+    Raises:
+      RunFailed: the checkpoint is not complete, or its hashes are gone or damaged.
+    """
+    checkpoint = item.parent
+    for needed in (checkpoint / STEP_METADATA, checkpoint / COMMITTED, item / COMMITTED, item / HASHES):
+        if not needed.is_file():
+            raise damaged(checkpoint, f"{needed.relative_to(checkpoint)} is missing")
+    try:
+        return read_json(item / HASHES)
+    except UserError as error:
+        raise damaged(checkpoint, str(error)) from None
+
+
+def verify(item: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Compares an item's files with their hashes. Several processes share the work, and must all call this.
+
+    Args:
+      item: the item's folder in a checkpoint.
+      wanted: which files to look at, by their names; all when absent.
+
+    Raises:
+      RunFailed: naming the first array that is not as it was written.
+    """
+    expected = read_hashes(item)
+    names = sorted(filter(wanted, expected))
+    mine = names[jax.process_index() :: jax.process_count()]
+    found = hashes_of(item, mine)
+    wrong = [name for name in mine if found[name] != expected[name]]
+    if processes.anywhere(bool(wrong)):
+        raise damaged(item.parent, described(item, wrong))
+
+
+def described(item: Path, wrong: list[str]) -> str:
+    """What is wrong with files of an item, in a phrase that names arrays."""
+    if not wrong:
+        return "as another process says"
+    name, more = wrong[0], f", and {len(wrong) - 1} more files" * (len(wrong) > 1)
+    array = array_of(name)
+    what = f"array {array.replace('.', '/')} (file {name})" if array != name else f"file {name}"
+    state = "is not as it was written" if (item / name).is_file() else "is missing"
+    return f"in {item.name}, {what} {state}{more}"
+
+
+def array_of(name: str) -> str:
+    """The array that a file belongs to, its name with dots; the file's own name where it belongs to none."""
+    folder, slash, _ = name.rpartition("/")
+    return folder if slash and folder != "array_metadatas" else name
+
+
+def is_description(name: str) -> bool:
+    """Whether a file tells of arrays, and holds no values."""
+    return array_of(name) == name or name.endswith("/.zarray")
+
+
+def damaged(checkpoint: Path, what: str) -> RunFailed:
+    """The error for a checkpoint that must not be used."""
+    return RunFailed(
+        f"checkpoint {checkpoint} is damaged: {what}; remove that folder to use the checkpoint before it"
+    )
+
+
+def content_hash(item: Path) -> str:
+    """One hash for all arrays of an item as they were stored, from the hashes that were written with it.
+
+    Raises:
+      RunFailed: the checkpoint is not complete, or its hashes are gone.
+    """
+    digest = xxhash.xxh3_128()
+    for name, value in sorted(read_hashes(item).items()):
+        if array_of(name) != name:  # the item's own description tells of the mesh, not of values
+            digest.update(f"{name} {value}\n".encode())
+    return digest.hexdigest()

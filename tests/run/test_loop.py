@@ -1,0 +1,250 @@
+"""The training loop on a state of one array, with evaluations whose figures are written down here."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxllm import recipe
+from maxllm.config import MeshConfig
+from maxllm.data.loader import Batches
+from maxllm.errors import UserError
+from maxllm.parallel.mesh import make_mesh
+from maxllm.run import loop
+from maxllm.run.checkpoint import best_step, steps_of
+from maxllm.run.record import METRICS, SUMMARY, read_records
+from maxllm.run.session import Session
+from maxllm.steps.state import TrainState
+
+STEPS = 12
+
+
+def step(state, batch):
+    """Counts."""
+    loss = jnp.sum(batch.astype(jnp.float32))
+    metrics = {"loss": (loss, jnp.float32(1)), "skipped": (jnp.float32(0), jnp.float32(1))}
+    return state.replace(step=state.step + 1, params=jax.tree.map(lambda w: w + 1, state.params)), metrics
+
+
+@pytest.fixture
+def build(tmp_path, tiny_tokenizer):
+    """build(figures, *words): a session, and a job whose evaluation of step n gives or raises figures[n]."""
+
+    def make(figures, *words, rows=None, answers=("yes",)):
+        few = (
+            f"run.dir={tmp_path / 'run'}",
+            f"run.steps={STEPS}",
+            "optimizer.warmup_steps=0",
+            "batch.rows=8",
+        )
+        config = recipe.load_recipe("pretrain/tiny_slice_cpu", [*few, *words])
+        mesh = make_mesh(MeshConfig())
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+        def fresh():
+            state = TrainState(jnp.int32(0), {"w": jnp.zeros(8)}, {"m": jnp.zeros(())})
+            return jax.device_put(state, everywhere)
+
+        def evaluate(state):
+            figure = figures.get(int(state.step), 9.0)
+            if isinstance(figure, BaseException):
+                raise figure
+            return {"loss": figure}
+
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(fresh)
+        )
+        rows = np.arange(64, dtype=np.int32) if rows is None else rows
+        job = loop.Job(
+            abstract_state=abstract,
+            fresh=fresh,
+            step=step,
+            batches=Batches(rows, 8, 0),
+            heldout=list(answers),
+            evaluate=evaluate,
+            best=("loss", "min"),
+            tokens_per_step=8,
+            flops_per_step=1.0,
+        )
+        session = Session(config, config.model, mesh, tiny_tokenizer, tmp_path / "run")
+        return session, job
+
+    return make
+
+
+def test_a_state_that_is_the_best_so_far_is_saved_whenever_it_is_evaluated(build):
+    """Evaluations and checkpoints fall on different steps; the best of all evaluations is kept."""
+    session, job = build({3: 0.5, 6: 0.2, 9: 0.4, 12: 0.3}, "run.eval_every=3", "run.checkpoint_every=5")
+    loop.train(session, job)
+    assert best_step(session.run_dir) == 6
+    assert steps_of(session.run_dir) == [6, 10, 12]
+
+
+def test_what_is_no_number_never_ranks(build):
+    figures = {2: 0.1, 4: math.nan, 6: 0.8, 8: -math.inf, 10: 0.7, 12: math.nan}
+    session, job = build(figures, "run.eval_every=2", "run.checkpoint_every=2", "run.keep_checkpoints=1")
+    loop.train(session, job)
+    assert best_step(session.run_dir) == 2
+    assert steps_of(session.run_dir) == [2, 12]
+
+
+def test_a_run_of_nothing_but_nan_has_no_best(build):
+    figures = dict.fromkeys(range(STEPS + 1), math.nan)
+    session, job = build(figures, "run.eval_every=2", "run.checkpoint_every=6")
+    loop.train(session, job)
+    assert best_step(session.run_dir) is None and steps_of(session.run_dir)[-1] == STEPS
+
+
+def test_a_continued_run_knows_the_best_of_before(build):
+    words = ("run.eval_every=2", "run.checkpoint_every=6")
+    session, job = build({2: 0.1, 8: RuntimeError("power cut")}, *words)
+    with pytest.raises(RuntimeError, match="power cut"):
+        loop.train(session, job)
+    session, job = build({2: 0.1, 8: 0.5}, *words)
+    loop.train(session, job)
+    assert best_step(session.run_dir) == 2 and 8 not in steps_of(session.run_dir)
+
+
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_metrics_that_are_gone_are_told_and_not_needed(build, capsys, at_the_end):
+    figures = {} if at_the_end else {8: RuntimeError("power cut")}
+    session, job = build(figures, "run.eval_every=4", "run.checkpoint_every=6")
+    if at_the_end:
+        loop.train(session, job)
+        (session.run_dir / SUMMARY).unlink()
+    else:
+        with pytest.raises(RuntimeError):
+            loop.train(session, job)
+    (session.run_dir / METRICS).unlink()
+    session, job = build({}, "run.eval_every=4", "run.checkpoint_every=6")
+    capsys.readouterr()
+    summary = loop.train(session, job)
+    assert "metrics.jsonl is gone" in capsys.readouterr().err
+    assert summary["heldout_last"] == {"loss": 9.0}
+    assert (summary["last"] is None) == at_the_end
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_begun_anew(build):
+    """Both find an empty folder; the other trains to its end while this one still reads its start."""
+    session, job = build({}, "run.eval_every=4")
+    fresh = job.fresh
+
+    def slow():
+        object.__setattr__(job, "fresh", fresh)
+        loop.train(session, job)
+        return fresh()
+
+    object.__setattr__(job, "fresh", slow)
+    before = loop.train(session, job)
+    records = [record["step"] for record in read_records(session.run_dir)]
+    assert records.count(STEPS) == 2 and before["steps"] == STEPS  # one log line, one evaluation
+
+
+def test_a_run_that_another_process_began_meanwhile_is_continued(build, capsys):
+    session, job = build({8: RuntimeError("killed")}, "run.eval_every=4", "run.checkpoint_every=6")
+    calm, good = build({}, "run.eval_every=4", "run.checkpoint_every=6")
+    fresh = good.fresh
+
+    def slow():
+        with pytest.raises(RuntimeError):
+            loop.train(session, job)
+        return fresh()
+
+    object.__setattr__(good, "fresh", slow)
+    loop.train(calm, good)
+    assert "continues from the checkpoint of step 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["training", "held-out"])
+def test_changed_data_is_another_run(build, what):
+    words = ("run.eval_every=4", "run.checkpoint_every=6")
+    session, job = build({8: RuntimeError("killed")}, *words)
+    with pytest.raises(RuntimeError):
+        loop.train(session, job)
+    rows = np.arange(64, dtype=np.int32)
+    rows[37] += what == "training"
+    session, job = build({}, *words, rows=rows, answers=["no" if what == "held-out" else "yes"])
+    with pytest.raises(UserError, match=f"the {what} data of .* has changed"):
+        loop.train(session, job)
+
+
+def test_a_half_written_checkpoint_goes_before_anything_is_written(build, monkeypatch):
+    """It may be what fills the disk: the first write after a full disk would fail."""
+    session, job = build({}, "run.eval_every=12")
+    unfinished = session.run_dir / "checkpoints" / "6.orbax-checkpoint-tmp"
+    unfinished.mkdir(parents=True)
+    (unfinished / "big").write_bytes(b"x")
+
+    from maxllm.run import session as module
+
+    write = module.write_bytes
+
+    def only_with_room(path, content):
+        if unfinished.exists():
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(module, "write_bytes", only_with_room)
+    loop.train(session, job)
+    assert steps_of(session.run_dir)[-1] == STEPS
+
+
+class Device:
+    """A device whose steps take a second of a clock that stands still but for it, and its results."""
+
+    def __init__(self, waits_in_call):
+        self.now, self.done, self.waits_in_call = 0.0, 0.0, waits_in_call
+
+    def step(self, state, batch):
+        self.done = max(self.now, self.done) + 1.0
+        if self.waits_in_call:
+            self.now = self.done
+        result = Result(self, self.done)
+        nothing = jnp.float32(0)
+        return state, {"loss": (result, result), "skipped": (nothing, nothing + 1)}
+
+
+class Result:
+    """A number that is there when its step is done."""
+
+    def __init__(self, device, done):
+        self.device, self.done = device, done
+
+    def is_ready(self):
+        return self.device.now >= self.done
+
+    def __array__(self, dtype=None, copy=None):
+        self.device.now = max(self.device.now, self.done)
+        return np.float32(1)
+
+
+@pytest.mark.parametrize("waits_in_call", [True, False], ids=["computed in the call", "asynchronous"])
+@pytest.mark.parametrize(
+    ("log", "evaluate", "save"), [(2, 3, 5), (3, 2, 12), (2, 1, 1), (4, 5, 3), (1, 12, 12)]
+)
+def test_speed_is_that_of_the_steps_whatever_stands_between_them(
+    build, monkeypatch, waits_in_call, log, evaluate, save
+):
+    """Evaluations take 100 seconds, checkpoints 10; every log line says one step a second."""
+    device = Device(waits_in_call)
+    words = (f"run.log_every={log}", f"run.eval_every={evaluate}", f"run.checkpoint_every={save}")
+    session, job = build({}, *words)
+
+    def slow(state):
+        device.now += 100.0
+        return {"loss": 1.0}
+
+    object.__setattr__(job, "evaluate", slow)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: device.now)
+    monkeypatch.setattr(loop, "compile_step", lambda *args, **options: (device.step, 0.0))
+
+    class Slow(loop.Checkpoints):
+        def save(self, *args):
+            device.now += 10.0
+
+    monkeypatch.setattr(loop, "Checkpoints", Slow)
+    loop.train(session, job)
+    records = [record for record in read_records(session.run_dir) if "loss" in record]
+    assert [record["steps_per_second"] for record in records] == [1.0] * (STEPS // log)
