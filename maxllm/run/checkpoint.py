@@ -31,7 +31,15 @@ from maxllm.errors import RunFailed, UserError
 from maxllm.files import read_json
 from maxllm.parallel import processes
 from maxllm.records import Params
-from maxllm.run.hashes import HashedHandler, HashedSave, array_of, damaged, is_description, verify
+from maxllm.run.hashes import (
+    HashedHandler,
+    HashedSave,
+    array_of,
+    damaged,
+    is_description,
+    read_hashes,
+    verify,
+)
 
 FOLDER = "checkpoints"
 
@@ -339,16 +347,19 @@ def load_params(checkpoint: Path, abstract_params: Params) -> Params:
     flat = flatten_dict(nn.unbox(abstract_params), sep="/")
     # The largest first, while there is room: what Orbax has under way is in memory up to three times.
     order = sorted(flat, key=lambda path: -flat[path].size)
-    return unflatten_dict({path: load_array(checkpoint, path, flat[path]) for path in order}, sep="/")
+    hashes = read_hashes(checkpoint / "params")
+    return unflatten_dict({path: load_array(checkpoint, path, flat[path], hashes) for path in order}, sep="/")
 
 
-def load_array(checkpoint: Path, path: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    """One array of the parameters; its path has slashes.
+def load_array(
+    checkpoint: Path, path: str, abstract: jax.ShapeDtypeStruct, hashes: dict[str, str]
+) -> jax.Array:
+    """One array of the parameters; its path has slashes, `hashes` are those of all their files.
 
     Raises:
       RunFailed: it is damaged or cannot be read.
     """
-    verify_array(checkpoint, path)
+    verify_array(checkpoint, path, hashes)
     wanted = unflatten_dict({path: abstract}, sep="/")
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
     with readable(checkpoint):
@@ -378,14 +389,14 @@ def open_array(checkpoint: Path, path: str) -> Any:
         return array if layers_apart else np.asarray(array)
 
 
-def verify_array(checkpoint: Path, path: str) -> None:
+def verify_array(checkpoint: Path, path: str, hashes: dict[str, str] | None = None) -> None:
     """Compares the files of one array of the parameters with their hashes; its path has slashes.
 
     Raises:
       RunFailed: it is damaged.
     """
     name = path.replace("/", ".")
-    verify(checkpoint / "params", wanted=lambda file: array_of(file) == name)
+    verify(checkpoint / "params", wanted=lambda file: array_of(file) == name, expected=hashes)
 
 
 @contextmanager
