@@ -18,17 +18,22 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # none: the user's is not the test
 import itertools  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from functools import cache  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import flax.linen as nn  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+import yaml  # noqa: E402
 
 from maxllm.config import ModelConfig, TokenizerConfig  # noqa: E402
 from maxllm.data import tasks  # noqa: E402
 from maxllm.data.sources import Tally, read_documents  # noqa: E402
 from maxllm.data.spm import SpmTokenizer, train  # noqa: E402
+from maxllm.files import write_bytes  # noqa: E402
+from maxllm.model.llama import Llama  # noqa: E402
 from maxllm.records import Params  # noqa: E402
+from maxllm.run.checkpoint import save_params  # noqa: E402
 from maxllm.steps.state import init_params  # noqa: E402
 
 # As in parallel/processes.py: simulated devices run one program at a time, or they can starve each other.
@@ -68,6 +73,27 @@ def params_of() -> Callable[..., Params]:
     @cache
     def make(model: nn.Module, seed: int = 0) -> Params:
         return initializer(model)(jax.random.key(seed))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def policy_at(tiny_model, tiny_tokenizer, params_of) -> Callable[..., Path]:
+    """policy_at(folder): the run folder of a converted tiny model, for stages to start from."""
+
+    def make(folder: Path) -> Path:
+        model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
+        tree = {
+            "stage": "convert",
+            "run": {"dir": str(folder), "steps": 1},
+            "model": model.model_dump(mode="json"),
+            "batch": {"rows": 1, "sequence_length": 64},
+        }
+        save_params(folder, params_of(Llama(model)))
+        for name, content in tiny_tokenizer.files.items():
+            write_bytes(folder / name, content)
+        (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+        return folder
 
     return make
 

@@ -10,6 +10,7 @@ export read. Weights keep their type; nothing is ever half-written.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ from maxllm.parallel import processes
 from maxllm.parallel.mesh import make_mesh
 from maxllm.records import Params
 from maxllm.run.checkpoint import find, load_params, open_array, save_params, stored_dtypes
+from maxllm.run.parents import DEPENDENTS, in_use
 from maxllm.run.record import console, peak_rss_bytes, trim_heap
 from maxllm.run.session import CONFIG, HF_CONFIG, reopen
 from maxllm.stages.export import CHECK_PROMPTS, export_scorer
@@ -123,12 +125,19 @@ def to_run_folder(
         )
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     wanted = typed(abstract(partial(init_params, Llama(model.config)), mesh), model)
+    users = in_use(target)
+    if users:
+        names = ", ".join(name for runs in users.values() for name in runs)
+        line = f"convert: replaces {target}, from which {names} began: they go on if its weights are the same"
+        console().print(line, markup=False, soft_wrap=True)
     with whole_folder(target, is_converted) as folder:
         with bar("reading", model.source.nbytes) as tick:
             params = load(model.source, model.config, wanted, tick)
         trim_heap()  # of what the readers freed, before the writer asks for more
         save_params(folder, params)
         write_run_files(folder, target, model, tokenizer)
+        if (target / DEPENDENTS).is_dir():
+            shutil.copytree(target / DEPENDENTS, folder / DEPENDENTS)
         del params
         checks = check_run_folder(direction, source, model, folder, wanted) if verify else {}
     return {

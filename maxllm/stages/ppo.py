@@ -87,6 +87,7 @@ def job(session: Session) -> Job:
     judge = session.parent("reward")
     check_start(session, judge, reward)
     check_reward_fits(session)
+    check_minibatches_divide(session)
     # 1. Data: prompts. Answers, where rows have them, are for the held-out check; training never sees them.
     length = config.batch.sequence_length - config.generation.max_new_tokens
     train_questions, heldout, tallies = read_split(
@@ -189,6 +190,22 @@ def check_sampling(generation: GenerationConfig) -> None:
         raise UserError(
             "generation.top_k and generation.top_p would sample from another distribution than the one PPO "
             "updates; leave them at 0 and 1"
+        )
+
+
+def check_minibatches_divide(session: Session) -> None:
+    """The rows of an update must split evenly over the devices.
+
+    Raises:
+      UserError: naming the numbers.
+    """
+    batch, minibatches = session.config.batch, session.config.ppo.minibatches
+    rows = batch.rows // (minibatches * batch.microbatches)
+    split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    if rows % split:
+        raise UserError(
+            f"batch.rows={batch.rows} in ppo.minibatches={minibatches} x batch.microbatches="
+            f"{batch.microbatches} is {rows} rows at a time, which mesh data x fsdp = {split} does not divide"
         )
 
 

@@ -25,6 +25,8 @@ from maxllm.hf.verify import check_tensors
 from maxllm.hf.write import hf_tensors
 from maxllm.model.llama import Llama
 from maxllm.parallel.mesh import make_mesh
+from maxllm.run.checkpoint import find
+from maxllm.run.parents import check_parents, in_use, record_parents
 from maxllm.stages import convert
 from maxllm.steps.state import abstract, init_params
 
@@ -58,6 +60,36 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 # There and back
+
+
+def test_damaged_weights_are_not_converted(folders, tmp_path, answer) -> None:
+    """A flipped bit, a chunk of zeros and a missing one; nothing is left at the target."""
+    assert answer("convert", "from-hf", folders["float32"], tmp_path / "run")[0] == 0
+    for number, damage in enumerate(("flip", "zeros", "missing")):
+        run = shutil.copytree(tmp_path / "run", tmp_path / damage)
+        chunk = run / "checkpoints" / "0" / "params" / "decoder.layers.mlp.w_up" / f"{number % 2}.0.0"
+        content = chunk.read_bytes()
+        chunk.unlink()
+        if damage != "missing":
+            flipped = bytes([content[0] ^ 0x40]) + content[1:]
+            chunk.write_bytes(flipped if damage == "flip" else bytes(len(content)))
+        for verb in (("convert", "to-hf"), ("export",)):
+            code, _, err = answer(*verb, run, tmp_path / "out")
+            assert code == 1 and "is damaged: in params, array decoder/layers/mlp/w_up" in err, err
+            assert not (tmp_path / "out").exists()
+
+
+def test_replacing_what_others_began_from_is_said(folders, tmp_path, answer) -> None:
+    """The same weights again: who began from them goes on; others: refused."""
+    target = tmp_path / "run"
+    assert answer("convert", "from-hf", folders["float32"], target)[0] == 0
+    child = tmp_path / "child"
+    child.mkdir()
+    record_parents(child, {"policy": find(target)}, print)
+    code, _, err = answer("convert", "from-hf", folders["float32"], target)
+    assert code == 0 and "from which" in err and "child began" in err
+    check_parents(child, {"policy": find(target)})
+    assert list(in_use(target)) == [0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

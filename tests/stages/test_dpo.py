@@ -4,35 +4,22 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import yaml
 
 from maxllm.cli import main
-from maxllm.files import write_bytes
-from maxllm.model.llama import Llama
-from maxllm.run.checkpoint import save_params
+from maxllm.run.checkpoint import Checkpoints, find, load_params
+from maxllm.steps.state import TrainState
 
 STEPS, BETA = 8, 0.1
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory, tiny_model, tiny_tokenizer, params_of):
+def policy(tmp_path_factory, policy_at):
     """The folder of a model to start from."""
-    folder = tmp_path_factory.mktemp("dpo") / "policy"
-    model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
-    tree = {
-        "stage": "convert",
-        "run": {"dir": str(folder), "steps": 1},
-        "model": model.model_dump(mode="json"),
-        "batch": {"rows": 1, "sequence_length": 64},
-    }
-    save_params(folder, params_of(Llama(model)))
-    for name, content in tiny_tokenizer.files.items():
-        write_bytes(folder / name, content)
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    return folder
+    return policy_at(tmp_path_factory.mktemp("dpo") / "policy")
 
 
 @pytest.fixture
@@ -64,10 +51,45 @@ def arrays(folder, step=STEPS):
     }
 
 
-def test_a_run_and_its_continuation(dpo, tmp_path, capsys):
+def train_on(policy):
+    """Another checkpoint in the folder of a model, of other weights."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(find(policy) / "params").item_metadata.tree
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), saved)
+    params = jax.tree.map(lambda w: 1.5 * w, load_params(find(policy), wanted))
+    checkpoints = Checkpoints(policy, keep=3)
+    checkpoints.save(60, TrainState(jnp.int32(60), params, {"m": jnp.zeros(())}))
+    checkpoints.close()
+
+
+def test_adapters_stay_beside_the_weights_they_were_trained_on(policy_at, tmp_path, capsys):
+    """The parent trains on: evaluation, replies and export are those of before; and it says what is gone."""
+    policy, folder = policy_at(tmp_path / "policy"), tmp_path / "lora"
+    words = [f"start.policy={policy}", f"run.dir={folder}", "lora.rank=2", "run.steps=2", "batch.rows=8"]
+    few = ["data.sources=[tasks:train:64]", "data.heldout_sources=[tasks:heldout:16]", "mesh.fsdp=2"]
+    few += ["batch.sequence_length=48", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.1"]
+    assert main(["sft", "sft/tiny_tasks_cpu_fast", *words, *few]) == 0
+    generate = ["generate", str(folder), "--prompt", "What?", "generation.temperature=0", "--json"]
+    said = []
+    for turn in range(2):
+        capsys.readouterr()
+        for command in (["evaluate", str(folder), "--json"], generate):
+            assert main(command) == 0
+        said.append(capsys.readouterr().out)
+        if turn == 0:
+            train_on(policy)
+    assert said[0] == said[1]
+    shutil.rmtree(policy / "checkpoints" / "0")
+    assert main(["evaluate", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "began from step 0 of" in error and "holds steps 60 now" in error
+
+
+def test_a_run_and_its_continuation(dpo, policy, tmp_path, capsys):
     """Rewards are measured from where the policy began, to float32's rounding of log-probabilities of some
     tens. What is trained is measured, for this model only learns by heart. A run without its last checkpoint
-    comes to the same one again, bit for bit."""
+    comes to the same one again, bit for bit, though its reference's folder holds a newer checkpoint now."""
     folder = tmp_path / "run"
     summary = dpo(folder)
     first, last = summary["heldout_first"], summary["heldout_last"]
@@ -86,6 +108,7 @@ def test_a_run_and_its_continuation(dpo, tmp_path, capsys):
     shutil.copytree(folder, again)
     (again / "summary.json").unlink()
     shutil.rmtree(again / "checkpoints" / str(STEPS))
+    train_on(policy)
     assert dpo(again)["heldout_last"] == last
     ours, wanted = arrays(again), arrays(folder)
     assert ours.keys() == wanted.keys() and len(wanted) > 20
