@@ -263,6 +263,12 @@ class TokenizerConfig(Section):
         le=1,
         description="Share of characters that get a piece of their own; the rest fall back to bytes.",
     )
+    sample_bytes: int = Field(
+        16_000_000,
+        gt=0,
+        description="UTF-8 bytes of training documents, evenly spread over all, that the tokenizer is "
+        "trained on; that takes 4 times as much memory for bpe, 20 times for unigram.",
+    )
 
 
 class CleanConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import mmap
@@ -75,35 +76,72 @@ def file_hash(path: Path) -> str:
 
 
 @contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Holds a lock file that a process which ends, however, gives back; the file is gone afterwards.
+
+    Raises:
+      UserError: another process holds it; `busy` is the sentence.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(busy) from None
+            # Its former holder may have removed the name since: a lock that others do not find is none.
+            if not (path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+@contextlib.contextmanager
 def whole_folder(target: Path, replaceable: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
     """A folder to fill that takes its place at `target` if the body succeeds; a kill leaves nothing there.
 
-    Between the two renames of a replacement neither folder stands at `target`; the former one is then beside
-    it as `.NAME.former`.
+    One process at a time: two that fill one folder would mix their files. Between the two renames of a
+    replacement neither folder stands at `target`; the former one is then beside it as `.NAME.former`.
 
     Args:
       target: absent, an empty folder, or one that `replaceable` accepts.
       replaceable: whether a folder that holds something may be replaced.
 
     Raises:
-      UserError: target is something else; before the body.
+      UserError: target is something else, or another process is writing it; before the body. Or it has become
+        something else meanwhile; after the body.
     """
     target = Path(os.path.abspath(target))
     if not target.name:
         raise UserError(f"{target} cannot be written: give a folder below it")
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or replaceable(target))):
-        raise UserError(f"{target} exists and is not ours to replace; remove it or choose another folder")
+    check_replaceable(target, replaceable)
     partial = target.with_name(f".{target.name}.partial")
     former = target.with_name(f".{target.name}.former")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a kill
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if target.exists():
+    with locked(target.with_name(f".{target.name}.lock"), f"another process is writing {target}"):
+        check_replaceable(target, replaceable)
+        shutil.rmtree(partial, ignore_errors=True)  # left by a kill
+        partial.mkdir()
+        try:
+            yield partial
+            check_replaceable(target, replaceable)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if target.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            target.rename(former)
+        partial.rename(target)
         shutil.rmtree(former, ignore_errors=True)
-        target.rename(former)
-    partial.rename(target)
-    shutil.rmtree(former, ignore_errors=True)
+
+
+def check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> None:
+    """Looks at what stands where a folder is to go.
+
+    Raises:
+      UserError: it is neither an empty folder nor one that `replaceable` accepts.
+    """
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or replaceable(target))):
+        raise UserError(f"{target} exists and is not ours to replace; remove it or choose another folder")

@@ -8,6 +8,12 @@ ROLES = ("system", "user", "assistant")
 ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
 
 
+UNREAD_FIELDS = ("system", "history", "tools", "functions")
+"""What rows have beside their conversation and nothing here reads: turns before it, functions to call."""
+
+UNREAD_TURN_FIELDS = ("tool_calls", "function_call")
+
+
 class Message(TypedDict):
     """One turn."""
 
@@ -26,8 +32,9 @@ def messages_of(row: dict[str, Any]) -> list[Message]:
     `{"instruction", "input", "output"}` (Alpaca; `input` may be absent or empty).
 
     Raises:
-      RowError: naming the field.
+      RowError: naming the field, also for one that would change what the row means and is not read.
     """
+    refuse_unread(row)
     if "messages" in row or "conversations" in row:
         turns = row.get("messages", row.get("conversations"))
         messages = read_turns(turns, "messages" if "messages" in row else "conversations")
@@ -49,22 +56,27 @@ def preference_of(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     """(prompt, chosen reply, rejected reply) of a `{"prompt", "chosen", "rejected"}` row.
 
     The prompt is text (one user turn) or a list of messages; `question` is accepted for it. A reply is text,
-    or a list of messages that ends with it; the messages before it are the prompt where none is given.
+    or a list of messages that ends with it. What stands before it there is the prompt: all of it, where
+    `prompt` repeats one of its turns or its beginning.
 
     Raises:
-      RowError: naming the field, or for two equal replies.
+      RowError: naming the field; also for two equal replies, or for two that answer different turns.
     """
+    refuse_unread(row)
     before, chosen = reply_of(row, "chosen")
     other, rejected = reply_of(row, "rejected")
-    if "prompt" in row or "question" in row:
-        prompt = prompt_of(row)
-    elif before and before == other:
-        prompt = before
-    else:
-        raise RowError("field 'prompt' is missing")
+    if before != other:
+        raise RowError("'chosen' and 'rejected' begin with different turns")
     if chosen == rejected:
         raise RowError("'chosen' and 'rejected' are equal")
-    return prompt, chosen, rejected
+    if "prompt" not in row and "question" not in row:
+        if not before:
+            raise RowError("field 'prompt' is missing")
+        return before, chosen, rejected
+    prompt = prompt_of(row)
+    if before and before[: len(prompt)] != prompt and not (len(prompt) == 1 and prompt[0] in before):
+        raise RowError("'chosen' begins with other turns than 'prompt'")
+    return before or prompt, chosen, rejected
 
 
 def reply_of(row: dict[str, Any], name: str) -> tuple[list[Message], str]:
@@ -79,15 +91,6 @@ def reply_of(row: dict[str, Any], name: str) -> tuple[list[Message], str]:
     if last["role"] != "assistant":
         raise RowError(f"field {name!r} does not end with the assistant's turn")
     return before, last["content"]
-
-
-def prompt_key(row: dict[str, Any]) -> Any:
-    """What is asked in a row, whatever the answer: rows that share it belong on one side of a split."""
-    for name in ("messages", "conversations", "chosen"):
-        if isinstance(row.get(name), list) and "prompt" not in row:
-            return row[name][:-1]
-    asked = {name: row[name] for name in ("prompt", "question", "instruction", "input") if name in row}
-    return asked or row
 
 
 def prompt_of(row: dict[str, Any]) -> list[Message]:
@@ -112,6 +115,17 @@ def text_field(row: dict[str, Any], name: str) -> str:
     return value
 
 
+def refuse_unread(row: dict[str, Any]) -> None:
+    """Fields of a row that say more than what is read of it; empty ones say nothing.
+
+    Raises:
+      RowError: naming the first.
+    """
+    for name in UNREAD_FIELDS:
+        if row.get(name):
+            raise RowError(f"field {name!r} would change what the row means, and is not read yet")
+
+
 def read_turns(turns: Any, name: str) -> list[Message]:
     """Messages from role/content or from/value turns."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -121,6 +135,11 @@ def read_turns(turns: Any, name: str) -> list[Message]:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or role not in ROLE_NAMES:
             raise RowError(f"field {name!r} has the unknown role {role!r}")
+        if turn.get("weight", 1) != 1:
+            raise RowError(f"field {name!r} has a turn with a weight, which is not read yet")
+        for unread in UNREAD_TURN_FIELDS:
+            if turn.get(unread):
+                raise RowError(f"field {name!r} has a turn with {unread!r}, which is not read yet")
         if not isinstance(content, str) or not content.strip():
             raise RowError(f"field {name!r} has a turn without text")
         messages.append(Message(role=ROLE_NAMES[role], content=content))

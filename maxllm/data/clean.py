@@ -7,6 +7,7 @@ alike. They are few on purpose: each names itself in the counts a corpus is prep
 import re
 import unicodedata
 from collections import Counter
+from functools import cache
 
 # \v, \f, NEL and the Unicode separators end a line somewhere; deleting them would join two words.
 _LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
@@ -14,7 +15,6 @@ _LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
 # direction marks, word joiner, byte order mark. ZWNJ and ZWJ (U+200C, U+200D) stay: they change how Persian,
 # Indic words and emoji are written.
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\u200b\u200e\u200f\u2060\ufeff]")
-_TRAILING_SPACE = re.compile(r"[^\S\n]+$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n{3,}")
 
 # A line shorter than this many UTF-8 bytes (16 Latin letters, 5 Chinese characters) is a label, such as a
@@ -29,8 +29,26 @@ def clean_text(text: str) -> str:
     indentation stays. Cleaning twice gives what cleaning once gives.
     """
     text = _INVISIBLE.sub("", _LINE_ENDS.sub("\n", text))
-    text = _TRAILING_SPACE.sub("", unicodedata.normalize("NFC", text))
+    text = unicodedata.normalize("NFC", in_canonical_order(text))
+    # Not a pattern for blanks before a line's end: in a run of n blanks it would begin n times, and read to
+    # the end of the run each time.
+    text = "\n".join(line.rstrip() for line in text.split("\n"))
     return _BLANK_LINES.sub("\n\n", text).strip("\n")
+
+
+def in_canonical_order(text: str) -> str:
+    """Long runs of combining marks in the order that Unicode normalization gives them.
+
+    `unicodedata.normalize` sorts a run by exchanging neighbours, which for a megabyte of marks takes hours.
+    The order is that of UAX #15: by combining class, and as written where classes are equal.
+    """
+    return _long_runs_of_marks().sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
+
+
+@cache
+def _long_runs_of_marks() -> re.Pattern[str]:
+    marks = "".join(mark for code in range(0x300, 0x1F000) if unicodedata.combining(mark := chr(code)))
+    return re.compile(f"[{re.escape(marks)}]{{32,}}")
 
 
 def reason_to_drop(

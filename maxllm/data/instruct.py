@@ -7,9 +7,8 @@ counted by reason; a row is never cut to fit.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -25,6 +24,9 @@ from maxllm.records import LmBatch, PairBatch, PromptBatch, ReplyPairBatch
 
 Kind = Literal["instruction", "preference", "prompt"]
 Parsed = TypeVar("Parsed")
+
+Keyed = tuple[int, Any]
+"""A row after the hash of its prompt."""
 
 TASK_ROWS = {
     "instruction": tasks.instruction_rows,
@@ -46,6 +48,7 @@ class Question:
 class ReplyPair(NamedTuple):
     """A row of preferences as the policy reads it."""
 
+    prompt: list[chat.Message]
     ids: tuple[list[int], list[int]]
     """Prompt + chosen and prompt + rejected, each ending with the end of the turn."""
     starts: tuple[int, int]
@@ -69,59 +72,89 @@ def rows_of(source: str, kind: Kind, seed: int, tally: Tally) -> Iterator[tuple[
 
 
 def read_split(
-    data: DataConfig, kind: Kind, seed: int, parse: Callable[[dict[str, Any]], Parsed]
+    data: DataConfig,
+    kind: Kind,
+    seed: int,
+    tokenizer: Tokenizer,
+    parse: Callable[[dict[str, Any]], Parsed],
+    asked: Callable[[Parsed], Sequence[chat.Message]],
 ) -> tuple[list[Parsed], list[Parsed], list[Tally]]:
-    """(training rows, held-out rows, counts by source), each row through `parse`.
+    """(training rows, held-out rows, counts by source), no held-out prompt among those that are trained on.
 
-    `parse` raises `chat.RowError` for a row that cannot be used. Without data.heldout_sources, a hash of a
-    row's prompt decides whether it is held out, so no prompt stands on both sides.
+    A prompt is what the model reads: the tokens up to where a reply begins, whatever fields they came in. Of
+    a conversation with several replies the first prompt decides: whoever shares a later one shares it too.
+    Without data.heldout_sources a hash of the prompt says which side a row is on; with them, a training row
+    whose prompt is held out is dropped, and counted.
+
+    Args:
+      data: sources, share to hold out, share of bad rows.
+      kind: what `tasks:` sources give.
+      seed: of `tasks:` sources.
+      tokenizer: renders prompts.
+      parse: makes of a row what is trained on, or raises `chat.RowError` for one that cannot be used.
+      asked: the messages before the first reply that is trained on or measured.
 
     Raises:
       UserError: a source is missing or empty, too large a share of it is unusable, or a side stays empty.
     """
     if not data.sources:
         raise UserError("data.sources is empty: name at least one file")
-    train, tallies = parse_sources(data.sources, kind, seed, data.max_bad_share, parse)
+
+    def read(sources: Sequence[str], held: Container[int] = ()) -> tuple[list[Keyed], list[Tally]]:
+        rows: list[Keyed] = []
+        tallies = []
+        for source in sources:
+            tally = Tally(source)
+            for where, row in rows_of(source, kind, seed, tally):
+                try:
+                    parsed = parse(row)
+                    key = prompt_hash(tokenizer, asked(parsed))
+                except chat.RowError as error:
+                    tally.drop(str(error), f"{where}: {error}")
+                    continue
+                if key in held:
+                    tally.drop("its prompt is held out")
+                else:
+                    rows.append((key, parsed))
+            tally.check(data.max_bad_share)
+            tallies.append(tally)
+        return rows, tallies
+
     if data.heldout_sources:
-        heldout, more = parse_sources(data.heldout_sources, kind, seed, data.max_bad_share, parse)
-        return [row for _, row in train], [row for _, row in heldout], tallies + more
+        heldout, heldout_tallies = read(data.heldout_sources)
+        train, tallies = read(data.sources, {key for key, _ in heldout})
+        return [row for _, row in train], [row for _, row in heldout], tallies + heldout_tallies
+    rows, tallies = read(data.sources)
     if kind == "instruction" and any(source.startswith("tasks:train:") for source in data.sources):
         raise UserError(
             "demonstrations of tasks:train are partly wrong on purpose, so they cannot be held out; "
             "give data.heldout_sources=[tasks:heldout:500]"
         )
     limit = int(data.heldout_share * 2**64)
-    kept = [row for key, row in train if key >= limit]
-    held = [row for key, row in train if key < limit]
+    kept = [row for key, row in rows if key >= limit]
+    held = [row for key, row in rows if key < limit]
     if not kept or not held:
         raise UserError(
-            f"{len(train)} rows are too few to hold out data.heldout_share={data.heldout_share:g} of them; "
+            f"{len(rows)} rows are too few to hold out data.heldout_share={data.heldout_share:g} of them; "
             "give data.heldout_sources"
         )
     return kept, held, tallies
 
 
-def parse_sources(
-    sources: Sequence[str],
-    kind: Kind,
-    seed: int,
-    max_bad_share: float,
-    parse: Callable[[dict[str, Any]], Parsed],
-) -> tuple[list[tuple[int, Parsed]], list[Tally]]:
-    """(64-bit hash of what is asked, parsed row) of every usable row, and the counts of each source."""
-    parsed, tallies = [], []
-    for source in sources:
-        tally = Tally(source)
-        for where, row in rows_of(source, kind, seed, tally):
-            try:
-                asked = json.dumps(chat.prompt_key(row), sort_keys=True).encode()
-                key = hashlib.blake2b(asked, digest_size=8).digest()
-                parsed.append((int.from_bytes(key, "big"), parse(row)))
-            except chat.RowError as error:
-                tally.drop(str(error), f"{where}: {error}")
-        tally.check(max_bad_share)
-        tallies.append(tally)
-    return parsed, tallies
+def prompt_hash(tokenizer: Tokenizer, messages: Sequence[chat.Message]) -> int:
+    """64 bits of a prompt as the model reads it.
+
+    Raises:
+      RowError: it cannot be rendered.
+    """
+    ids = np.array(render.render_prompt(tokenizer, messages), np.int32)
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "big")
+
+
+def before_first_reply(messages: Sequence[chat.Message]) -> Sequence[chat.Message]:
+    """The turns of a conversation before the assistant first speaks."""
+    first = next(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:first]
 
 
 def fits(length: int, limit: int, what: str) -> None:
@@ -142,11 +175,6 @@ def pack_conversations(pieces: Sequence[Piece], length: int, pad: int) -> LmBatc
     return pack(pieces, length, pad)
 
 
-def pair_ids(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> tuple[list[int], list[int]]:
-    """Token ids of prompt + chosen and of prompt + rejected, each ending with the end of the turn."""
-    return reply_pair(tokenizer, row, length).ids
-
-
 def reply_pair(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> ReplyPair:
     """Both replies after their prompt, each in at most `length` tokens."""
     prompt, *replies = chat.preference_of(row)
@@ -155,7 +183,7 @@ def reply_pair(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> ReplyP
         for reply in replies
     )
     fits(max(len(chosen), len(rejected)), length, "prompt and reply")
-    return ReplyPair((chosen, rejected), (first, second))
+    return ReplyPair(prompt, (chosen, rejected), (first, second))
 
 
 def pad_pairs(pairs: Sequence[tuple[list[int], list[int]]], length: int, pad: int) -> PairBatch:

@@ -21,43 +21,58 @@ OPEN_ROWS = 64
 class Piece:
     """A contiguous stretch to be packed: inputs are ids[:-1], targets ids[1:] with weights[1:]."""
 
-    ids: Sequence[int]
-    weights: Sequence[int]
+    ids: Sequence[int] | np.ndarray
+    weights: Sequence[int] | np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids) - 1
 
 
-def chunks(ids: Sequence[int], weights: Sequence[int], length: int) -> Iterator[Piece]:
+def chunks(
+    ids: Sequence[int] | np.ndarray, weights: Sequence[int] | np.ndarray, length: int
+) -> Iterator[Piece]:
     """Pieces of at most `length` targets that together have every token but the first as a target."""
     for start in range(0, len(ids) - 1, length):
         yield Piece(ids[start : start + length + 1], weights[start : start + length + 1])
 
 
-def pack(pieces: Iterable[Piece], length: int, pad: int) -> LmBatch:
-    """First-fit packing of pieces (each at most `length`) into rows.
+def packed(pieces: Iterable[Piece], length: int) -> Iterator[tuple[int, list[Piece]]]:
+    """First-fit packing of pieces, each at most `length`: (number, pieces) of every row once it is finished.
 
-    Returns:
-      An LmBatch of numpy arrays [N, length]; padding has segment id 0 and weight 0.
+    Rows are numbered in the order in which they were begun, and end in another: each number comes once.
     """
-    rows: list[list[Piece]] = []
+    rows: dict[int, list[Piece]] = {}
     open_rows: list[tuple[int, int]] = []  # (row, free slots), oldest first
+    begun = 0
     for piece in pieces:
         if len(piece) < 1:
             continue
         place = next((i for i, (_, free) in enumerate(open_rows) if free >= len(piece)), None)
         if place is None:
-            rows.append([])
             place = len(open_rows)
-            open_rows.append((len(rows) - 1, length))
+            open_rows.append((begun, length))
+            rows[begun] = []
+            begun += 1
         row, free = open_rows[place]
         rows[row].append(piece)
         free -= len(piece)
         open_rows[place] = (row, free)
         if free == 0:
             del open_rows[place]
+            yield row, rows.pop(row)
         elif len(open_rows) > OPEN_ROWS:
-            del open_rows[0]
+            oldest, _ = open_rows.pop(0)
+            yield oldest, rows.pop(oldest)
+    yield from rows.items()
+
+
+def pack(pieces: Iterable[Piece], length: int, pad: int) -> LmBatch:
+    """Packed rows in memory.
+
+    Returns:
+      An LmBatch of numpy arrays [N, length]; padding has segment id 0 and weight 0.
+    """
+    rows = [row for _, row in sorted(packed(pieces, length), key=lambda numbered: numbered[0])]
     return fill(rows, length, pad)
 
 

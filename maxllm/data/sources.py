@@ -12,12 +12,16 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from maxllm.errors import UserError
+from maxllm.files import file_hash
 
 SLICES = ("shakespeare", "austen", "tang")
 DOCUMENT_END = "<|endoftext|>"
@@ -199,13 +203,32 @@ def read_documents(source: str | Path, text_field: str, tally: Tally) -> Iterato
     return (text for file in files for text in _documents_of_file(file, text_field, tally))
 
 
-def source_bytes(source: str) -> int | None:
-    """Size of a source's files; None for what is no file, or is not here (any more)."""
+def files_of_source(source: str) -> list[Path]:
+    """A source's files; none for what is no file, or is not here (any more)."""
     if source.startswith("tfds:"):
-        return None
+        return []
     if source.startswith("slice:"):
-        return sum(file.stat().st_size for file in _slice_files(source.removeprefix("slice:")))
-    return sum(file.stat().st_size for file in _files_of(Path(source))) if Path(source).exists() else None
+        return _slice_files(source.removeprefix("slice:"))
+    return _files_of(Path(source)) if Path(source).exists() else []
+
+
+def source_state(source: str) -> list[list[int]] | None:
+    """[size, modification time in ns] of each of a source's files; None where there are none.
+
+    Files whose sizes and times are the same are taken for the same where reading them would take too long.
+    """
+    stats = [file.stat() for file in files_of_source(source)]
+    return [[stat.st_size, stat.st_mtime_ns] for stat in stats] or None
+
+
+def source_hash(source: str) -> str | None:
+    """XXH3 of the content of a source's files, in order; None where there are none."""
+    files = files_of_source(source)
+    if not files:
+        return None
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        hashes = list(pool.map(file_hash, files))
+    return hashes[0] if len(hashes) == 1 else xxhash.xxh3_128_hexdigest("\n".join(hashes).encode())
 
 
 def _slice_files(name: str) -> list[Path]:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from maxllm.config import Config
-from maxllm.data import chat, loader
+from maxllm.data import loader
 from maxllm.data.instruct import Question, ReplyPair, answer_of, pad_reply_pairs, read_split, reply_pair
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Params, ReplyPairBatch
@@ -42,7 +42,12 @@ def job(session: Session) -> Job:
     # 1. Data: prompt + chosen and prompt + rejected, right-padded.
     length, pad = config.batch.sequence_length, session.tokenizer.pad
     train_rows, heldout_rows, tallies = read_split(
-        config.data, "preference", config.run.seed, partial(pair_and_question, session)
+        config.data,
+        "preference",
+        config.run.seed,
+        session.tokenizer,
+        partial(pair_and_question, session),
+        lambda row: row[0].prompt,
     )
     pairs = pad_reply_pairs([pair for pair, _ in train_rows], length, pad)
     # 2. State: the policy; where it begins is also the reference, which stays.
@@ -77,8 +82,7 @@ def job(session: Session) -> Job:
 def pair_and_question(session: Session, row: dict[str, Any]) -> tuple[ReplyPair, Question]:
     """A row of preferences: its two replies, and its prompt with the right answer, if the row has one."""
     pair = reply_pair(session.tokenizer, row, session.config.batch.sequence_length)
-    prompt, _, _ = chat.preference_of(row)
-    return pair, Question(prompt, answer_of(row), pair.ids[0][: pair.starts[0]])
+    return pair, Question(pair.prompt, answer_of(row), pair.ids[0][: pair.starts[0]])
 
 
 def heldout_pairs(

@@ -91,7 +91,12 @@ def job(session: Session) -> Job:
     # 1. Data: prompts. Answers, where rows have them, are for the held-out check; training never sees them.
     length = config.batch.sequence_length - config.generation.max_new_tokens
     train_questions, heldout, tallies = read_split(
-        config.data, "prompt", config.run.seed, lambda row: question_of(session.tokenizer, row, length)
+        config.data,
+        "prompt",
+        config.run.seed,
+        session.tokenizer,
+        lambda row: question_of(session.tokenizer, row, length),
+        lambda question: question.messages,
     )
     # 2. The algorithm and its four models.
     ppo = algorithm_of(config, session.model, session.tokenizer.stop_tokens, session.tokenizer.pad)

@@ -11,30 +11,35 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sentencepiece import sentencepiece_model_pb2
 
 from maxllm.config import Config, DataConfig, TokenizerConfig
 from maxllm.data import bpe, ngram, spm
 from maxllm.data.clean import clean_text, reason_to_drop
 from maxllm.data.dedup import drop_duplicates, text_key
 from maxllm.data.load_tokenizer import load_tokenizer
-from maxllm.data.pack import chunks, pack
-from maxllm.data.sources import Tally, read_documents, source_bytes
+from maxllm.data.pack import Piece, chunks
+from maxllm.data.rows import write_rows
+from maxllm.data.sources import Tally, read_documents, source_hash, source_state
+from maxllm.data.spool import Spool
 from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start
 from maxllm.errors import UserError
 from maxllm.files import read_json, whole_folder, write_bytes, write_json
-from maxllm.records import LmBatch
 from maxllm.run.record import console, progress
 from maxllm.run.session import flat
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
+
+model_pb2: Any = sentencepiece_model_pb2  # generated at import: type checkers see nothing in it
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -56,111 +61,191 @@ def run(config: Config) -> dict[str, Any]:
 def prepare(config: Config, folder: Path) -> dict[str, Any]:
     """Fills a folder with packed rows; returns what the manifest says of them."""
     started = time.perf_counter()
+    settings, states = (
+        settings_of(config),
+        states_of(config),
+    )  # of the sources as they are before they are read
     terminal = console()
-    train, heldout, tallies = split_documents(config.data)
-    for tally in tallies:
-        terminal.print(f"prepare: {tally.line()}", markup=False, soft_wrap=True)
-    tokenizer = the_tokenizer(config, train)
-    train_counts, heldout_counts = ngram.ByteCounts(train), ngram.ByteCounts(heldout)
-    unigram, bigram = ngram.bits_per_byte(train_counts, heldout_counts)
-    manifest: dict[str, Any] = {
-        "settings": settings_of(config),
-        "tokenizer_sha256": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "sources": [tally.report() for tally in tallies],
-        "bits_per_byte_unigram": unigram,
-        "bits_per_byte_bigram": bigram,
-    }
-    for name, texts, counts in (("train", train, train_counts), ("heldout", heldout, heldout_counts)):
-        rows = pack_documents(tokenizer, texts, config.batch.sequence_length)
-        write_rows(folder / name, rows)
-        tokens = int(rows.loss_weights_BT.sum())
-        manifest[name] = {
-            "documents": len(texts),
-            "bytes": counts.bytes,
-            "tokens": tokens,
-            "rows": len(rows.tokens_BT),
-            "fill": tokens / rows.tokens_BT.size,
+    with documents_in(folder) as documents:
+        train, heldout = (documents[name] for name in SPLITS)
+        tallies = split_documents(config.data, train, heldout)
+        for tally in tallies:
+            terminal.print(f"prepare: {tally.line()}", markup=False, soft_wrap=True)
+        tokenizer = the_tokenizer(config, train)
+        counts = {name: ngram.ByteCounts(documents[name]) for name in SPLITS}
+        unigram, bigram = ngram.bits_per_byte(counts["train"], counts["heldout"])
+        manifest: dict[str, Any] = {
+            "settings": settings,
+            "source_states": states,
+            "tokenizer_sha256": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "sources": [tally.report() for tally in tallies],
+            "bits_per_byte_unigram": unigram,
+            "bits_per_byte_bigram": bigram,
         }
+        for name, texts in documents.items():
+            pieces = pieces_of(tokenizer, texts, config.batch.sequence_length)
+            rows, tokens = write_rows(folder / name, pieces, config.batch.sequence_length, tokenizer.pad)
+            manifest[name] = {
+                "documents": len(texts),
+                "bytes": counts[name].bytes,
+                "tokens": tokens,
+                "rows": rows,
+                "fill": tokens / (rows * config.batch.sequence_length),
+            }
     return manifest | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def the_tokenizer(config: Config, texts: Sequence[str]) -> Tokenizer:
+@contextmanager
+def documents_in(folder: Path) -> Iterator[dict[str, Spool]]:
+    """Files for the cleaned documents of each split, gone afterwards."""
+    documents = {name: Spool(folder / f".{name}.documents") for name in SPLITS}
+    try:
+        yield documents
+    finally:
+        for spool in documents.values():
+            spool.close()
+
+
+def the_tokenizer(config: Config, texts: Spool) -> Tokenizer:
     """The tokenizer of the model that the run starts from, or the one at tokenizer.path, or a new one."""
     if config.tokenizer is None:
         return load_tokenizer(config.start.policy or "")
     path = Path(config.tokenizer.path)
     if path.exists():
         tokenizer = load_tokenizer(path)
-        if tokenizer.vocab_size != config.tokenizer.vocab_size:
-            raise UserError(
-                f"tokenizer {path} is there already with {tokenizer.vocab_size} pieces, "
-                f"tokenizer.vocab_size is {config.tokenizer.vocab_size}; remove it to train another"
-            )
+        check_tokenizer(tokenizer, config.tokenizer)
         return tokenizer
-    with console().status("prepare: training the tokenizer"):
-        tokenizer = train_tokenizer(texts, config.tokenizer)
+    size = min(config.tokenizer.sample_bytes, texts.bytes)
+    with console().status(f"prepare: training the tokenizer on {size / 1e6:,.0f} MB"):
+        tokenizer = train_tokenizer(texts.sample(size), config.tokenizer)
     save_tokenizer(tokenizer, path)
     return tokenizer
 
 
-def settings_of(config: Config) -> dict[str, Any]:
-    """What a prepared corpus depends on. Where it stands, and where its tokenizer does, is not part of it."""
-    tokenizer = config.tokenizer and config.tokenizer.model_dump(mode="json", exclude={"path"})
+def check_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
+    """A tokenizer that is there already must be one that the recipe describes.
+
+    Raises:
+      UserError: naming the setting that differs.
+    """
+    found: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
+    if isinstance(tokenizer, spm.SpmTokenizer):
+        trainer = model_pb2.ModelProto.FromString(tokenizer.model_bytes).trainer_spec
+        found["algorithm"] = model_pb2.TrainerSpec.ModelType.Name(trainer.model_type).lower()
+        found["character_coverage"] = round(trainer.character_coverage, 6)  # of a float32
+    elif isinstance(tokenizer, bpe.FastTokenizer):
+        kind = str(json.loads(tokenizer.json_bytes)["model"].get("type")).lower()
+        byte_level = kind == "bpe" and config.algorithm == "byte_bpe"  # an imported one may be of either kind
+        found["algorithm"] = "byte_bpe" if byte_level else kind
+    wanted = config.model_dump(mode="json")
+    for name, value in found.items():
+        if value != wanted[name]:
+            raise UserError(
+                f"tokenizer {config.path} is there already with {name}={value}, the recipe has "
+                f"tokenizer.{name}={wanted[name]}; change that, or remove the tokenizer to train another"
+            )
+
+
+def settings_of(config: Config, known: Mapping[str, str | None] | None = None) -> dict[str, Any]:
+    """What a prepared corpus depends on. Where it stands, and where its tokenizer does, is not part of it.
+
+    Args:
+      config: the recipe.
+      known: content hashes of sources that need not be read again.
+    """
+    tokenizer = config.tokenizer and config.tokenizer.model_dump(
+        mode="json", exclude={"path", "sample_bytes"}
+    )
     settings = {"data": config.data.model_dump(mode="json", exclude={"prepared_dir", "max_bad_share"})}
-    sources = [*config.data.sources, *config.data.heldout_sources]
-    settings["bytes"] = {source: source_bytes(source) for source in sources}  # an edited file is another one
+    known = known or {}
+    settings["content"] = {
+        source: known[source] if source in known else source_hash(source) for source in sources_of(config)
+    }
     return settings | {"tokenizer": tokenizer, "batch": {"sequence_length": config.batch.sequence_length}}
 
 
-def check_settings(config: Config, prepared: Path, manifest: dict[str, Any]) -> None:
-    """A prepared corpus must be the one that a recipe describes.
+def sources_of(config: Config) -> list[str]:
+    """All of a recipe's sources."""
+    return [*config.data.sources, *config.data.heldout_sources]
+
+
+def states_of(config: Config) -> dict[str, list[list[int]] | None]:
+    """{source: sizes and times of its files}."""
+    return {source: source_state(source) for source in sources_of(config)}
+
+
+def check_settings(config: Config, prepared: Path, manifest: dict[str, Any], read: bool = True) -> None:
+    """A prepared corpus must be the one that a recipe describes, its sources as they were.
+
+    Args:
+      config: the recipe.
+      prepared: where the corpus is.
+      manifest: what it says of itself.
+      read: whether sources are read whatever their files' sizes and times say.
 
     Raises:
       UserError: naming the first setting that differs.
     """
-    former, now = flat(manifest["settings"]), flat(settings_of(config))
+    former_content = manifest["settings"].get("content", {})
+    states = {} if read else states_of(config)
+    known = {
+        source: former_content[source]
+        for source, state in states.items()
+        if source in former_content and state == manifest.get("source_states", {}).get(source)
+    }
+    former, now = flat(manifest["settings"]), flat(settings_of(config, known))
     for key in sorted(former.keys() | now.keys()):
-        gone = key.startswith("bytes.") and now.get(key) is None  # the corpus outlives its sources
-        if former.get(key) != now.get(key) and not gone:
+        gone = key.startswith("content.") and now.get(key) is None  # the corpus outlives its sources
+        if former.get(key) == now.get(key) or gone:
+            continue
+        if key.startswith("content.") and former.get(key) is not None:
             raise UserError(
-                f"{prepared} was prepared with {key}={former.get(key)}, not {now.get(key)}; "
-                "remove it, or give another data.prepared_dir"
+                f"{key.removeprefix('content.')} has changed since {prepared} was prepared from it; remove "
+                "that folder, or give another data.prepared_dir"
             )
+        raise UserError(
+            f"{prepared} was prepared with {key}={former.get(key)}, not {now.get(key)}; "
+            "remove it, or give another data.prepared_dir"
+        )
 
 
-def split_documents(data: DataConfig) -> tuple[list[str], list[str], list[Tally]]:
-    """(training documents, held-out documents, counts by source), cleaned and free of exact duplicates."""
+def split_documents(data: DataConfig, train: Spool, heldout: Spool) -> list[Tally]:
+    """Cleaned documents, free of exact duplicates, into the two spools; returns the counts by source."""
     if not data.sources:
         raise UserError("data.sources is empty: name at least one file, folder or slice:NAME")
     seen: set[bytes] = set()
-    # Held-out sources go first: a document that stands in both is then not trained on.
-    heldout, tallies = read_clean(data.heldout_sources, data, seen)
-    documents, train_tallies = read_clean(data.sources, data, seen)
+
+    def held(text: str) -> bool:
+        return int.from_bytes(text_key(text)[:8], "big") / 2**64 < data.heldout_share
+
     if data.heldout_sources:
-        return documents, heldout, tallies + train_tallies
-    train: list[str] = []
-    for text in documents:
-        held = int.from_bytes(text_key(text)[:8], "big") / 2**64 < data.heldout_share
-        (heldout if held else train).append(text)
-    if not train or not heldout:
+        # Held-out sources go first: a document that stands in both is then not trained on.
+        tallies = read_clean(data.heldout_sources, data, seen, heldout.append)
+        return tallies + read_clean(data.sources, data, seen, train.append)
+    tallies = read_clean(
+        data.sources, data, seen, lambda text: (heldout if held(text) else train).append(text)
+    )
+    if not len(train) or not len(heldout):
         raise UserError(
-            f"{len(documents)} documents are too few to hold out data.heldout_share={data.heldout_share:g} "
-            "of them; give data.heldout_sources"
+            f"{len(train) + len(heldout)} documents are too few to hold out "
+            f"data.heldout_share={data.heldout_share:g} of them; give data.heldout_sources"
         )
-    return train, heldout, train_tallies
+    return tallies
 
 
-def read_clean(sources: Sequence[str], data: DataConfig, seen: set[bytes]) -> tuple[list[str], list[Tally]]:
-    """Cleaned, deduplicated documents of the sources in order."""
-    documents: list[str] = []
+def read_clean(
+    sources: Sequence[str], data: DataConfig, seen: set[bytes], take: Callable[[str], None]
+) -> list[Tally]:
+    """Hands the cleaned, deduplicated documents of the sources to `take`, in order."""
     tallies = []
     for source in sources:
         tally = Tally(source)
-        documents += drop_duplicates(fit_documents(source, data, tally), tally, seen)
+        for text in drop_duplicates(fit_documents(source, data, tally), tally, seen):
+            take(text)
         tally.check(data.max_bad_share)
         tallies.append(tally)
-    return documents, tallies
+    return tallies
 
 
 def fit_documents(source: str, data: DataConfig, tally: Tally) -> Iterator[str]:
@@ -176,18 +261,14 @@ def fit_documents(source: str, data: DataConfig, tally: Tally) -> Iterator[str]:
             tally.drop(reason)
 
 
-def pack_documents(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> LmBatch:
-    """BOS document EOS, chunked and packed; every token after the first is a target once."""
-
-    def pieces() -> Iterator[Any]:
-        for text in progress(texts, "prepare: tokenizing"):
-            ids = [*document_start(tokenizer, text), tokenizer.eos]
-            yield from chunks(ids, [1] * len(ids), length)
-
-    return pack(pieces(), length, tokenizer.pad)
+def pieces_of(tokenizer: Tokenizer, texts: Spool, length: int) -> Iterator[Piece]:
+    """BOS document EOS, in chunks; every token after the first is a target once."""
+    for text in progress(texts, "prepare: tokenizing"):
+        ids = np.array([*document_start(tokenizer, text), tokenizer.eos], np.int32)
+        yield from chunks(ids, np.ones(len(ids), np.int8), length)
 
 
-def train_tokenizer(texts: Sequence[str], config: TokenizerConfig) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """Trains the tokenizer that a recipe asks for."""
     return bpe.train(texts, config) if config.algorithm == "byte_bpe" else spm.train(texts, config)
 
@@ -201,26 +282,6 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     with whole_folder(path) as folder:
         for name, content in tokenizer.files.items():
             write_bytes(folder / name, content)
-
-
-def write_rows(folder: Path, rows: LmBatch) -> None:
-    """One .npy file per array."""
-    folder.mkdir(parents=True)
-    for field in dataclasses.fields(rows):
-        np.save(folder / f"{field.name}.npy", getattr(rows, field.name))
-
-
-def read_rows(prepared: Path, split: str) -> LmBatch:
-    """Packed rows [N, T], memory-mapped.
-
-    Raises:
-      UserError: an array is missing or cut short.
-    """
-    files = [prepared / split / f"{field.name}.npy" for field in dataclasses.fields(LmBatch)]
-    try:
-        return LmBatch(*(np.load(file, mmap_mode="r") for file in files))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{prepared} is damaged ({error}); remove it and prepare it anew") from None
 
 
 def read_manifest(prepared: Path) -> dict[str, Any]:

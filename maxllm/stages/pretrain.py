@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from maxllm.config import Config
+from maxllm.data.rows import read_rows
 from maxllm.errors import UserError
 from maxllm.records import LmBatch
 from maxllm.run.loop import Job, finished, train
@@ -51,13 +52,13 @@ def job(session: Session) -> Job:
             return create(program.init, program.abstract_state, jax.random.key(config.run.seed))
         return start_from(start(), program.optimizer, program.abstract_state)
 
-    heldout = prepare.read_rows(prepared, "heldout")
+    heldout = read_rows(prepared, "heldout")
     # 3. Train; the best checkpoint is the one with the fewest held-out bits per byte.
     return language_job(
         session,
         program,
         fresh=fresh,
-        rows=prepare.read_rows(prepared, "train"),
+        rows=read_rows(prepared, "train"),
         heldout=heldout,
         evaluate=bits_per_byte(session, heldout, manifest),
         best=("bits_per_byte", "min"),
@@ -96,4 +97,4 @@ def check_prepared(session: Session, prepared: Path, manifest: dict[str, Any]) -
     """
     if manifest["tokenizer_sha256"] != session.tokenizer.fingerprint:
         raise UserError(f"{prepared} was prepared with another tokenizer than {session.config.tokenizer}")
-    prepare.check_settings(session.config, prepared, manifest)
+    prepare.check_settings(session.config, prepared, manifest, read=False)

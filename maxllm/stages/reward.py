@@ -13,7 +13,7 @@ import jax
 
 from maxllm.config import Config
 from maxllm.data import loader
-from maxllm.data.instruct import pad_pairs, pair_ids, read_split
+from maxllm.data.instruct import pad_pairs, read_split, reply_pair
 from maxllm.model.heads import ScalarModel
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import PairBatch, Params
@@ -37,11 +37,17 @@ def job(session: Session) -> Job:
     # 1. Data: prompt + chosen and prompt + rejected, right-padded.
     length = config.batch.sequence_length
     train_pairs, heldout_pairs, tallies = read_split(
-        config.data, "preference", config.run.seed, lambda row: pair_ids(session.tokenizer, row, length)
+        config.data,
+        "preference",
+        config.run.seed,
+        session.tokenizer,
+        lambda row: reply_pair(session.tokenizer, row, length),
+        lambda pair: pair.prompt,
     )
     pad = session.tokenizer.pad
     # 2. State: the policy's decoder under a new head.
-    heldout = pad_pairs(heldout_pairs, length, pad)
+    rows = pad_pairs([pair.ids for pair in train_pairs], length, pad)
+    heldout = pad_pairs([pair.ids for pair in heldout_pairs], length, pad)
     program = reward_program(config, session.model, session.mesh)
     start = start_policy(session)
     tokens = 2 * config.batch.rows * length
@@ -50,7 +56,7 @@ def job(session: Session) -> Job:
         abstract_state=program.abstract_state,
         fresh=lambda: start_from(with_new_head(session, start), program.optimizer, program.abstract_state),
         step=program.step,
-        batches=loader.Batches(pad_pairs(train_pairs, length, pad), config.batch.rows, config.run.seed),
+        batches=loader.Batches(rows, config.batch.rows, config.run.seed),
         heldout=heldout,
         evaluate=heldout_pairs_evaluator(session, program.loss_fn, heldout),
         best=("accuracy", "max"),

@@ -15,7 +15,13 @@ import jax
 
 from maxllm.config import Config
 from maxllm.data.chat import Message, messages_of
-from maxllm.data.instruct import Question, conversation_piece, pack_conversations, read_split
+from maxllm.data.instruct import (
+    Question,
+    before_first_reply,
+    conversation_piece,
+    pack_conversations,
+    read_split,
+)
 from maxllm.data.pack import Piece
 from maxllm.data.render import render_prompt
 from maxllm.data.sources import Tally
@@ -133,7 +139,14 @@ def read_conversations(session: Session) -> tuple[list[Talk], list[Talk], list[T
     def parse(row: dict[str, Any]) -> Talk:
         return Talk(messages_of(row), conversation_piece(session.tokenizer, row, length))
 
-    return read_split(session.config.data, "instruction", session.config.run.seed, parse)
+    return read_split(
+        session.config.data,
+        "instruction",
+        session.config.run.seed,
+        session.tokenizer,
+        parse,
+        lambda talk: before_first_reply(talk.messages),
+    )
 
 
 def last_questions(session: Session, talks: Sequence[Talk], room: int) -> list[Question]:

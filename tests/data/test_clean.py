@@ -1,8 +1,12 @@
 """The cleaner's rules on texts small enough to count by hand, in English and in Chinese."""
 
+import random
+import unicodedata
+
 import pytest
 
-from maxllm.data.clean import clean_text, reason_to_drop, repeated_shares, symbol_share
+from maxllm.data.clean import clean_text, in_canonical_order, reason_to_drop, repeated_shares, symbol_share
+from maxllm.data.dedup import text_key
 
 
 @pytest.mark.parametrize(
@@ -93,3 +97,45 @@ def test_boilerplate_is_dropped_in_both_languages():
     chinese = "\n".join(["请接受所有饼干以继续浏览本网站", "这一行是新的而且足够长"] * 20)
     for text in (english, chinese):
         assert reason_to_drop(text, 20, 0.5, 0.3) == "repeated lines"
+
+
+AWKWARD = {
+    "blanks": " ",
+    "tabs": "\t",
+    "no-break spaces": "\u00a0",
+    "wide spaces": "\u3000",
+    "newlines": "\n",
+    "carriage returns": "\r",
+    "line separators": "\u2028",
+    "blanks and newlines": " \n",
+    "blanks and letters": " " * 1000 + "a",
+    "invisible": "\u200b",
+    "half a pair": "\ud800",
+    "acute": "\u0301",
+    "marks of two classes": "\u0301\u0323",
+    "marks that decompose": "\u0344\u0323",
+    "Hangul": "\u1100\u1161\u11a8",
+    "letters": "a",
+    "Chinese": "\u6f22",
+    "nothing but joiners": "\u200d",
+}
+
+
+@pytest.mark.parametrize("character", AWKWARD.values(), ids=AWKWARD)
+@pytest.mark.parametrize("around", ["{}", "word{}word", "word{}"], ids=["alone", "inside", "last"])
+def test_a_megabyte_of_an_awkward_character_takes_no_longer_than_its_length(character, around):
+    """What is quadratic here would take hours, not the tenth of a second that a megabyte takes."""
+    text = around.format(character * (10**6 // len(character)))
+    once = clean_text(text)
+    assert clean_text(once) == once
+    reason_to_drop(once, 20, 0.4, 0.3)
+    text_key(once)
+
+
+def test_sorting_long_runs_of_marks_first_changes_nothing():
+    """Against `unicodedata` alone, on runs that it can still sort."""
+    marks = [chr(code) for code in range(0x300, 0x36F)] + list("\u0344\u0f73\u05b0\u3099")
+    rng = random.Random(0)
+    for _ in range(50):
+        text = "a" + "".join(rng.choices(marks, k=rng.randint(30, 90))) + "b"
+        assert unicodedata.normalize("NFC", in_canonical_order(text)) == unicodedata.normalize("NFC", text)

@@ -9,12 +9,12 @@ import pytest
 from maxllm.config import DataConfig
 from maxllm.data import chat, render, tasks
 from maxllm.data.instruct import (
+    before_first_reply,
     conversation_piece,
     pack_conversations,
     pad_pairs,
     pad_prompts,
     pad_reply_pairs,
-    pair_ids,
     question_of,
     read_split,
     reply_pair,
@@ -34,8 +34,30 @@ def write(path, rows):
     return str(path)
 
 
-def split(source, parse, kind="instruction", **settings):
-    return read_split(DataConfig(sources=(source,), **settings), kind, 0, parse)
+def asked_of(row):
+    """The messages before the reply in a row of any kind."""
+    if "chosen" in row:
+        return chat.preference_of(row)[0]
+    return chat.prompt_of(row) if "prompt" in row else before_first_reply(chat.messages_of(row))
+
+
+@pytest.fixture
+def split(tiny_tokenizer):
+    """split(source, parse): (training rows, held-out rows, tallies), each row through `parse`."""
+
+    def make(source, parse, kind="instruction", seed=0, **settings):
+        sources = () if source is None else (source,)
+        train, heldout, tallies = read_split(
+            DataConfig(sources=sources, **settings),
+            kind,
+            seed,
+            tiny_tokenizer,
+            lambda row: (row, parse(row)),
+            lambda parsed: asked_of(parsed[0]),
+        )
+        return [row for _, row in train], [row for _, row in heldout], tallies
+
+    return make
 
 
 @pytest.fixture
@@ -45,7 +67,7 @@ def conversation(tiny_tokenizer):
 
 @pytest.fixture
 def pair(tiny_tokenizer):
-    return lambda row: pair_ids(tiny_tokenizer, row, 64)
+    return lambda row: reply_pair(tiny_tokenizer, row, 64)
 
 
 # What the user is told
@@ -64,7 +86,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD.values(), ids=BAD)
-def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, conversation, row, reason):
+def test_a_bad_row_is_named_by_file_line_and_reason(split, tmp_path, conversation, row, reason):
     """Line 31 of 61; the limit in the sentence is the setting's own name."""
     source = write(tmp_path / "rows.jsonl", [*GOOD[:30], row, *GOOD[30:]])
     with pytest.raises(UserError) as error:
@@ -76,7 +98,7 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, conversation, row,
 
 
 @pytest.mark.parametrize("content", ["\ud800", "a \udfff b"])
-def test_a_lone_surrogate_is_a_bad_row(tmp_path, conversation, content):
+def test_a_lone_surrogate_is_a_bad_row(split, tmp_path, conversation, content):
     """JSON can carry half of a UTF-16 pair (lmarena's does); UTF-8 cannot, so it is no text."""
     row = '{"instruction": "Say it.", "output": ' + json.dumps(content) + "}"
     source = write(tmp_path / "rows.jsonl", [*GOOD, row])
@@ -84,7 +106,7 @@ def test_a_lone_surrogate_is_a_bad_row(tmp_path, conversation, content):
         split(source, conversation)
 
 
-def test_a_role_of_another_type_is_a_bad_row(tmp_path, conversation):
+def test_a_role_of_another_type_is_a_bad_row(split, tmp_path, conversation):
     row = {"messages": [{"role": {"name": "user"}, "content": "x"}]}
     source = write(tmp_path / "rows.jsonl", [*GOOD, row])
     with pytest.raises(UserError, match="line 61"):
@@ -102,14 +124,14 @@ PAIR_ERRORS = {
 
 
 @pytest.mark.parametrize(("row", "reason"), PAIR_ERRORS.values(), ids=PAIR_ERRORS)
-def test_a_bad_pair_is_named(tmp_path, pair, row, reason):
+def test_a_bad_pair_is_named(split, tmp_path, pair, row, reason):
     source = write(tmp_path / "pairs.jsonl", [*PAIRS, row])
     with pytest.raises(UserError) as error:
         split(source, pair, "preference")
     assert str(error.value).startswith(f"{source} line 41: {reason}; 1 of 41 rows are bad")
 
 
-def test_rows_are_counted_by_reason(tmp_path, conversation):
+def test_rows_are_counted_by_reason(split, tmp_path, conversation):
     bad = [row for row, _ in BAD.values()] + [BAD["too long"][0]]
     source = write(tmp_path / "rows.jsonl", [*GOOD, *bad])
     train, heldout, (tally,) = split(source, conversation, max_bad_share=0.5)
@@ -121,7 +143,7 @@ def test_rows_are_counted_by_reason(tmp_path, conversation):
     assert tally.report()["source"] == source
 
 
-def test_a_share_of_bad_rows_may_be_allowed(tmp_path, pair):
+def test_a_share_of_bad_rows_may_be_allowed(split, tmp_path, pair):
     source = write(tmp_path / "pairs.jsonl", [*PAIRS, PAIR_ERRORS["equal"][0]])
     train, heldout, _ = split(source, pair, "preference", max_bad_share=0.05, heldout_share=0.2)
     assert len(train) + len(heldout) == 40
@@ -136,18 +158,18 @@ def test_a_share_of_bad_rows_may_be_allowed(tmp_path, pair):
         ("tasks:train:0", "tasks:train:0 is empty"),
     ],
 )
-def test_a_bad_source_is_named(conversation, source, sentence):
+def test_a_bad_source_is_named(split, conversation, source, sentence):
     with pytest.raises(UserError) as error:
         split(source, conversation)
     assert str(error.value) == sentence
 
 
-def test_no_source_at_all(conversation):
+def test_no_source_at_all(split, conversation):
     with pytest.raises(UserError, match=r"data\.sources is empty"):
-        read_split(DataConfig(), "instruction", 0, conversation)
+        split(None, conversation)
 
 
-def test_an_empty_file(tmp_path, conversation):
+def test_an_empty_file(split, tmp_path, conversation):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match=r"empty\.jsonl is empty"):
         split(str(tmp_path / "empty.jsonl"), conversation)
@@ -160,7 +182,7 @@ def identity(row):
     return row["instruction"], row["input"]
 
 
-def test_heldout_rows_are_stable_and_disjoint(tmp_path):
+def test_heldout_rows_are_stable_and_disjoint(split, tmp_path):
     """A row's content decides: not its place, not its neighbours, not the seed."""
     rows = [{"instruction": "Double.", "input": str(i), "output": str(2 * i)} for i in range(600)]
     train, heldout, _ = split(write(tmp_path / "a.jsonl", rows), identity, heldout_share=0.1)
@@ -168,27 +190,25 @@ def test_heldout_rows_are_stable_and_disjoint(tmp_path):
     assert 60 - 5 * 7.4 < len(heldout) < 60 + 5 * 7.4  # five standard deviations of a binomial
     shuffled = [rows[i] for i in np.random.default_rng(0).permutation(600)[:300]]
     source = write(tmp_path / "b.jsonl", shuffled)
-    again_train, again_heldout, _ = read_split(
-        DataConfig(sources=(source,), heldout_share=0.1), "instruction", 99, identity
-    )
+    again_train, again_heldout, _ = split(source, identity, seed=99, heldout_share=0.1)
     assert set(again_heldout) <= set(heldout) and set(again_train) <= set(train)
 
 
-def test_a_larger_share_keeps_what_was_held_out(tmp_path):
+def test_a_larger_share_keeps_what_was_held_out(split, tmp_path):
     source = write(tmp_path / "a.jsonl", GOOD)
     _, small, _ = split(source, identity, heldout_share=0.1)
     _, large, _ = split(source, identity, heldout_share=0.3)
     assert set(small) < set(large)
 
 
-def test_twins_stay_on_one_side(tmp_path):
+def test_twins_stay_on_one_side(split, tmp_path):
     """A duplicated row, its keys in another order, cannot stand on both sides."""
     twins = [dict(reversed(row.items())) for row in GOOD]
     train, heldout, _ = split(write(tmp_path / "a.jsonl", [*GOOD, *twins]), identity, heldout_share=0.2)
     assert not set(train) & set(heldout) and len(heldout) % 2 == 0 and heldout
 
 
-def test_demonstrations_that_are_partly_wrong_are_not_held_out():
+def test_demonstrations_that_are_partly_wrong_are_not_held_out(split):
     """Exact match would be measured against mistakes."""
     with pytest.raises(UserError, match=r"partly wrong on purpose.*give data.heldout_sources"):
         split("tasks:train:100", identity)
@@ -197,7 +217,7 @@ def test_demonstrations_that_are_partly_wrong_are_not_held_out():
     assert len(heldout) == 20
 
 
-def test_heldout_sources_are_used_whole(tmp_path):
+def test_heldout_sources_are_used_whole(split, tmp_path):
     source = write(tmp_path / "a.jsonl", GOOD[:40])
     other = write(tmp_path / "b.jsonl", GOOD[40:])
     train, heldout, tallies = split(source, identity, heldout_sources=(other,))
@@ -206,13 +226,88 @@ def test_heldout_sources_are_used_whole(tmp_path):
     assert [tally.source for tally in tallies] == [source, other]
 
 
-def test_too_few_rows_to_hold_any_out(tmp_path, conversation):
+# The forms in which one prompt comes; `i` numbers it.
+FORMS = {
+    "instruction": lambda i: {"instruction": f"Say {i}", "output": "one"},
+    "empty input": lambda i: {"instruction": f"Say {i}", "input": "", "output": "two"},
+    "input": lambda i: {"instruction": "Say", "input": f"{i}", "output": "x"},
+    "messages": lambda i: {
+        "messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": "three"}]
+    },
+    "sharegpt": lambda i: {
+        "conversations": [{"from": "human", "value": f"Say {i}"}, {"from": "gpt", "value": "four"}]
+    },
+    "a key more": lambda i: {
+        "messages": [
+            {"role": "user", "content": f"Say {i}", "id": i},
+            {"role": "assistant", "content": "five", "id": -i},
+        ],
+        "source": "somewhere",
+    },
+    "turns": lambda i: {
+        "messages": [
+            {"role": "user", "content": f"Say {i}"},
+            {"role": "assistant", "content": "six"},
+            {"role": "user", "content": f"And {i + 1}?"},
+            {"role": "assistant", "content": "seven"},
+        ]
+    },
+}
+
+
+def prompts_read(tokenizer, rows):
+    """Every prefix of the rows' conversations that ends where a reply begins, as the model reads it."""
+    return {
+        tuple(render.render_prompt(tokenizer, talk[:n]))
+        for talk in map(chat.messages_of, rows)
+        for n, message in enumerate(talk)
+        if message["role"] == "assistant"
+    }
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_no_heldout_prompt_is_trained_on_in_whatever_form_it_comes(split, tiny_tokenizer, tmp_path, explicit):
+    """Eighty prompts, each in seven forms, once as one file and once with held-out rows of one form alone."""
+    rows = [form(i) for i in range(80) for name, form in FORMS.items() if not explicit or name != "messages"]
+    words = {"heldout_share": 0.2}
+    if explicit:
+        held = [FORMS["messages"](i) for i in range(0, 80, 8)]
+        words = {"heldout_sources": (write(tmp_path / "held.jsonl", held),)}
+    train, heldout, tallies = split(write(tmp_path / "a.jsonl", rows), lambda row: row, **words)
+    assert heldout and train
+    assert not prompts_read(tiny_tokenizer, train) & prompts_read(tiny_tokenizer, heldout)
+    if explicit:
+        same = len(FORMS) - 2  # the form with an input reads otherwise, and "messages" is what is held out
+        assert tallies[0].dropped == {"its prompt is held out": 10 * same}
+        assert "50 dropped: its prompt is held out" in tallies[0].line()
+
+
+def test_heldout_rows_that_repeat_all_of_training_leave_nothing(split, tmp_path):
+    source = write(tmp_path / "a.jsonl", GOOD)
+    with pytest.raises(UserError, match=r"none of 60 rows was kept \(its prompt is held out: 60\)"):
+        split(source, identity, heldout_sources=(source,))
+
+
+def test_pairs_that_repeat_a_heldout_prompt_are_dropped(split, tmp_path, pair):
+    talk = [{"role": "user", "content": "Sort 3"}]
+    chosen, rejected = ([*talk, {"role": "assistant", "content": word}] for word in ("good", "bad"))
+    held = [{"chosen": chosen, "rejected": rejected}]
+    train, heldout, (tally, _) = split(
+        write(tmp_path / "a.jsonl", PAIRS),
+        pair,
+        "preference",
+        heldout_sources=(write(tmp_path / "b.jsonl", held),),
+    )
+    assert (len(train), len(heldout)) == (39, 1) and tally.dropped == {"its prompt is held out": 1}
+
+
+def test_too_few_rows_to_hold_any_out(split, tmp_path, conversation):
     with pytest.raises(UserError, match=r"1 rows are too few .* give data.heldout_sources"):
         split(write(tmp_path / "a.jsonl", GOOD[:1]), conversation)
 
 
 @pytest.mark.parametrize("kind", ["instruction", "preference", "prompt"])
-def test_tasks_are_a_source(kind):
+def test_tasks_are_a_source(split, kind):
     train, heldout, (first, second) = split(
         "tasks:train:50", lambda row: tuple(row.values()), kind, heldout_sources=("tasks:heldout:20",)
     )
@@ -244,7 +339,7 @@ def test_packed_conversations_train_replies_alone(tiny_tokenizer, conversation):
 
 
 def test_pairs_are_right_padded(tiny_tokenizer, pair):
-    pairs = [pair(row) for row in PAIRS[:3]]
+    pairs = [pair(row).ids for row in PAIRS[:3]]
     batch = pad_pairs(pairs, 64, PAD)
     assert batch.tokens_BCT.shape == (3, 2, 64) and batch.weights_B.tolist() == [1, 1, 1]
     for n, (row, ids) in enumerate(zip(PAIRS, pairs, strict=False)):
@@ -265,7 +360,7 @@ def test_replies_of_a_pair_begin_where_generation_does(tiny_tokenizer):
     rows = [PAIRS[0], {"prompt": talk, "chosen": "12", "rejected": "21 21"}]
     pairs = [reply_pair(tiny_tokenizer, row, 64) for row in rows]
     batch = pad_reply_pairs(pairs, 64, PAD)
-    wanted = pad_pairs([pair_ids(tiny_tokenizer, row, 64) for row in rows], 64, PAD)
+    wanted = pad_pairs([pair.ids for pair in pairs], 64, PAD)
     jax.tree.map(np.testing.assert_array_equal, batch.pairs, wanted)
     heads = [[{"role": "user", "content": rows[0]["prompt"]}], talk]
     for n, head in enumerate(heads):

@@ -28,7 +28,7 @@ def dpo(policy, capsys):
 
     def run(folder, *words):
         words = (f"start.policy={policy}", f"run.dir={folder}", f"run.steps={STEPS}", *words)
-        few = ["data.sources=[tasks:train:64]", "data.heldout_sources=[tasks:train:64]"]
+        few = ["data.sources=[tasks:train:64]", "data.heldout_sources=[tasks:heldout:64]"]
         small = ["batch.rows=8", "batch.sequence_length=48", "run.checkpoint_every=4", "run.eval_every=4"]
         rate = ["dpo.nll=0", "optimizer.learning_rate=3e-3", "optimizer.warmup_steps=0"]
         code = main(["dpo", "dpo/tiny_tasks_cpu_fast", "mesh.fsdp=2", *few, *small, *rate, *words, "--json"])

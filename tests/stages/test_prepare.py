@@ -1,6 +1,12 @@
 """Preparing a corpus: what is written, what is counted, what is held out."""
 
+import itertools
 import json
+import os
+import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +14,11 @@ import pytest
 
 from maxllm import recipe
 from maxllm.data.load_tokenizer import load_tokenizer
+from maxllm.data.rows import read_rows
+from maxllm.data.spool import Spool
 from maxllm.data.tokenizer import BOS, EOS
 from maxllm.errors import UserError
+from maxllm.files import whole_folder
 from maxllm.stages import prepare
 
 CHAPTERS = Path(prepare.__file__).parents[1] / "data" / "slice" / "austen.jsonl"
@@ -48,7 +57,7 @@ def test_counts_and_rows(tmp_path: Path, source: Path) -> None:
     assert counts["rows"] == 202 and counts["dropped"] == {"too short": 1, "duplicate": 1}
     assert manifest["train"]["documents"] + manifest["heldout"]["documents"] == 200
     assert 15 <= manifest["heldout"]["documents"] <= 65  # 40 expected, 4 standard errors
-    rows = prepare.read_rows(tmp_path / "corpus", "train")
+    rows = read_rows(tmp_path / "corpus", "train")
     assert rows.tokens_BT.shape == (manifest["train"]["rows"], 64)
     # every document begins once with <s>, and </s> is a target once for each
     assert int(np.sum(rows.tokens_BT == BOS)) == manifest["train"]["documents"]
@@ -82,7 +91,7 @@ def test_heldout_sources_are_never_trained_on(tmp_path: Path, source: Path) -> N
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     first = json.loads(heldout.read_text().splitlines()[0])["text"]
     opening = tokenizer.encode(first)[:20]
-    rows = prepare.read_rows(tmp_path / "corpus", "train")
+    rows = read_rows(tmp_path / "corpus", "train")
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(rows.tokens_BT), len(opening), axis=1)
     assert not np.any(np.all(windows == opening, axis=-1))
 
@@ -91,7 +100,7 @@ def test_what_a_kill_left_behind_is_replaced(tmp_path: Path, source: Path) -> No
     (tmp_path / ".corpus.partial" / "train").mkdir(parents=True)
     (tmp_path / ".corpus.partial" / "train" / "tokens_BT.npy").write_bytes(b"half")
     manifest = prepare.run(config(tmp_path, source))
-    assert len(prepare.read_rows(tmp_path / "corpus", "train").tokens_BT) == manifest["train"]["rows"]
+    assert len(read_rows(tmp_path / "corpus", "train").tokens_BT) == manifest["train"]["rows"]
 
 
 def test_a_folder_of_the_users_is_never_replaced(tmp_path: Path, source: Path) -> None:
@@ -108,3 +117,117 @@ def test_a_corpus_prepared_from_other_data_is_refused(tmp_path: Path, source: Pa
         prepare.run(config(tmp_path, source, "data.heldout_share=0.3"))
     elsewhere = f"{tmp_path}/../{tmp_path.name}/corpus"  # the same place, spelled differently
     prepare.run(config(tmp_path, source, f"data.prepared_dir={elsewhere}"))
+
+
+def edited(source: Path) -> None:
+    """Another text of the same size."""
+    text = source.read_text()
+    assert " the " in text
+    source.write_text(text.replace(" the ", " THE ", 1))
+
+
+def test_an_edit_of_the_same_size_is_another_source(tmp_path: Path, source: Path) -> None:
+    """Also where the file's time is put back: `prepare` reads it; training trusts sizes and times."""
+    manifest = prepare.run(config(tmp_path, source))
+    times = source.stat()
+    edited(source)
+    with pytest.raises(UserError, match=r"paragraphs\.jsonl has changed since .*corpus was prepared from it"):
+        prepare.run(config(tmp_path, source))
+    with pytest.raises(UserError, match="has changed since"):
+        prepare.check_settings(config(tmp_path, source), tmp_path / "corpus", manifest, read=False)
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match="has changed since"):
+        prepare.run(config(tmp_path, source))
+    source.unlink()
+    prepare.run(config(tmp_path, source))  # the corpus outlives its sources
+
+
+def test_a_touched_file_is_the_same(tmp_path: Path, source: Path) -> None:
+    manifest = prepare.run(config(tmp_path, source))
+    os.utime(source)
+    for read in (True, False):
+        prepare.check_settings(config(tmp_path, source), tmp_path / "corpus", manifest, read)
+
+
+@pytest.mark.parametrize(
+    ("word", "what"),
+    [
+        ("tokenizer.algorithm=unigram", r"algorithm=bpe, the recipe has tokenizer\.algorithm=unigram"),
+        ("tokenizer.algorithm=byte_bpe", r"algorithm=bpe, the recipe has tokenizer\.algorithm=byte_bpe"),
+        ("tokenizer.character_coverage=0.9", "character_coverage=0.995, the recipe has .*=0.9"),
+        ("tokenizer.vocab_size=900", "vocab_size=800, the recipe has .*=900"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_that_lies_there_is_refused(
+    tmp_path: Path, source: Path, word: str, what: str
+) -> None:
+    prepare.run(config(tmp_path, source))
+    other = f"data.prepared_dir={tmp_path / 'other'}"
+    with pytest.raises(UserError, match=what):
+        prepare.run(config(tmp_path, source, other, word))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_tokenizer_is_trained_on_a_sample_spread_over_all(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "texts")
+    for number in range(1000):
+        spool.append(f"text {number:04d}")
+    assert (len(spool), spool.bytes) == (1000, 9000)
+    assert list(spool) == list(spool.sample(9000)) == list(spool.sample(10**6))
+    some = list(spool.sample(900))
+    assert 99 <= len(some) <= 100
+    numbers = [int(text.split()[1]) for text in some]
+    assert max(later - earlier for earlier, later in itertools.pairwise(numbers)) <= 11
+    spool.close()
+    assert not (tmp_path / "texts").exists()
+
+
+def test_two_that_prepare_one_folder_do_not_mix(tmp_path: Path, source: Path) -> None:
+    with (
+        whole_folder(tmp_path / "corpus") as folder,
+        pytest.raises(UserError, match=r"another process is writing .*corpus"),
+    ):
+        (folder / "mine").write_text("1")
+        prepare.run(config(tmp_path, source))
+    assert [path.name for path in (tmp_path / "corpus").iterdir()] == ["mine"]
+    assert not (tmp_path / ".corpus.lock").exists()
+
+
+def test_a_folder_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match="exists and is not ours to replace"),
+        whole_folder(tmp_path / "corpus") as folder,
+    ):
+        (folder / "ours").write_text("1")
+        (tmp_path / "corpus").mkdir()
+        (tmp_path / "corpus" / "theirs").write_text("2")
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+    assert (tmp_path / "corpus" / "theirs").read_text() == "2"
+
+
+MEASURED = """
+import json, resource, sys
+from maxllm import recipe
+from maxllm.stages import prepare
+prepare.run(recipe.load_recipe("pretrain/tiny_slice_cpu", sys.argv[1:]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, source: Path) -> None:
+    """Rows go to the disk as they are made: 8 MB more of text take less than three times as much memory more.
+    The tokenizer is there: what training it takes, tokenizer.sample_bytes bounds."""
+    prepare.run(config(tmp_path, source))
+    words = re.findall(r"\w+", source.read_text())
+    rng, peaks = random.Random(0), []
+    for megabytes in (1, 9):
+        path = tmp_path / f"{megabytes}.jsonl"
+        with path.open("w") as stream:
+            while stream.tell() < megabytes * 10**6:
+                stream.write(json.dumps({"text": " ".join(rng.choices(words, k=300))}) + "\n")
+        arguments = [f"data.sources=['{path}']", f"data.prepared_dir={tmp_path / str(megabytes)}"]
+        arguments += [f"tokenizer.path={tmp_path / 'tokenizer.model'}", "tokenizer.vocab_size=800"]
+        command = [sys.executable, "-c", MEASURED, *arguments]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks.append(int(result.stdout))
+    assert peaks[1] - peaks[0] < 3 * 8 * 10**6
