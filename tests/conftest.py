@@ -1,6 +1,9 @@
 """Eight simulated CPU devices for every test, and the small things that many tests need."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Read when jax is imported, which no module may have done before this one.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,7 +16,11 @@ for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # none: the user's is not the tests'
+# Commands that tests start share what they compile, apart from the user's; workers inherit the folder.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="maxllm-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import itertools  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -38,6 +45,9 @@ from maxllm.steps.state import init_params  # noqa: E402
 
 # As in parallel/processes.py: simulated devices run one program at a time, or they can starve each other.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+jax.config.update(
+    "jax_enable_compilation_cache", False
+)  # what runs in the tests' own process is compiled there
 
 TINY = {
     "vocab_size": 64,

