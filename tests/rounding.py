@@ -1,8 +1,8 @@
 """How far float32 may move a number: what the tolerances of these tests are made of.
 
 Two programs that compute the same differ by rounding alone, and by how much depends on the processor: how
-wide its vectors are, whether a product and a sum are one instruction, how many threads share a sum. A tolerance
-that was read off one machine fails on the next. These come from the arithmetic:
+wide its vectors are, whether a product and a sum are one instruction, how many threads share a sum. What was
+read off one machine fails on the next. These come from the arithmetic:
 
     one operation    relative error of at most UNIT = 2^-24, the unit roundoff of float32
     a sum of n       at most n UNIT sum|x|, in any order (Higham 2002, Accuracy and Stability, eq. 4.4); with

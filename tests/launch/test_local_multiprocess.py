@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,105 @@ def test_two_processes_get_the_losses_of_one(recipe_words: list[str], tmp_path: 
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         else:
             assert a["heldout"]["loss"] == pytest.approx(b["heldout"]["loss"], rel=1e-5)
+
+
+WORKER = """#!/usr/bin/env bash
+# A process of the run: says that it is there, does what the test asks of it, then waits to be asked to stop.
+[ "$2" = deaf ] && trap '' TERM
+[ "$2" = deaf ] || trap 'echo "process $MAXLLM_PROCESS_ID stops"; exit 75' TERM
+echo "process $MAXLLM_PROCESS_ID is there"
+case "$MAXLLM_PROCESS_ID $2" in
+  "1 killed") sleep 0.2; kill -KILL $$ ;;
+  "1 fails" | "1 deaf") sleep 0.2; exit 3 ;;
+  "0 stopped") kill -STOP $$ ;;
+  "1 stopped") sleep 0.5; exit 5 ;;
+  "1 forgotten") kill -STOP $$ ;;
+esac
+for _ in $(seq 600); do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def launch(tmp_path: Path):
+    """launch(what, signals): starts three workers; signals go to the launcher once all are there."""
+    worker = tmp_path / "worker.sh"
+    worker.write_text(WORKER)
+    worker.chmod(0o755)
+    few = {"MAXLLM": str(worker), "GRACE_SECONDS": "1", "STOPPED_SECONDS": "2"}
+
+    def run(what: str, *signals: int) -> subprocess.CompletedProcess:
+        script = ["bash", str(ROOT / "launch" / "local_multiprocess.sh"), "3", "pretrain", what]
+        out = tmp_path / "out"
+        with out.open("w") as stream:
+            process = subprocess.Popen(script, stdout=stream, stderr=stream, env=os.environ | few)
+            for number in signals:
+                while out.read_text().count("is there") < 3:
+                    time.sleep(0.05)
+                process.send_signal(number)
+                time.sleep(0.2)
+            code = process.wait(timeout=60)
+        return subprocess.CompletedProcess(script, code, out.read_text())
+
+    return run
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash 5.1 and setsid")
+@pytest.mark.parametrize(
+    ("what", "code", "sentence"),
+    [
+        ("killed", 137, "process 1 was killed first, by SIGKILL (out of memory, perhaps"),
+        ("fails", 3, "process 1 failed first, with exit code 3; the others were ended for it"),
+        ("deaf", 3, "process 1 failed first, with exit code 3; the others were ended for it"),
+        ("stopped", 5, "process 1 failed first, with exit code 5; the others were ended for it"),
+        ("forgotten", 137, "process 1 was killed first, by SIGKILL"),
+    ],
+)
+def test_when_one_fails_all_end_and_the_first_is_named_last(launch, what, code, sentence) -> None:
+    """Killed, failed; the others deaf to SIGTERM, or one of them stopped; or one stopped and none failed."""
+    result = launch(what)
+    assert result.returncode == code, result.stdout
+    assert sentence in result.stdout.splitlines()[-1]
+    assert ("has been stopped (SIGSTOP) for 2 s" in result.stdout) == (what == "forgotten")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash 5.1 and setsid")
+def test_a_signal_to_the_launcher_stops_all_saved_and_a_second_one_kills(launch) -> None:
+    result = launch("calm", signal.SIGTERM)
+    assert result.returncode == 75 and result.stdout.count("stops") == 3
+    assert launch("deaf-to-one", signal.SIGINT).returncode == 75
+    deaf = launch("deaf", signal.SIGTERM, signal.SIGTERM)
+    assert deaf.returncode in (3, 137) and "stops" not in deaf.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash 5.1 and setsid")
+def test_a_run_whose_process_is_killed_says_so(recipe_words: list[str], tmp_path: Path) -> None:
+    """The other one waits in an exchange; what it says is that its peer is gone, not that a disk is at fault."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    few = {"MAXLLM": str(Path(sys.executable).parent / "maxllm"), "DEVICES_PER_PROCESS": "2"}
+    script = ["bash", str(ROOT / "launch" / "local_multiprocess.sh"), "2", "pretrain", *recipe_words]
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        words = [*script, f"run.dir={tmp_path / 'run'}", "run.steps=100000", "run.eval_every=1000"]
+        launcher = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment | few)
+        while "step 3/" not in log.read_text():
+            assert launcher.poll() is None, log.read_text()
+            time.sleep(0.1)
+        listed = subprocess.run(
+            ["pgrep", "-P", str(launcher.pid), "-f", "maxllm"], capture_output=True, text=True
+        )
+        workers = [
+            int(pid)
+            for pid in listed.stdout.split()
+            if b"MAXLLM_PROCESS_ID=1" in Path(f"/proc/{pid}/environ").read_bytes()
+            and b"pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            and b"local_multiprocess" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert len(workers) == 1
+        os.kill(workers[0], signal.SIGKILL)
+        assert launcher.wait(timeout=120) == 137
+    text = log.read_text()
+    assert "process 1 was killed first, by SIGKILL" in text.splitlines()[-1]
+    assert "cannot be written" not in text and "Traceback" not in text
 
 
 def test_wrong_usage_is_explained() -> None:
