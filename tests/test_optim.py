@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rounding
 import torch
 
 from maxllm.config import LoraConfig, OptimizerConfig
@@ -92,9 +93,14 @@ def test_decay_is_decoupled_and_by_the_rate(tiny_model, params_of):
 # Against PyTorch
 
 
+def after_steps(steps, rate):
+    """How far parameters of up to 3 may lie apart after some steps: three operations on each in a step, and
+    about forty on an update of `rate`, whose means are over a dozen terms."""
+    return steps * (rounding.of_operations(3, 3.0) + rounding.of_operations(40, rate))
+
+
 def test_adamw_equals_torch():
-    """Six steps with warmup, cosine, clipping (which bites in some) and decay. Parameters of order 1, steps
-    of 0.1: 1e-6 is a few roundings of float32."""
+    """Six steps with warmup, cosine, clipping (which bites in some) and decay."""
     config = OptimizerConfig(
         learning_rate=0.1,
         warmup_steps=2,
@@ -130,8 +136,10 @@ def test_adamw_equals_torch():
         for group in reference.param_groups:
             group["lr"] = 0.1 * (warm if step < 2 else decay)
         reference.step()
-        np.testing.assert_allclose(params["w"], w.detach().numpy(), rtol=0, atol=1e-6)
-        np.testing.assert_allclose(params["norm"]["scale"], scale.detach().numpy(), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(params["w"], w.detach().numpy(), rtol=0, atol=after_steps(6, 0.1))
+        np.testing.assert_allclose(
+            params["norm"]["scale"], scale.detach().numpy(), rtol=0, atol=after_steps(6, 0.1)
+        )
     assert any(clipped) and not all(clipped)
 
 
@@ -207,7 +215,7 @@ def pieces(tree):
 def test_adafactor_equals_torch():
     """Three steps; torch gets each layer's matrix as a parameter of its own. Gradients of which the second is
     ten times the first are clipped by their root mean square. Updates are 0.01 of numbers of order 1, whose
-    square roots and means are a few roundings of float32 off: 1e-6 is 0.0001 of an update."""
+    square roots and means are a few roundings of float32 off."""
     params, gradients = normal(0), [normal(1, 0.1), normal(2, 1.0), normal(3, 0.1)]
     mine = steps_of(CONSTANT.model_copy(update={"name": "adafactor"}), params, gradients)
     theirs = [(name, torch.nn.Parameter(torch.tensor(array))) for name, _, array in pieces(params)]
@@ -221,7 +229,7 @@ def test_adafactor_equals_torch():
         reference.step()
         for (name, p), (_, layer, array) in zip(theirs, pieces(after), strict=True):
             np.testing.assert_allclose(
-                array, p.detach().numpy(), rtol=0, atol=1e-6, err_msg=f"{name} {layer}"
+                array, p.detach().numpy(), rtol=0, atol=after_steps(3, 0.01), err_msg=f"{name} {layer}"
             )
 
 
@@ -248,7 +256,7 @@ def test_muon_equals_numpy():
     """Three steps. Layers' matrices: Nesterov's momentum with Adam's correction of its bias, orthogonalized,
     times 0.2 sqrt(longer side), beside decay. Everything else: Adam. Each of the five iterations multiplies
     small singular values, and float32's roundings of 6e-8 with them, by 3.4 (485 in all): 3e-5 of entries of
-    order 1, times 0.01 x 0.2 x sqrt(10) and three steps is 6e-7."""
+    order 1, times 0.01 x 0.2 x sqrt(10) and three steps is 6e-7 more."""
     params, gradients = normal(0), [normal(seed, 0.5) for seed in (1, 2, 3)]
     config = CONSTANT.model_copy(update={"name": "muon", "momentum": 0.9, "beta1": 0.8, "beta2": 0.9})
     mine = steps_of(config, params, gradients)
@@ -270,7 +278,8 @@ def test_muon_equals_numpy():
             wanted[key] = p - 0.01 * (step + decay * p)
         for name, layer, array in pieces(after):
             message = f"{name} {layer}, step {t}"
-            np.testing.assert_allclose(array, wanted[name, layer], rtol=0, atol=1e-6, err_msg=message)
+            atol = after_steps(3, 0.01) + 6e-7
+            np.testing.assert_allclose(array, wanted[name, layer], rtol=0, atol=atol, err_msg=message)
 
 
 def test_muon_orthogonalizes_as_torch_does():

@@ -132,7 +132,7 @@ def test_a_signal_to_the_launcher_stops_all_saved_and_a_second_one_kills(launch)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs bash 5.1 and setsid")
 def test_a_run_whose_process_is_killed_says_so(recipe_words: list[str], tmp_path: Path) -> None:
-    """The other one waits in an exchange; what it says is that its peer is gone, not that a disk is at fault."""
+    """The other waits in an exchange; it says that its peer is gone, not that a disk is at fault."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     few = {"MAXLLM": str(Path(sys.executable).parent / "maxllm"), "DEVICES_PER_PROCESS": "2"}
     script = ["bash", str(ROOT / "launch" / "local_multiprocess.sh"), "2", "pretrain", *recipe_words]
