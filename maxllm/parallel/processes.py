@@ -57,6 +57,15 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def agreed(number: int) -> int:
+    """The main process's number, in every process: clocks and disks may differ between machines."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def to_global(batch: Any, sharding: Sharding) -> Any:
     """Global arrays from a batch that every process computes alike; each device gets its rows only."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import math
 import os
@@ -74,7 +75,8 @@ def open_session(config: Config) -> Session:
     """
     processes.initialize()
     tokenizer_path, model = inherited(config)
-    tokenizer = load_tokenizer(tokenizer_path)
+    day = day_of(config)
+    tokenizer = load_tokenizer(tokenizer_path, day)
     # An imported model may have more rows than its tokenizer has pieces; a new one has no reason to.
     if tokenizer.vocab_size > model.vocab_size or (
         config.start.policy is None and tokenizer.vocab_size != model.vocab_size
@@ -83,10 +85,11 @@ def open_session(config: Config) -> Session:
             f"the vocabulary does not match: tokenizer {tokenizer_path} has {tokenizer.vocab_size} pieces, "
             f"model.vocab_size is {model.vocab_size}"
         )
-    if config.batch.sequence_length > model.max_seq_len:
+    if config.batch.sequence_length > model.context:
+        stretched = f", stretched to {model.context}" if model.context != model.max_seq_len else ""
         raise UserError(
             f"batch.sequence_length={config.batch.sequence_length} is longer than "
-            f"model.max_seq_len={model.max_seq_len}"
+            f"model.max_seq_len={model.max_seq_len}{stretched}"
         )
     check_replies_fit(config)
     resolve(model.attention, jax.default_backend(), model.dtype)
@@ -95,10 +98,24 @@ def open_session(config: Config) -> Session:
     check_model_divides(mesh, model)
     check_batch_divides(mesh, config.batch, model)
     run_dir = Path(config.run.dir)
-    resolved = config.model_copy(update={"model": model})
+    run = config.run.model_copy(update={"day": day})
+    resolved = config.model_copy(update={"model": model, "run": run})
     check_same_recipe(run_dir, resolved)
     hf_config = read_hf_config(Path(config.start.policy)) if config.start.policy else None
     return Session(resolved, model, mesh, tokenizer, run_dir, hf_config)
+
+
+def day_of(config: Config) -> datetime.date | None:
+    """The day that this run's chat templates tell: recorded when the run began, so that its data stays.
+
+    None in a run that began before there was such a record.
+    """
+    run_dir, day = Path(config.run.dir), config.run.day
+    if day is None:
+        began = (run_dir / CONFIG).is_file()
+        day = run_config(run_dir).run.day if began else datetime.date.today()
+    ordinal = processes.agreed(0 if day is None else day.toordinal())
+    return datetime.date.fromordinal(ordinal) if ordinal else None
 
 
 def check_replies_fit(config: Config) -> None:
@@ -339,7 +356,7 @@ def reopen(run_dir: Path, overrides: Sequence[str] = (), may_change: Sequence[st
     assert config.model is not None, "a run folder's config is resolved"
     mesh = make_mesh(config.mesh)
     check_model_divides(mesh, config.model)
-    tokenizer = load_tokenizer(run_dir)
+    tokenizer = load_tokenizer(run_dir, config.run.day)
     return Session(config, config.model, mesh, tokenizer, run_dir, read_hf_config(run_dir))
 
 
