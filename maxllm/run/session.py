@@ -7,7 +7,7 @@ import fcntl
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,8 @@ from maxllm.parallel.memory import check_offload, fetched
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
 from maxllm.run.record import console
 
-CONFIG, HF_CONFIG, LOCK = "config.yaml", "hf_config.json", ".lock"
+CONFIG, LOCK = "config.yaml", ".lock"
+HF_CONFIG, HF_GENERATION = "hf_config.json", "hf_generation_config.json"
 
 MAY_CHANGE = {"mesh"} | {
     f"run.{name}"
@@ -64,6 +65,8 @@ class Session:
     run_dir: Path
     hf_config: dict[str, Any] | None = None
     """config.json of the Hugging Face model that this one descends from, whose other fields export keeps."""
+    hf_generation: dict[str, Any] | None = None
+    """Its generation_config.json, of which the same holds."""
 
 
 def open_session(config: Config) -> Session:
@@ -101,8 +104,8 @@ def open_session(config: Config) -> Session:
     run = config.run.model_copy(update={"day": day})
     resolved = config.model_copy(update={"model": model, "run": run})
     check_same_recipe(run_dir, resolved)
-    hf_config = read_hf_config(Path(config.start.policy)) if config.start.policy else None
-    return Session(resolved, model, mesh, tokenizer, run_dir, hf_config)
+    parents = read_hf(Path(config.start.policy)) if config.start.policy else (None, None)
+    return Session(resolved, model, mesh, tokenizer, run_dir, *parents)
 
 
 def day_of(config: Config) -> datetime.date | None:
@@ -243,8 +246,7 @@ def open_run_dir(session: Session) -> Iterator[None]:
         check_same_recipe(session.run_dir, session.config)  # it may have come since the session was opened
         for name, content in session.tokenizer.files.items():
             write_bytes(session.run_dir / name, content)
-        if session.hf_config is not None:
-            write_json(session.run_dir / HF_CONFIG, session.hf_config)
+        write_hf(session.run_dir, session.hf_config, session.hf_generation)
         write_text(session.run_dir / CONFIG, recipe.dump(session.config))
         yield
 
@@ -357,10 +359,21 @@ def reopen(run_dir: Path, overrides: Sequence[str] = (), may_change: Sequence[st
     mesh = make_mesh(config.mesh)
     check_model_divides(mesh, config.model)
     tokenizer = load_tokenizer(run_dir, config.run.day)
-    return Session(config, config.model, mesh, tokenizer, run_dir, read_hf_config(run_dir))
+    return Session(config, config.model, mesh, tokenizer, run_dir, *read_hf(run_dir))
 
 
-def read_hf_config(run_dir: Path) -> dict[str, Any] | None:
-    """The Hugging Face config.json that a run folder keeps, if its model was imported."""
-    path = run_dir / HF_CONFIG
-    return read_json(path) if path.is_file() else None
+def read_hf(run_dir: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Hugging Face's config.json and generation_config.json, if a run folder keeps them of its model."""
+    config, generation = run_dir / HF_CONFIG, run_dir / HF_GENERATION
+    return (
+        read_json(config) if config.is_file() else None,
+        read_json(generation) if generation.is_file() else None,
+    )
+
+
+def write_hf(run_dir: Path, config: Mapping[str, Any] | None, generation: Mapping[str, Any] | None) -> None:
+    """Keeps both in a run folder, as far as there are any."""
+    if config is not None:
+        write_json(run_dir / HF_CONFIG, dict(config))
+    if generation is not None:
+        write_json(run_dir / HF_GENERATION, dict(generation))
