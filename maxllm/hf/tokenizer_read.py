@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
+from tokenizers import pre_tokenizers
 
 from maxllm.data import bpe, spm
 from maxllm.data.bpe import STOP_KEY, FastTokenizer
@@ -80,7 +81,10 @@ def find_tokenizer(folder: Path, fields: Mapping[str, Any]) -> Found:
         raise UserError(
             f"{folder} has no {FAST_FILE} and no {SPM_FILE}: the model comes without its tokenizer"
         )
-    json_bytes = with_added(json_bytes, added_tokens(folder, config), str(folder))
+    added = added_tokens(folder, config)
+    if file == SPM_FILE:  # what our conversion normalizes is blanks, and not those of these tokens
+        added = [token | {"normalized": False} for token in added]
+    json_bytes = with_added(json_bytes, added, str(folder))
     stops = stop_tokens(folder, fields, tokenizers.Tokenizer.from_str(json_bytes.decode()))
     ids = list(dict.fromkeys(i for place in stops.values() for i in place))
     tokenizer = bpe.checked(json_bytes, config | ({STOP_KEY: ids} if ids else {}), str(folder))
@@ -145,8 +149,13 @@ def converted(folder: Path, config: dict[str, Any]) -> tuple[bytes, dict[str, An
         pieces = 0
     if pieces and proto.trainer_spec.model_type == model_pb2.TrainerSpec.BPE:
         backend = sentence_piece(spm_metadata(proto).get, str(folder))
-        # LLaMA's own tokenizer class puts BOS before every text unless it is told not to.
-        return backend.to_str().encode(), spm_special(proto) | {"add_bos_token": True} | config
+        if config.get("legacy") is False and proto.normalizer_spec.add_dummy_prefix:
+            # Only the text's beginning gets a blank before it, not what follows a control token.
+            backend.normalizer = None
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        # Nothing beside it says whether BOS begins a text: as in LLaMA's own code, it does.
+        rule = {} if (folder / FAST_CONFIG_FILE).is_file() else {"add_bos_token": True}
+        return backend.to_str().encode(), spm_special(proto) | rule | config
     from transformers import AutoTokenizer
 
     try:
