@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -209,10 +209,6 @@ class FastTokenizer:
         sought = "\0".join(template.looked_for(self.chat_template))
         return frozenset(t.content for i, t in added if t.content in sought and i not in self.stop_tokens)
 
-    def on(self, day: datetime.date | None) -> FastTokenizer:
-        """The same tokenizer, whose template takes `day` for today."""
-        return replace(self, day=day)
-
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS or EOS."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
@@ -231,8 +227,8 @@ def spelling(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def load(folder: Path) -> FastTokenizer:
-    """Reads tokenizer.json and tokenizer_config.json.
+def load(folder: Path, day: datetime.date | None = None) -> FastTokenizer:
+    """Reads tokenizer.json and tokenizer_config.json; the template takes `day` for today.
 
     Raises:
       UserError: one of them is missing or cannot be read.
@@ -242,12 +238,14 @@ def load(folder: Path) -> FastTokenizer:
         config = json.loads((folder / FAST_CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
-    return checked(json_bytes, config, str(folder))
+    return checked(json_bytes, config, str(folder), day)
 
 
-def checked(json_bytes: bytes, config: Mapping[str, Any], origin: str) -> FastTokenizer:
+def checked(
+    json_bytes: bytes, config: Mapping[str, Any], origin: str, day: datetime.date | None = None
+) -> FastTokenizer:
     """A tokenizer whose parts have been looked at; `origin` names it in errors."""
-    tokenizer = FastTokenizer(json_bytes, config)
+    tokenizer = FastTokenizer(json_bytes, config, day)
     try:
         _ = tokenizer.reader, tokenizer.eos
     except UserError as error:

@@ -23,7 +23,7 @@ def load_tokenizer(path: str | os.PathLike[str], day: datetime.date | None = Non
     """
     path = Path(path)
     if path.is_dir() and (path / FAST_CONFIG_FILE).is_file():
-        return bpe.load(path).on(day)
+        return bpe.load(path, day)
     file = path / SPM_FILE if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"tokenizer {file} does not exist; `maxllm prepare RECIPE` trains one")

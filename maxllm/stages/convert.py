@@ -117,7 +117,8 @@ def to_run_folder(
     """from-hf and from-gguf."""
     if direction == "from-gguf":
         model = gguf.open_gguf(source)
-        found = Found(gguf.tokenizer_of(source), source.name, {})
+        gguf_tokenizer = gguf.tokenizer_of(source)
+        found = Found(gguf_tokenizer, source.name, {source.name: list(gguf_tokenizer.stop_tokens)})
         generation = None
     else:
         model = open_model(source, allow_pickle)

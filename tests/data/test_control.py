@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -221,7 +222,7 @@ def test_a_template_that_is_no_jinja(make: Make) -> None:
 
 def test_today_is_the_day_that_the_tokenizer_was_given(make: Make) -> None:
     dated = make("{{ strftime_now('%d %b %Y') }}" + CHATML)
-    told = [dated.on(datetime.date(2024, 7, day)) for day in (26, 26, 27)]
+    told = [replace(dated, day=datetime.date(2024, 7, day)) for day in (26, 26, 27)]
     ids = [render_prompt(tokenizer, [user("x")]) for tokenizer in told]
     assert ids[0] == ids[1] != ids[2] and told[0].decode(ids[0]).startswith("26 Jul 2024")
     assert {tokenizer.fingerprint for tokenizer in told} == {dated.fingerprint}
