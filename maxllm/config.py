@@ -6,6 +6,7 @@ A recipe is a YAML file with these sections; `key=value` words on the command li
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -90,7 +91,11 @@ class ModelConfig(Section):
         None, gt=0, description="Width of a head (K); d_model / n_heads when absent."
     )
     d_ff: int = Field(gt=0, description="Hidden width of the SwiGLU feed-forward (F).")
-    max_seq_len: int = Field(gt=0, description="Longest sequence the model is meant for, tokens.")
+    max_seq_len: int = Field(
+        gt=0,
+        description="Longest sequence the model is meant for, tokens; before the stretching of "
+        "rope_scaling.type=linear and dynamic, after that of llama3 and yarn (as in Hugging Face).",
+    )
     norm_eps: float = Field(1e-5, gt=0, description="Epsilon inside RMSNorm's square root.")
     position: Literal["rope", "alibi"] = Field(
         "rope",
@@ -198,6 +203,19 @@ class ModelConfig(Section):
         return self.head_dim or self.d_model // self.n_heads
 
     @property
+    def context(self) -> int:
+        """Tokens that the model reads, stretched as `rope_scaling` says.
+
+        Hugging Face's configurations keep the original length beside linear and dynamic scaling, and state
+        the stretched one beside llama3; beside yarn both are seen, and the longer is meant.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or scaling.type == "llama3":
+            return self.max_seq_len
+        original = scaling.original_max_seq_len if scaling.type == "yarn" else self.max_seq_len
+        return max(self.max_seq_len, int(original * scaling.factor))
+
+    @property
     def kernel(self) -> Literal["auto", "xla", "splash", "cudnn"]:
         """`attention`, but xla where no other kernel has what the model asks for."""
         return "xla" if self.attention_dropout or self.position == "alibi" else self.attention
@@ -212,6 +230,11 @@ class RunConfig(Section):
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seeds initialization, data order, dropout and sampling."
+    )
+    day: datetime.date | None = Field(
+        None,
+        description="What chat templates take for today, YYYY-MM-DD; the day on which the run began when "
+        "absent.",
     )
     steps: int = Field(gt=0, description="Optimizer steps (PPO: rollout-and-update iterations).")
     log_every: int = Field(10, gt=0, description="Steps between two lines of metrics.jsonl.")
@@ -412,9 +435,25 @@ class GenerationConfig(Section):
         gt=0,
         description="Most tokens generated (R); the prompt may take the rest of batch.sequence_length.",
     )
-    temperature: float = Field(0.0, ge=0, description="0 is greedy; otherwise logits are divided by it.")
+    context: int | None = Field(
+        None,
+        gt=1,
+        description="Tokens of a prompt and its reply together, in generate and chat; the model's context "
+        "when absent, and beyond it only with a warning.",
+    )
+    temperature: float = Field(
+        0.0, ge=0, description="0 is greedy; otherwise logits are divided by it, from 1e-6 on."
+    )
     top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0 for all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample within the smallest set of this probability.")
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, value: float) -> float:
+        # Logits of some thousands, and the -1e30 of ids without a token, stay finite in float32.
+        if 0 < value < 1e-6:
+            raise ValueError(f"{value:g} is too small to divide logits by; 0 is greedy, 1e-6 the least")
+        return value
 
 
 LoraTarget = Literal["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"]

@@ -1,6 +1,7 @@
 """The ways a command ends badly. `cli.py` turns each into one sentence on stderr and an exit code."""
 
 import os
+from collections.abc import Iterable
 from typing import NoReturn
 
 
@@ -18,6 +19,14 @@ class Interrupted(Exception):
 
 class DoesNotFit(Exception):
     """A plan for a machine whose memory is too small. Exit code 3."""
+
+
+def listed(names: Iterable[str], limit: int = 6, between: str = ", ") -> str:
+    """Names as a sentence can hold them: the first ones, and how many more there are."""
+    names = list(names)
+    if len(names) <= limit:
+        return between.join(names)
+    return f"{between.join(names[:limit])} and {len(names) - limit:,} more"
 
 
 def leave(code: int, sentence: str) -> NoReturn:

@@ -12,8 +12,8 @@ if [ ! -f "$folder/ggml-vocab-llama-spm.gguf" ]; then
   trap 'rm -rf "$partial"' EXIT
   "$python" -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest "$partial" \
     llama-cpp-python==0.3.36 >&2
-  tar -xzf "$partial"/llama_cpp_python-*.tar.gz -C "$partial" --strip-components=5 --wildcards '*/models/ggml-vocab-*'
+  tar -xzf "$partial"/llama_cpp_python-*.tar.gz -C "$partial" --wildcards '*/models/ggml-vocab-*'
   mkdir -p "$folder"
-  mv "$partial"/ggml-vocab-* "$folder"
+  mv "$partial"/llama_cpp_python-*/vendor/llama.cpp/models/ggml-vocab-* "$folder"
 fi
 echo "$folder"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from maxllm.errors import UserError
+
 ROLES = ("system", "user", "assistant")
 ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
 
@@ -21,8 +23,8 @@ class Message(TypedDict):
     content: str
 
 
-class RowError(ValueError):
-    """A row that cannot be used; the text says which field and why."""
+class RowError(UserError):
+    """A row that cannot be used; the text says which field and why. Where rows are many, they are counted."""
 
 
 def messages_of(row: dict[str, Any]) -> list[Message]:

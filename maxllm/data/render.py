@@ -4,23 +4,19 @@ The models we train speak ChatML, put together here token by token, so that no c
 
     <s><|im_start|>user\\n{content}<|im_end|>\\n<|im_start|>assistant\\n{content}<|im_end|>\\n
 
-An imported model speaks its own Jinja chat template, exactly as Hugging Face renders and encodes it. The mask
-is 1 on an assistant's content and the token that ends its turn: what the model must learn to produce.
+An imported model speaks its own Jinja chat template, exactly as Hugging Face renders and encodes it; only
+that what a message spells is never a control token (control.py). The mask is 1 on an assistant's content and
+the token that ends its turn: what the model must learn to produce.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Sequence
-from functools import cache
-from typing import Any, NoReturn
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from maxllm.data import control, template
 from maxllm.data.bpe import FastTokenizer
 from maxllm.data.chat import Message, RowError
+from maxllm.data.template import Span
 from maxllm.data.tokenizer import BOS, CHAT_TEMPLATE, IM_END, IM_START, Tokenizer
 from maxllm.errors import UserError
 
@@ -29,20 +25,20 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
     """Token ids of a whole conversation and, for each id, 1 if the model is trained to produce it.
 
     Raises:
-      RowError: the tokenizer's template cannot render it, or the content spells a control token.
+      RowError: the tokenizer's template cannot render it.
     """
-    if tokenizer.chat_template == CHAT_TEMPLATE:
+    if speaks_chatml(tokenizer):
         return render_chatml(tokenizer, messages)
     return render_template(with_template(tokenizer), messages)
 
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation up to where the assistant is to speak; raises as `render` does."""
-    if tokenizer.chat_template == CHAT_TEMPLATE:
+    if speaks_chatml(tokenizer):
         ids, _ = render_chatml(tokenizer, messages)
         return [*ids, IM_START, *tokenizer.encode("assistant\n")]
     tokenizer = with_template(tokenizer)
-    return encode_rendered(tokenizer, messages, fill(tokenizer, messages, True))[0]
+    return encode_filled(tokenizer, filled(tokenizer, messages, True)[0])[0]
 
 
 def render_to_reply(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
@@ -54,10 +50,21 @@ def render_reply(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[lis
     """The same, and how many of these tokens stand before what the model is trained to say in that turn."""
     ids, mask = render(tokenizer, messages)
     end = len(mask) - mask[::-1].index(1)
-    return ids[:end], end - mask[:end][::-1].index(0)
+    start = end - mask[:end][::-1].index(0)
+    # A template's own span of what is generated may go on behind the token that ends the turn.
+    while ids[end - 1] not in tokenizer.stop_tokens:
+        end -= 1
+    return ids[:end], start
 
 
 # --- ChatML ------------------------------------------------------------------------------------------------
+
+
+def speaks_chatml(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer lays out conversations as those we train do."""
+    if isinstance(tokenizer, FastTokenizer):
+        return tokenizer.speaks_chatml
+    return tokenizer.chat_template == CHAT_TEMPLATE
 
 
 def render_chatml(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
@@ -90,23 +97,25 @@ def with_template(tokenizer: Tokenizer) -> FastTokenizer:
 def render_template(tokenizer: FastTokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """`render` for imported tokenizers.
 
-    An assistant's span begins where the prompt before it ends, and ends with the first stop token after its
-    content; the template is asked for every prefix of the conversation, so the spans are its own.
+    Where the template marks what it generates, that is what is trained. Elsewhere an assistant's span begins
+    where the prompt before it ends, and ends with the first stop token after its content; the template is
+    asked for every prefix of the conversation, so the spans are its own.
     """
-    text = fill(tokenizer, messages, False)
-    ids, offsets = encode_rendered(tokenizer, messages, text)
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            head = fill(tokenizer, messages[:number], True)
-            turn = fill(tokenizer, messages[: number + 1], False)
-            if not (turn.startswith(head) and text.startswith(turn)):
-                raise RowError("the chat template renders a turn differently once the conversation goes on")
-            spans.append((len(head), len(turn)))
+    text, generated = filled(tokenizer, messages, False)
+    ids, offsets = encode_filled(tokenizer, text)
     mask = [0] * len(ids)
-    for first, last in spans:
+    if template.marks_generation(tokenizer.chat_template or ""):
+        for first, last in generated:
+            inside = [i for i, (start, end) in enumerate(offsets) if start < last and end > first]
+            if not any(ids[i] in tokenizer.stop_tokens for i in inside):
+                raise RowError("what the chat template marks as generated has no stop token in it")
+            for i in inside:
+                mask[i] = 1
+        return ids, mask
+    for first, content, last in assistant_spans(tokenizer, messages, text):
         inside = [i for i, (start, end) in enumerate(offsets) if first <= start and end <= last]
-        stop = next((n for n, i in enumerate(inside) if ids[i] in tokenizer.stop_tokens), None)
+        stops = (n for n, i in enumerate(inside) if ids[i] in tokenizer.stop_tokens)
+        stop = next((n for n in stops if offsets[inside[n]][0] >= content), None)
         if stop is None:
             raise RowError("the chat template ends the assistant's turn without a stop token")
         for i in inside[: stop + 1]:
@@ -114,62 +123,53 @@ def render_template(tokenizer: FastTokenizer, messages: Sequence[Message]) -> tu
     return ids, mask
 
 
-def fill(tokenizer: FastTokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    """The template's text for some messages."""
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    special = {name: spelling(tokenizer.config.get(name)) for name in names}
-    assert tokenizer.chat_template is not None, "with_template looked"
-    try:
-        return compiled(tokenizer.chat_template).render(
-            messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-            **{name: token for name, token in special.items() if token is not None},
-        )
-    except jinja2.TemplateError as error:
-        raise RowError(f"the chat template refuses it: {error}") from None
-
-
-def encode_rendered(
+def assistant_spans(
     tokenizer: FastTokenizer, messages: Sequence[Message], text: str
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character spans of a rendered text, its control tokens included.
+) -> list[tuple[int, int, int]]:
+    """Where in a conversation's text each reply begins, where its content ends, and where its turn ends.
 
     Raises:
-      RowError: a message spells a control token, which would forge a turn.
+      RowError: a turn is not rendered alike with and without those after it.
     """
-    for message in messages:
-        for token in tokenizer.control_tokens:
-            if token in message["content"]:
-                raise RowError(f"the text spells the control token {token!r}")
-    encoding = tokenizer.reader.encode(text, add_special_tokens=False)
-    return encoding.ids, encoding.offsets
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            head, _ = filled(tokenizer, messages[:number], True)
+            turn, _ = filled(tokenizer, messages[: number + 1], False)
+            if not (turn.startswith(head) and text.startswith(turn)):
+                raise RowError("the chat template renders a turn differently once the conversation goes on")
+            content = quoted(tokenizer, message)["content"].strip()
+            at = turn.find(content, len(head))
+            # A template that rewrites the content is trusted to write no stop token into it.
+            spans.append((len(head), at + len(content) if at >= 0 else len(head), len(turn)))
+    return spans
 
 
-def spelling(token: Any) -> str | None:
-    """The text of a special token, which a configuration gives as text or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
+def quoted(tokenizer: FastTokenizer, message: Message) -> Message:
+    """A message whose content spells no control token; a reply may spell what the template looks for."""
+    tokens = tokenizer.control_tokens
+    if message["role"] == "assistant":
+        tokens = tuple(token for token in tokens if token not in tokenizer.sayable)
+    return {**message, "content": control.quote(message["content"], tokens)}
 
 
-@cache
-def compiled(template: str) -> jinja2.Template:
-    """A template with what Hugging Face offers inside it.
-
-    Raises:
-      UserError: it is not Jinja.
-    """
-
-    def refuse(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+def filled(
+    tokenizer: FastTokenizer, messages: Sequence[Message], add_generation_prompt: bool
+) -> tuple[str, list[Span]]:
+    """The template's text for some messages, in which marks tell text from control tokens, and what of it is
+    generated."""
+    assert tokenizer.chat_template is not None, "with_template looked"
+    plain = [quoted(tokenizer, message) for message in messages]
+    return template.fill(
+        tokenizer.chat_template, tokenizer.named, plain, add_generation_prompt, tokenizer.day
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template is not Jinja: {error}") from None
+
+
+def encode_filled(tokenizer: FastTokenizer, text: str) -> tuple[list[int], list[Span]]:
+    """Ids and character spans of a filled template, its control tokens included."""
+    if control.QUOTE not in text:
+        encoding = tokenizer.reader.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+    spelled, stood = control.private(text, tokenizer.control_tokens)
+    encoding = tokenizer.renamed.encode(spelled, add_special_tokens=False)
+    return encoding.ids, [(stood[start], stood[end]) for start, end in encoding.offsets]

@@ -48,6 +48,11 @@ class SpmTokenizer:
         return self.processor.get_piece_size()
 
     @property
+    def holes(self) -> tuple[int, ...]:
+        """None: every id has a piece."""
+        return ()
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of the files."""
         return fingerprint_of(self.files)
@@ -61,6 +66,11 @@ class SpmTokenizer:
     def bos(self) -> int:
         """<s>"""
         return BOS
+
+    @property
+    def adds_bos(self) -> bool:
+        """Documents begin with it."""
+        return True
 
     @property
     def eos(self) -> int:
@@ -93,8 +103,8 @@ class SpmTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; control tokens vanish."""
-        return self.processor.decode([int(i) for i in ids])
+        """The text of token ids; control tokens and ids without a piece vanish."""
+        return self.processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
 
 def from_bytes(model_bytes: bytes, origin: str) -> SpmTokenizer:

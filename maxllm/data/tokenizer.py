@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
         """Ids are 0 .. vocab_size - 1; a model's table may have more rows (padding), never fewer."""
 
     @property
+    def holes(self) -> tuple[int, ...]:
+        """Ids below vocab_size that no piece has."""
+
+    @property
     def files(self) -> Mapping[str, bytes]:
         """File name -> content: everything `load_tokenizer` needs to make it again."""
 
@@ -42,7 +46,11 @@ class Tokenizer(Protocol):
 
     @property
     def bos(self) -> int | None:
-        """Put before every document, if the model knows such an id."""
+        """Begins a text, if the model knows such an id."""
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether every document begins with `bos`: the tokenizer's own rule."""
 
     @property
     def eos(self) -> int:
@@ -64,13 +72,18 @@ class Tokenizer(Protocol):
         """Token ids of a text, without BOS or EOS."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; control tokens vanish."""
+        """The text of token ids; control tokens and ids without a piece vanish."""
 
 
 def document_start(tokenizer: Tokenizer, text: str) -> list[int]:
-    """BOS, where the model knows one, and the text: how a document begins."""
-    head = [] if tokenizer.bos is None else [tokenizer.bos]
+    """BOS, where the tokenizer puts one, and the text: how a document begins."""
+    head = [tokenizer.bos] if tokenizer.adds_bos and tokenizer.bos is not None else []
     return [*head, *tokenizer.encode(text)]
+
+
+def without_piece(tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
+    """The ids of a table with `rows` rows that mean nothing: holes, and rows that pad the table."""
+    return (*tokenizer.holes, *range(tokenizer.vocab_size, rows))
 
 
 def fingerprint_of(files: Mapping[str, bytes]) -> str:

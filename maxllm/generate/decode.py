@@ -40,6 +40,7 @@ class _Decoder:
     config: GenerationConfig
     stop_tokens: tuple[int, ...]
     pad: int
+    never: tuple[int, ...]
 
     def forward(
         self, cache: Any, cache_length: int, tokens: Array, segments: Array, positions: Array
@@ -66,7 +67,8 @@ class _Decoder:
     def take(self, progress: _Progress, cache: Any, logits_BV: jax.Array) -> _Progress:
         """Samples the token of this slot and notes it; finished rows get padding."""
         slot, alive_B = progress.slot, ~progress.done_B
-        token_B, logp_B = sample(logits_BV, jax.random.fold_in(self.key, slot), self.config)
+        key = jax.random.fold_in(self.key, slot)
+        token_B, logp_B = sample(logits_BV, key, self.config, self.never)
         token_B = jnp.where(alive_B, token_B, self.pad)
         stopped_B = jnp.isin(token_B, jnp.array(self.stop_tokens)) & alive_B
         return _Progress(
@@ -87,6 +89,7 @@ def generate(
     config: GenerationConfig,
     stop_tokens: tuple[int, ...],
     pad: int,
+    never: tuple[int, ...] = (),
 ) -> Rollout:
     """Completes every prompt until a stop token or config.max_new_tokens.
 
@@ -98,6 +101,7 @@ def generate(
       config: R = max_new_tokens, and the sampling rule.
       stop_tokens: ids that end a response (they belong to it).
       pad: id written after the end.
+      never: ids that are never sampled, because no token has them.
 
     Returns:
       A Rollout with T = P + R.
@@ -106,7 +110,7 @@ def generate(
     R = config.max_new_tokens
     if model.config.scan_unroll == model.config.n_layers:
         model, params = unstack(model, params)
-    decoder = _Decoder(model, params, key, config, stop_tokens, pad)
+    decoder = _Decoder(model, params, key, config, stop_tokens, pad, never)
     segments_BP = (jnp.arange(P) >= P - prompts.lengths_B[:, None]).astype(jnp.int32)
     positions_BP = jnp.maximum(jnp.cumsum(segments_BP, axis=1) - 1, 0)
 

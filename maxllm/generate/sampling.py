@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from maxllm.config import GenerationConfig
-from maxllm.losses.token import token_logps
+from maxllm.losses.token import token_logps, without
 
 
 def restrict(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -25,13 +25,16 @@ def restrict(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     return logits_BV
 
 
-def sample(logits_BV: jax.Array, key: jax.Array, config: GenerationConfig) -> tuple[jax.Array, jax.Array]:
-    """Draws a token a row; temperature 0 takes the likeliest.
+def sample(
+    logits_BV: jax.Array, key: jax.Array, config: GenerationConfig, never: tuple[int, ...] = ()
+) -> tuple[jax.Array, jax.Array]:
+    """Draws a token a row, none of the ids in `never`; temperature 0 takes the likeliest.
 
     Returns:
-      token_B int32, and its log-probability under softmax(logits / temperature) over the whole vocabulary,
+      token_B int32, and its log-probability under softmax(logits / temperature) over all ids but `never`,
       before top-k and top-p (with temperature 0: under softmax(logits)), float32.
     """
+    logits_BV = without(logits_BV, never)
     if config.temperature == 0:
         token_B = jnp.argmax(logits_BV, axis=-1)
     else:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from maxllm.config import ModelConfig
 from maxllm.data.tokenizer import Tokenizer
-from maxllm.errors import UserError
+from maxllm.errors import UserError, listed
 from maxllm.hf.mapping import Head
 
 if TYPE_CHECKING:
@@ -181,7 +181,9 @@ def hf_config_of(
     fields |= family_fields(family, config)
     if family != "qwen2":
         fields["head_dim"] = config.k_dim
-    fields |= {"hidden_act": "silu", "rope_parameters": rope_parameters(config), "dtype": dtype}
+    # A configuration names the type of its weights once: as `dtype`, or `torch_dtype` in older ones.
+    dtype_name = "torch_dtype" if base is not None and "torch_dtype" in base else "dtype"
+    fields |= {"hidden_act": "silu", "rope_parameters": rope_parameters(config), dtype_name: dtype}
     fields |= {"bos_token_id": tokenizer.bos, "pad_token_id": tokenizer.pad}
     fields |= {"eos_token_id": list(tokenizer.stop_tokens), "architectures": [family_name(family, head)]}
     if head == "score":
@@ -192,15 +194,20 @@ def hf_config_of(
         raise UserError(
             f"Hugging Face's configuration refuses the model: {' '.join(str(error).split())}"
         ) from None
-    if base is not None and carried(config_of(base, "config.json")) == carried(config):
-        kept = {"dtype": dtype, "architectures": fields["architectures"]}
+    if base is None:
+        return with_old_rope(made)
+    made.pop("dtype")
+    own = {name: value for name, value in base.items() if name not in ("dtype", "torch_dtype")}
+    own[dtype_name] = dtype
+    if carried(config_of(base, "config.json")) == carried(config):
+        kept = {"architectures": fields["architectures"]}
         kept |= {name: made[name] for name in ("id2label", "label2id") if head == "score"}
-        return with_old_rope(made) | dict(base) | kept
-    if base is not None and base.get("model_type") == family:
+        return with_old_rope(made) | own | kept
+    if base.get("model_type") == family:
         special = {"bos_token_id", "eos_token_id", "pad_token_id"}  # the model came with its own
         ours = {name: value for name, value in fields.items() if name not in special}
-        return made | dict(base) | with_old_rope(ours)
-    return with_old_rope(made)
+        return made | own | with_old_rope(ours)
+    return with_old_rope(made) | {dtype_name: dtype}
 
 
 def carried(config: ModelConfig) -> dict[str, Any]:
@@ -304,8 +311,10 @@ def model_config_from_hf(hf_config: PreTrainedConfig, like: ModelConfig | None =
             | local
         )
     except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
-        raise UserError(f"the Hugging Face configuration is not one of our models: {reasons}") from None
+        reasons = [f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()]
+        raise UserError(
+            f"the Hugging Face configuration is not one of our models: {listed(reasons, between='; ')}"
+        ) from None
 
 
 def check_carried(hf_config: PreTrainedConfig) -> None:
@@ -336,7 +345,7 @@ def check_carried(hf_config: PreTrainedConfig) -> None:
         required = known - ROPE_OPTIONAL
         problems += [f"rope_parameters.{name} missing" for name in sorted(required - rope.keys())]
     if problems:
-        raise UserError(f"the Hugging Face configuration has what our model does not: {', '.join(problems)}")
+        raise UserError(f"the Hugging Face configuration has what our model does not: {listed(problems)}")
 
 
 def check_family(model_type: str) -> None:

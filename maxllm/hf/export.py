@@ -15,9 +15,11 @@ from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
 from maxllm.files import whole_folder, write_json, write_text
 from maxllm.hf.config import hf_config_of
+from maxllm.hf.generation import fields_of
 from maxllm.hf.mapping import Head
 from maxllm.hf.source import DTYPES
 from maxllm.hf.tokenizer import save_tokenizer
+from maxllm.hf.tokenizer_read import GENERATION_CONFIG
 from maxllm.hf.write import MAX_SHARD_BYTES, Read, write_weights
 from maxllm.records import Params
 
@@ -38,6 +40,7 @@ def export(
     generation: GenerationConfig | None = None,
     description: str = "",
     base: Mapping[str, Any] | None = None,
+    base_generation: Mapping[str, Any] | None = None,
     head: Head = "lm",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     tick: Callable[[int], None] = lambda size: None,
@@ -55,9 +58,10 @@ def export(
       tokenizer: of at most as many pieces as the model's vocabulary.
       out_dir: absent, empty, or a former export.
       dtype: of the weights in the file.
-      generation: decoding defaults of the folder; `GenerationConfig()`, greedy, when absent.
+      generation: decoding defaults of the folder; those of `base_generation`, or else greedy, when absent.
       description: a paragraph of Markdown for the model card.
       base: config.json of the model that this one descends from, whose other fields stay.
+      base_generation: its generation_config.json, of which the same holds.
       head: "score" for a reward model; then params are those of `ScalarModel`.
       max_shard_bytes: larger weights are split into several files with an index.
       tick: told the bytes of each tensor that has been written, for progress.
@@ -82,8 +86,8 @@ def export(
         written = write_weights(folder, params, config, file_dtype, max_shard_bytes, head, tick, read)
         save_tokenizer(tokenizer, folder)
         if head == "lm":
-            defaults = generation_config(generation or GenerationConfig(), tokenizer)
-            write_json(folder / "generation_config.json", defaults)
+            defaults = fields_of(tokenizer, generation, base_generation, fields)
+            write_json(folder / GENERATION_CONFIG, defaults)
         card = model_card(out_dir.name, config, dtype, written["parameters"], description, head)
         write_text(folder / "README.md", card)
         verify(folder)
@@ -94,19 +98,6 @@ def is_replaceable(folder: Path) -> bool:
     """Whether a folder is a former export: another program's model is not ours to remove."""
     config = folder / "config.json"
     return config.is_file() and f'"{MARK}"' in config.read_text(encoding="utf-8")
-
-
-def generation_config(generation: GenerationConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """generation_config.json. Sampling fields are there only when sampling: transformers warns otherwise."""
-    sampling = {"temperature": generation.temperature, "top_k": generation.top_k, "top_p": generation.top_p}
-    return {
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": list(tokenizer.stop_tokens),
-        "pad_token_id": tokenizer.pad,
-        "max_new_tokens": generation.max_new_tokens,
-        "do_sample": generation.temperature > 0,
-        **(sampling if generation.temperature > 0 else {}),
-    }
 
 
 def model_card(
@@ -123,7 +114,7 @@ def model_card(
         "Query / key-value heads": f"{c.n_heads} / {c.n_kv_heads}, width {c.k_dim}",
         "Vocabulary": f"{c.vocab_size:,}",
         "Weights": dtype,
-        "Context": f"{c.max_seq_len:,} tokens",
+        "Context": f"{c.context:,} tokens",
         "Rotary base": f"{c.rope_theta:g}{scaling}",
         "Embeddings": "tied" if c.tie_embeddings else "untied",
     }

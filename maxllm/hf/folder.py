@@ -22,7 +22,7 @@ from maxllm.hf import original
 from maxllm.hf.config import config_of
 from maxllm.hf.source import Source, open_folder
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PREFIX, EMBEDDING, HEAD = "model.", "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,29 @@ def open_model(folder: Path, allow_pickle: bool = False) -> HfModel:
         raise UserError(f"{folder} has no config.json: it is not a Hugging Face folder")
     fields = read_json(folder / "config.json")
     config = config_of(fields, str(folder / "config.json"))
-    source = open_folder(folder, allow_pickle)
+    source = with_head(open_folder(folder, allow_pickle), config)
     return HfModel(without_stored_tie(source) if config.tie_embeddings else source, config, fields)
+
+
+def with_head(source: Source, config: ModelConfig) -> Source:
+    """The tensors under the names that they have in a language model.
+
+    The decoder alone (`LlamaModel`) is saved without the prefix; its names get it here.
+
+    Raises:
+      UserError: it is the decoder alone of a model that does not use its embeddings as head.
+    """
+    if EMBEDDING in source.tensors or EMBEDDING.removeprefix(PREFIX) not in source.tensors:
+        return source
+    if HEAD not in source.tensors and not config.tie_embeddings:
+        raise UserError(
+            f"{source.origin} holds the decoder alone, without {HEAD}: with tie_word_embeddings=false in "
+            "config.json there is no language model in it"
+        )
+    return Source(
+        source.origin,
+        {name if name == HEAD else f"{PREFIX}{name}": tensor for name, tensor in source.tensors.items()},
+    )
 
 
 def without_stored_tie(source: Source) -> Source:

@@ -7,6 +7,7 @@ values are float32, dequantized tensor by tensor. Needs the `gguf` package (pip 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ import numpy as np
 
 from maxllm.data import bpe
 from maxllm.data.bpe import STOP_KEY, FastTokenizer
-from maxllm.errors import UserError
+from maxllm.errors import UserError, listed
 from maxllm.hf import gguf_tokenizer
 from maxllm.hf.config import config_of
 from maxllm.hf.folder import HfModel
 from maxllm.hf.source import Index, Source, Tensor
 
+EMBEDDING = "token_embd.weight"
+
 NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
+    EMBEDDING: "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
     "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
@@ -52,26 +55,47 @@ ROPE_FACTORS = "rope_freqs.weight"
 """Llama 3's scaling, stored as a divisor per rotary pair."""
 
 
+PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+"""The name of a part, as llama.cpp's gguf-split gives it."""
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All parts of the model that a file belongs to; of most models there is one.
+
+    Raises:
+      UserError: naming those that are not there.
+    """
+    match = PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, count = match["stem"], match["count"]
+    parts = [path.with_name(f"{stem}-{n:05d}-of-{count}.gguf") for n in range(1, int(count) + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise UserError(f"{path} is one of {int(count)} parts, and {listed(missing)} is not beside it")
+    return parts
+
+
 class GgufFile:
-    """An open GGUF file."""
+    """An open GGUF file, or the parts of one."""
 
     def __init__(self, path: Path) -> None:
         """Reads the header; weights stay on disk.
 
         Raises:
-          UserError: no such file, not GGUF, the package is missing, or an architecture that we do not have.
+          UserError: no such file, not GGUF, a part is missing, the package is missing, or an architecture
+            that we do not have.
         """
-        try:
-            from gguf import GGUFReader
-        except ImportError:
-            raise UserError("reading GGUF needs the gguf package: pip install 'maxllm[gguf]'") from None
         if not path.is_file():
             raise UserError(f"{path} does not exist")
         self.path = path
-        try:
-            self._reader = GGUFReader(path)
-        except Exception as error:  # numpy, struct and value errors, depending on where it breaks off
-            raise UserError(f"{path} is not a whole GGUF file: {error}") from None
+        self._readers = [reader_of(part) for part in parts_of(path)]
+        count = self.value("split.count", 1)
+        if count > 1 and count != len(self._readers):
+            raise UserError(
+                f"{path} is one of {count} parts, which are read together where their names are "
+                f"NAME-00001-of-{count:05d}.gguf and so on"
+            )
         self.architecture = self.value("general.architecture")
         if self.architecture not in ARCHITECTURES:
             raise UserError(
@@ -81,7 +105,7 @@ class GgufFile:
 
     def value(self, key: str, default: Any = None) -> Any:
         """A metadata entry; `{arch}` in the key stands for the architecture's prefix."""
-        field = self._reader.get_field(key)
+        field = self._readers[0].get_field(key)  # the first part has all of it
         return default if field is None else field.contents()
 
     def size(self, key: str, default: Any = None) -> Any:
@@ -96,8 +120,37 @@ class GgufFile:
         return value
 
     def tensors(self) -> dict[str, Any]:
-        """GGUF name -> the reader's tensor."""
-        return {tensor.name: tensor for tensor in self._reader.tensors}
+        """GGUF name -> the reader's tensor.
+
+        Raises:
+          UserError: a tensor lies in two parts, or some are missing.
+        """
+        found = [tensor for reader in self._readers for tensor in reader.tensors]
+        tensors = {tensor.name: tensor for tensor in found}
+        wanted = self.value("split.tensors.count", len(tensors))
+        if not len(found) == len(tensors) == wanted:
+            raise UserError(
+                f"{self.path}: its parts have {len(tensors)} tensors, {wanted} are meant to be there"
+            )
+        if EMBEDDING not in tensors:
+            raise UserError(f"{self.path} has no {EMBEDDING}: it is no language model")
+        return tensors
+
+
+def reader_of(path: Path) -> Any:
+    """The library's view of one file.
+
+    Raises:
+      UserError: it is not whole, or the library is missing.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise UserError("reading GGUF needs the gguf package: pip install 'maxllm[gguf]'") from None
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # numpy, struct and value errors, depending on where it breaks off
+        raise UserError(f"{path} is not a whole GGUF file: {error}") from None
 
 
 def open_gguf(path: Path) -> HfModel:
@@ -146,7 +199,7 @@ def config_fields(file: GgufFile, heads: int, kv_heads: int, stored: dict[str, A
     width = file.size("embedding_length")
     fields: dict[str, Any] = {
         "model_type": ARCHITECTURES[file.architecture],
-        "vocab_size": int(stored["token_embd.weight"].shape[1]),
+        "vocab_size": int(stored[EMBEDDING].shape[1]),
         "hidden_size": width,
         "num_hidden_layers": file.size("block_count"),
         "num_attention_heads": heads,

@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from maxllm.config import ModelConfig
-from maxllm.errors import UserError
+from maxllm.errors import UserError, listed
 from maxllm.records import Params
 
 Shape = tuple[int, ...]
@@ -134,17 +134,20 @@ def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], origin
     """Compares the whole set before anything moves.
 
     Raises:
-      UserError: naming every missing, extra and misshapen tensor.
+      UserError: naming the missing, extra and misshapen tensors.
     """
-    problems = [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{name} is not part of the model" for name in found if name not in wanted]
-    problems += [
-        f"{name} is {tuple(found[name])}, {wanted[name]} expected"
-        for name in wanted
-        if name in found and tuple(found[name]) != wanted[name]
-    ]
-    if problems:
-        raise UserError(f"{origin} does not match the model's configuration: {'; '.join(problems)}")
+    problems = (
+        [f"{name} is missing" for name in wanted if name not in found],
+        [f"{name} is not part of the model" for name in found if name not in wanted],
+        [
+            f"{name} is {tuple(found[name])}, {wanted[name]} expected"
+            for name in wanted
+            if name in found and tuple(found[name]) != wanted[name]
+        ],
+    )
+    if any(problems):
+        reasons = "; ".join(listed(kind, between="; ") for kind in problems if kind)
+        raise UserError(f"{origin} does not match the model's configuration: {reasons}")
 
 
 def hf_layout(row: Row, ours: Any, size: Mapping[str, int]) -> Any:

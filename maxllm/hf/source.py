@@ -16,13 +16,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from maxllm.errors import UserError
+from maxllm.errors import UserError, listed
 from maxllm.files import read_json
 
 Index = tuple[slice, ...]
@@ -83,13 +83,7 @@ def open_folder(folder: Path, allow_pickle: bool = False) -> Source:
     Raises:
       UserError: no weights, only pickle files that were not allowed, or a file that is not whole.
     """
-    files = safetensors_files(folder)
-    if files:
-        tensors: dict[str, Tensor] = {}
-        for file in files:
-            tensors |= safetensors_of(file)
-    else:
-        tensors = pickled_tensors(folder, allow_pickle)
+    tensors = safetensors_in(folder) or pickled_tensors(folder, allow_pickle)
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(DERIVED_SUFFIX)}
     return Source(str(folder), kept)
 
@@ -97,21 +91,49 @@ def open_folder(folder: Path, allow_pickle: bool = False) -> Source:
 # --- safetensors -------------------------------------------------------------------------------------------
 
 
-def safetensors_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those of its index, or the single one; none if there are none.
+def safetensors_in(folder: Path) -> dict[str, Tensor]:
+    """The tensors in a folder's safetensors files: those that its index names, or those of the single file.
 
     Raises:
-      UserError: the index has no weight_map, or names a file that is not there.
+      UserError: the index is broken, or beside a single file that it does not name.
     """
     if not (folder / INDEX).is_file():
-        return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
+        return safetensors_of(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
+    weight_map = read_weight_map(folder)
+    names = sorted(set(weight_map.values()))
+    if (folder / WEIGHTS).is_file() and WEIGHTS not in names:
+        raise UserError(
+            f"{folder} holds two sets of weights, {WEIGHTS} and {listed(names, 2)} of {INDEX}; remove one"
+        )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks {listed(missing)}, which {INDEX} names")
+    tensors: dict[str, Tensor] = {}
+    for file in names:
+        found = safetensors_of(folder / file)
+        # A tensor that lies in several files is the one of the file that the index gives.
+        tensors |= {name: tensor for name, tensor in found.items() if weight_map.get(name, file) == file}
+    named = {name: file for name, file in weight_map.items() if not name.endswith(DERIVED_SUFFIX)}
+    lost = [f"{name} in {file}" for name, file in named.items() if name not in tensors]
+    if lost:
+        raise UserError(f"{folder} has no {listed(lost, 3)}, where {INDEX} says it is")
+    return tensors
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> file, as the index has it.
+
+    Raises:
+      UserError: it is no index, or names files outside the folder.
+    """
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX} is not an index of safetensors files")
-    files = [folder / name for name in sorted(set(map(str, weight_map.values())))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names")
+    files = {name: str(file) for name, file in weight_map.items()}
+    paths = map(PurePath, sorted(set(files.values())))
+    outside = [str(path) for path in paths if path.is_absolute() or ".." in path.parts]
+    if outside:
+        raise UserError(f"{folder / INDEX} names files outside its folder: {listed(outside)}")
     return files
 
 
@@ -170,7 +192,7 @@ def pickled_tensors(folder: Path, allow: bool) -> dict[str, Tensor]:
     files = sorted({file for pattern in PICKLES for file in folder.glob(pattern)})
     if not files:
         raise UserError(f"{folder} holds no {WEIGHTS} and no {INDEX}: it has no weights")
-    names = ", ".join(file.name for file in files)
+    names = listed(file.name for file in files)
     if not allow:
         raise UserError(
             f"{folder} holds its weights as pickle ({names}), which can carry code; "
@@ -191,7 +213,11 @@ def pickled_tensors(folder: Path, allow: bool) -> dict[str, Tensor]:
             isinstance(value, torch.Tensor) for value in state.values()
         ):
             raise UserError(f"{file} is not a dictionary of tensors")
-        tensors |= {unwrapped(name): of_torch(value) for name, value in state.items()}
+        found = {unwrapped(name): of_torch(value) for name, value in state.items()}
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            raise UserError(f"{folder} holds two sets of weights in {names}: {listed(twice, 3)} in both")
+        tensors |= found
     return tensors
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from maxllm.config import ModelConfig
 from maxllm.data.tokenizer import Tokenizer
-from maxllm.errors import RunFailed
+from maxllm.errors import RunFailed, listed
 from maxllm.hf.mapping import Head
 from maxllm.hf.source import Source
 from maxllm.hf.write import hf_tensors
@@ -44,19 +44,23 @@ def check_tensors(
       How many tensors there are, all the same.
 
     Raises:
-      RunFailed: naming every tensor that differs.
+      RunFailed: naming tensors that differ, or hold NaN or infinity.
     """
-    different, count = [], 0
+    different, broken, count = [], [], 0
     for name, ours in hf_tensors(params, config, dtype, head):
         theirs = source.read(name).astype(ours.dtype, copy=False)
         count += 1
         bits = np.dtype(f"u{ours.dtype.itemsize}")
         if not np.array_equal(theirs.view(bits), ours.view(bits)):
             different.append(name)
+        elif not np.isfinite(ours).all():
+            broken.append(name)
     if different:
         raise RunFailed(
-            f"{len(different)} of {count} tensors are not those of {source.origin}: {', '.join(different)}"
+            f"{len(different)} of {count} tensors are not those of {source.origin}: {listed(different)}"
         )
+    if broken:
+        raise RunFailed(f"the weights in {source.origin} hold NaN or infinity: in {listed(broken)}")
     return count
 
 
@@ -115,6 +119,7 @@ def verify_greedy(
     ours: Sequence[Sequence[int]],
     max_new_tokens: int,
     tokenizer: Tokenizer,
+    never: Sequence[int] = (),
 ) -> dict[str, Any] | None:
     """Greedy decoding by `transformers` from the folder, in float32, against our own tokens.
 
@@ -124,6 +129,7 @@ def verify_greedy(
       ours: generated ids of each prompt, ending with the stop token if one came.
       max_new_tokens: the limit under which `ours` was generated.
       tokenizer: knows the ids that stop.
+      never: ids that ours does not generate.
 
     Returns:
       {"identical", "prompts", "tokens", "first_difference"}: tokens compared, and a sentence or None. The
@@ -137,7 +143,7 @@ def verify_greedy(
     model = hf_model(AutoModelForCausalLM, out_dir)
     first_difference, tokens = None, 0
     for number, (prompt, expected) in enumerate(zip(prompts_ids, ours, strict=True)):
-        found = greedy(model, list(prompt), max_new_tokens, tokenizer)
+        found = greedy(model, list(prompt), max_new_tokens, tokenizer, never)
         tokens += len(found)
         if first_difference is None and found != list(expected):
             first_difference = difference(model, number, list(prompt), list(expected), found)
@@ -149,7 +155,9 @@ def verify_greedy(
     }
 
 
-def greedy(model: Any, prompt: list[int], max_new_tokens: int, tokenizer: Tokenizer) -> list[int]:
+def greedy(
+    model: Any, prompt: list[int], max_new_tokens: int, tokenizer: Tokenizer, never: Sequence[int] = ()
+) -> list[int]:
     """The ids `transformers` generates after a prompt, whatever sampling the folder's defaults ask for."""
     import torch
     from transformers import GenerationConfig as HfGenerationConfig
@@ -160,6 +168,7 @@ def greedy(model: Any, prompt: list[int], max_new_tokens: int, tokenizer: Tokeni
         bos_token_id=tokenizer.bos,
         eos_token_id=list(tokenizer.stop_tokens),
         pad_token_id=tokenizer.pad,
+        suppress_tokens=list(never) or None,
     )
     # generate() takes what `settings` leaves open from the model's defaults: those must not sample either.
     model.generation_config = settings

@@ -2,6 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+IMPOSSIBLE = -1e30
+"""The logit of an id that stands for nothing: of probability 0, and finite where the two are multiplied."""
+
+
+def without(logits_BTV: jax.Array, never: tuple[int, ...]) -> jax.Array:
+    """Logits in which the ids `never`, of which no token exists, are impossible; [..., V]."""
+    if not never:
+        return logits_BTV
+    impossible_V = np.isin(np.arange(logits_BTV.shape[-1]), never)
+    return jnp.where(impossible_V, IMPOSSIBLE, logits_BTV)
 
 
 def token_logps(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:

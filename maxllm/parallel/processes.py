@@ -66,8 +66,9 @@ def anywhere(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
-def from_main(number: int) -> int:
-    """The main process's number, in every process; all must ask at the same point."""
+def agreed(number: int) -> int:
+    """The main process's number, in every process, for clocks and disks may differ between machines; all must
+    ask at the same point."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxllm.config import MATRICES, Offload
-from maxllm.errors import UserError
+from maxllm.errors import UserError, listed
 from maxllm.parallel.memory import HOST
 
 STAGE, CONTEXT, TENSOR = "stage", "context", "tensor"
@@ -134,11 +134,11 @@ def check_split(abstract: Any, mesh: Mesh) -> None:
     }
     share = sum(sizes.values()) / sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves)
     if share > WHOLE_SHARE:
-        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
-        listed = ", ".join(f"{name} ({sizes[name]:,} bytes)" for name in largest)
+        largest = sorted(sizes, key=lambda name: -sizes[name])
         raise UserError(
             f"{share:.1%} of the state would be on every device, not split over mesh "
-            f"{' x '.join(sorted(axes))}: {listed}; mesh.zero below 3 permits it"
+            f"{' x '.join(sorted(axes))}: {listed(f'{name} ({sizes[name]:,} bytes)' for name in largest)}; "
+            "mesh.zero below 3 permits it"
         )
 
 

@@ -108,7 +108,7 @@ def _train_in_folder(session: Session, job: Job, state: Any, stop: StopRequest) 
     """`train` in a folder that no other process has open; `state` is None where a checkpoint was there."""
     run, title, run_dir = session.config.run, session.config.stage, session.run_dir
     # Read now that the folder is ours: another process may have trained here since `state` was made.
-    newest = processes.from_main(-1 if (step := latest_step(run_dir)) is None else step)
+    newest = processes.agreed(-1 if (step := latest_step(run_dir)) is None else step)
     first = None if newest < 0 else newest
     check_not_lost(run_dir, first)
     check_same_data(run_dir, job, first)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +34,8 @@ from maxllm.run.checkpoint import remove_unfinished
 from maxllm.run.parents import Role, parent_of
 from maxllm.run.record import console
 
-CONFIG, HF_CONFIG, LOCK = "config.yaml", "hf_config.json", ".lock"
+CONFIG, LOCK = "config.yaml", ".lock"
+HF_CONFIG, HF_GENERATION = "hf_config.json", "hf_generation_config.json"
 
 MAY_CHANGE = {"mesh"} | {
     f"run.{name}"
@@ -65,6 +67,8 @@ class Session:
     run_dir: Path
     hf_config: dict[str, Any] | None = None
     """config.json of the Hugging Face model that this one descends from, whose other fields export keeps."""
+    hf_generation: dict[str, Any] | None = None
+    """Its generation_config.json, of which the same holds."""
     _parents: dict[Role, Path] = field(default_factory=dict, repr=False)
 
     def parent(self, role: Role) -> Path:
@@ -87,7 +91,8 @@ def open_session(config: Config) -> Session:
     """
     processes.initialize()
     tokenizer_path, model = inherited(config)
-    tokenizer = load_tokenizer(tokenizer_path)
+    day = day_of(config)
+    tokenizer = load_tokenizer(tokenizer_path, day)
     # An imported model may have more rows than its tokenizer has pieces; a new one has no reason to.
     if tokenizer.vocab_size > model.vocab_size or (
         config.start.policy is None and tokenizer.vocab_size != model.vocab_size
@@ -96,10 +101,11 @@ def open_session(config: Config) -> Session:
             f"the vocabulary does not match: tokenizer {tokenizer_path} has {tokenizer.vocab_size} pieces, "
             f"model.vocab_size is {model.vocab_size}"
         )
-    if config.batch.sequence_length > model.max_seq_len:
+    if config.batch.sequence_length > model.context:
+        stretched = f", stretched to {model.context}" if model.context != model.max_seq_len else ""
         raise UserError(
             f"batch.sequence_length={config.batch.sequence_length} is longer than "
-            f"model.max_seq_len={model.max_seq_len}"
+            f"model.max_seq_len={model.max_seq_len}{stretched}"
         )
     check_replies_fit(config)
     resolve(model.attention, jax.default_backend(), model.dtype)
@@ -108,10 +114,24 @@ def open_session(config: Config) -> Session:
     check_model_divides(mesh, model)
     check_batch_divides(mesh, config.batch, model)
     run_dir = Path(config.run.dir)
-    resolved = config.model_copy(update={"model": model})
+    run = config.run.model_copy(update={"day": day})
+    resolved = config.model_copy(update={"model": model, "run": run})
     check_same_recipe(run_dir, resolved)
-    hf_config = read_hf_config(Path(config.start.policy)) if config.start.policy else None
-    return Session(resolved, model, mesh, tokenizer, run_dir, hf_config)
+    parents = read_hf(Path(config.start.policy)) if config.start.policy else (None, None)
+    return Session(resolved, model, mesh, tokenizer, run_dir, *parents)
+
+
+def day_of(config: Config) -> datetime.date | None:
+    """The day that this run's chat templates tell: recorded when the run began, so that its data stays.
+
+    None in a run that began before there was such a record.
+    """
+    run_dir, day = Path(config.run.dir), config.run.day
+    if day is None:
+        began = (run_dir / CONFIG).is_file()
+        day = run_config(run_dir).run.day if began else datetime.date.today()
+    ordinal = processes.agreed(0 if day is None else day.toordinal())
+    return datetime.date.fromordinal(ordinal) if ordinal else None
 
 
 def check_replies_fit(config: Config) -> None:
@@ -240,8 +260,7 @@ def open_run_dir(session: Session) -> Iterator[None]:
         remove_unfinished(session.run_dir)  # first of all: it may be what fills the disk
         for name, content in session.tokenizer.files.items():
             write_bytes(session.run_dir / name, content)
-        if session.hf_config is not None:
-            write_json(session.run_dir / HF_CONFIG, session.hf_config)
+        write_hf(session.run_dir, session.hf_config, session.hf_generation)
         write_text(session.run_dir / CONFIG, recipe.dump(session.config))
         yield
 
@@ -353,11 +372,22 @@ def reopen(run_dir: Path, overrides: Sequence[str] = (), may_change: Sequence[st
     assert config.model is not None, "a run folder's config is resolved"
     mesh = make_mesh(config.mesh)
     check_model_divides(mesh, config.model)
-    tokenizer = load_tokenizer(run_dir)
-    return Session(config, config.model, mesh, tokenizer, run_dir, read_hf_config(run_dir))
+    tokenizer = load_tokenizer(run_dir, config.run.day)
+    return Session(config, config.model, mesh, tokenizer, run_dir, *read_hf(run_dir))
 
 
-def read_hf_config(run_dir: Path) -> dict[str, Any] | None:
-    """The Hugging Face config.json that a run folder keeps, if its model was imported."""
-    path = run_dir / HF_CONFIG
-    return read_json(path) if path.is_file() else None
+def read_hf(run_dir: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Hugging Face's config.json and generation_config.json, if a run folder keeps them of its model."""
+    config, generation = run_dir / HF_CONFIG, run_dir / HF_GENERATION
+    return (
+        read_json(config) if config.is_file() else None,
+        read_json(generation) if generation.is_file() else None,
+    )
+
+
+def write_hf(run_dir: Path, config: Mapping[str, Any] | None, generation: Mapping[str, Any] | None) -> None:
+    """Keeps both in a run folder, as far as there are any."""
+    if config is not None:
+        write_json(run_dir / HF_CONFIG, dict(config))
+    if generation is not None:
+        write_json(run_dir / HF_GENERATION, dict(generation))

@@ -19,9 +19,13 @@ from maxllm.data.render import render_prompt
 from maxllm.data.tokenizer import document_start
 from maxllm.errors import UserError
 from maxllm.records import Params
+from maxllm.run import session as sessions
 from maxllm.run.checkpoint import find
 from maxllm.run.session import Session, reopen
 from maxllm.stages.shared import policy_params, reply_text, responder, response_ids
+
+MAY_SET = ("generation", "run.seed", "run.day", "model.dtype")
+"""What may be set otherwise than when the run was trained."""
 
 SHORTEST_PROMPT = 16
 """Prompts are padded to a power of two of at least this, so that few programs are compiled."""
@@ -31,10 +35,15 @@ class Speaker:
     """A policy ready to answer."""
 
     def __init__(self, run_dir: Path, overrides: Sequence[str] = ()) -> None:
-        """Loads the newest parameters of a run; `overrides` may change generation, run.seed, model.dtype."""
-        self.session: Session = reopen(run_dir, overrides, ("generation", "run.seed", "model.dtype"))
+        """Loads the newest parameters of a run; `overrides` may change what MAY_SET names.
+
+        Raises:
+          UserError: it is a reward model, or replies as long as the context leave no room for a prompt.
+        """
+        self.session: Session = reopen(run_dir, overrides, MAY_SET)
         if self.session.config.stage == "reward":
             raise UserError(f"{run_dir} holds a reward model, which gives scores and no text")
+        self.check_context()
         self.params: Params = policy_params(self.session, find(run_dir))
         self.chats = speaks_in_turns(self.session)
         self._respond = cache(lambda: responder(self.session, self.session.config.generation))
@@ -43,7 +52,31 @@ class Speaker:
     @property
     def room(self) -> int:
         """Tokens that a prompt may have."""
-        return self.session.model.max_seq_len - self.session.config.generation.max_new_tokens
+        return self.context - self.session.config.generation.max_new_tokens
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its reply may have together."""
+        return self.session.config.generation.context or self.session.model.context
+
+    def check_context(self) -> None:
+        """Warns of a context that is longer than the model's.
+
+        Raises:
+          UserError: replies are as long as the context, or longer.
+        """
+        reply, own = self.session.config.generation.max_new_tokens, self.session.model.context
+        if self.context > own:
+            sessions.say(
+                self.session,
+                f"generation.context={self.context} is more than the {own} tokens that the model was made "
+                "for: what it says beyond them may make no sense",
+            )
+        if self.room < 1:
+            raise UserError(
+                f"generation.max_new_tokens={reply} leaves no room for a prompt in a context of "
+                f"{self.context} tokens; give less than that"
+            )
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """A prompt as this model reads it: a user's turn, or, for a pretrained model, the start of a text."""
@@ -58,13 +91,15 @@ class Speaker:
           {"text", "tokens": the response's ids, "finished": whether a stop token came}.
 
         Raises:
-          UserError: the prompt does not fit the model's context.
+          UserError: the prompt does not fit the model's context, or is empty.
         """
+        if not ids:
+            raise UserError("the prompt is empty, and this model's texts begin with no token of their own")
         if len(ids) > self.room:
-            context, reply = self.session.model.max_seq_len, self.session.config.generation.max_new_tokens
+            reply = self.session.config.generation.max_new_tokens
             raise UserError(
-                f"the prompt has {len(ids)} tokens; model.max_seq_len={context} leaves {self.room} "
-                f"beside generation.max_new_tokens={reply}"
+                f"the prompt has {len(ids)} tokens; the context of {self.context} tokens leaves {self.room} "
+                f"beside generation.max_new_tokens={reply}; generation.context=… sets a longer one"
             )
         length = min(max(SHORTEST_PROMPT, 1 << (len(ids) - 1).bit_length()), self.room)
         rows = self.session.mesh.shape["data"] * self.session.mesh.shape["fsdp"]
@@ -98,7 +133,9 @@ def converse(
 ) -> None:
     """Answers each line in turn, with all that was said before in view.
 
-    When the conversation outgrows the context, its oldest turns are forgotten, and `say` tells so.
+    When the conversation outgrows the context, its oldest turns are forgotten, and `say` tells so. When a
+    line cannot be answered (the chat template refuses it, or it is too long by itself), `say` tells why, and
+    the conversation goes on without it.
     """
     speaker = Speaker(run_dir, overrides)
     if not speaker.chats:
@@ -107,12 +144,17 @@ def converse(
     for line in lines:
         if not line.strip():
             continue
-        messages.append(Message(role="user", content=line.strip()))
-        ids = render_prompt(speaker.session.tokenizer, messages)
-        while len(ids) > speaker.room and len(messages) > 1:
-            del messages[:2]
-            ids = render_prompt(speaker.session.tokenizer, messages)
+        asked = [*messages, Message(role="user", content=line.strip())]
+        try:
+            ids = render_prompt(speaker.session.tokenizer, asked)
+            while len(ids) > speaker.room and len(asked) > 1:
+                del asked[:2]
+                ids = render_prompt(speaker.session.tokenizer, asked)
+            text = speaker.reply(ids)["text"]
+        except UserError as error:
+            say(f"({error})")
+            continue
+        if len(asked) <= len(messages):
             say("(the conversation is longer than the model's context; its oldest turns are forgotten)")
-        text = speaker.reply(ids)["text"]
         say(text)
-        messages.append(Message(role="assistant", content=text))
+        messages = [*asked, Message(role="assistant", content=text)]

@@ -25,18 +25,21 @@ from flax.traverse_util import flatten_dict
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from maxllm import recipe
-from maxllm.config import Config, MeshConfig, ModelConfig
+from maxllm.config import MeshConfig, ModelConfig
 from maxllm.data.tokenizer import Tokenizer
-from maxllm.errors import RunFailed, UserError
-from maxllm.files import whole_folder, write_bytes, write_json, write_text
+from maxllm.errors import RunFailed, UserError, listed
+from maxllm.files import whole_folder, write_bytes, write_text
 from maxllm.hf import gguf, mapping
 from maxllm.hf.export import DTYPE_OF, export
 from maxllm.hf.folder import HfModel, open_model
+from maxllm.hf.generation import not_followed, settings_of
 from maxllm.hf.hub import download, upload
 from maxllm.hf.load import load
+from maxllm.hf.original import is_original
 from maxllm.hf.source import DTYPES, open_folder
-from maxllm.hf.tokenizer_read import read_tokenizer
+from maxllm.hf.tokenizer_read import Found, find_tokenizer, read_generation
 from maxllm.hf.verify import TOLERANCE, check_tensors, compare_logits, has_torch, hf_logits
+from maxllm.hf.verify_tokenizer import check_tokenization
 from maxllm.model.llama import Llama
 from maxllm.parallel import processes
 from maxllm.parallel.mesh import make_mesh
@@ -44,7 +47,7 @@ from maxllm.records import Params
 from maxllm.run.checkpoint import find, load_params, open_array, save_params, stored_dtypes
 from maxllm.run.parents import DEPENDENTS, in_use
 from maxllm.run.record import console, peak_rss_bytes, trim_heap
-from maxllm.run.session import CONFIG, HF_CONFIG, reopen
+from maxllm.run.session import CONFIG, reopen, write_hf
 from maxllm.stages.export import CHECK_PROMPTS, export_scorer
 from maxllm.stages.shared import abstract_params, policy_params
 from maxllm.steps.state import abstract, init_params
@@ -71,9 +74,10 @@ def run(
     """Converts; where `push` names a repository of the hub, a Hugging Face folder goes there too.
 
     Returns:
-      {"tensors", "parameters", "bytes", "seconds", "peak_rss_bytes"}, and with `verify`
-      {"identical_tensors", "max_abs_logit_diff", "mean_kl", "top1_agreement"}; the logits' three are None
-      where torch is missing.
+      {"tensors", "parameters", "bytes", "seconds", "peak_rss_bytes"}; into a run folder also {"context",
+      "tokenizer", "stop_tokens"} and, of a generation_config.json, {"kept_but_not_followed"}; with `verify`
+      {"identical_tensors", "tokenized_alike", "max_abs_logit_diff", "mean_kl", "top1_agreement"}. The logits'
+      three are None where torch is missing, or for the reason in "not_checked".
 
     Raises:
       UserError: the source is not a model that ours can be, or the target holds something else.
@@ -115,10 +119,14 @@ def to_run_folder(
     """from-hf and from-gguf."""
     if direction == "from-gguf":
         model = gguf.open_gguf(source)
-        tokenizer: Tokenizer = gguf.tokenizer_of(source)
+        gguf_tokenizer = gguf.tokenizer_of(source)
+        found = Found(gguf_tokenizer, source.name, {source.name: list(gguf_tokenizer.stop_tokens)})
+        generation = None
     else:
         model = open_model(source, allow_pickle)
-        tokenizer = read_tokenizer(source, model.fields)
+        found = find_tokenizer(source, model.fields)
+        generation = read_generation(source)
+    tokenizer = found.tokenizer
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
@@ -135,15 +143,19 @@ def to_run_folder(
             params = load(model.source, model.config, wanted, tick)
         trim_heap()  # of what the readers freed, before the writer asks for more
         save_params(folder, params)
-        write_run_files(folder, target, model, tokenizer)
+        write_run_files(folder, target, model, tokenizer, generation)
         if (target / DEPENDENTS).is_dir():
             shutil.copytree(target / DEPENDENTS, folder / DEPENDENTS)
         del params
-        checks = check_run_folder(direction, source, model, folder, wanted) if verify else {}
+        checks = check_run_folder(direction, source, model, tokenizer, folder, wanted) if verify else {}
+    ignored = not_followed(generation)
     return {
         "tensors": len(model.source.tensors),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(wanted)),
         "bytes": model.source.nbytes,
+        "context": model.config.context,
+        **found.told(),
+        **({"kept_but_not_followed": listed(ignored)} if ignored else {}),
         **checks,
     }
 
@@ -165,20 +177,22 @@ def typed(wanted: Params, model: HfModel) -> Params:
     return mapping.nest(flat.items())
 
 
-def write_run_files(folder: Path, target: Path, model: HfModel, tokenizer: Tokenizer) -> None:
+def write_run_files(
+    folder: Path, target: Path, model: HfModel, tokenizer: Tokenizer, generation: dict[str, Any] | None
+) -> None:
     """What a run folder has besides its checkpoint."""
-    length = model.config.max_seq_len
+    length = model.config.context
     tree = {
         "stage": "convert",
         "run": {"dir": str(target), "steps": 1},
         "model": model.config.model_dump(mode="json"),
         "batch": {"rows": 1, "sequence_length": max(2, length)},
-        "generation": {"max_new_tokens": min(256, max(1, length // 2))},
+        "generation": settings_of(generation, length),
     }
     for name, content in tokenizer.files.items():
         write_bytes(folder / name, content)
-    write_json(folder / HF_CONFIG, dict(model.fields))
-    write_text(folder / CONFIG, recipe.dump(Config.model_validate(tree)))
+    write_hf(folder, model.fields, generation)
+    write_text(folder / CONFIG, recipe.dump(recipe.validate(tree)))
 
 
 # --- to a Hugging Face folder ------------------------------------------------------------------------------
@@ -219,6 +233,7 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
     def compare(folder: Path) -> None:
         if verify:
             rounded = dtype if dtype is not None and dtype != kept else "float32"
+            checks["tokenized_alike"] = check_tokenization(session.tokenizer, folder)
             checks.update(check_hf_folder(session.model, whole(), folder, dtype or kept, rounded))
 
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
@@ -231,6 +246,7 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
             dtype=dtype or kept,
             description=f"Converted from a run of `maxllm {session.config.stage}`.",
             base=session.hf_config,
+            base_generation=session.hf_generation,
             tick=tick,
             read=read,
             verify=compare,
@@ -242,17 +258,28 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
 
 
 def check_run_folder(
-    direction: Direction, source: Path, model: HfModel, folder: Path, wanted: Params
+    direction: Direction, source: Path, model: HfModel, tokenizer: Tokenizer, folder: Path, wanted: Params
 ) -> dict[str, Any]:
-    """The finished checkpoint, read back: the tensors of the source, the logits of `transformers`."""
+    """The finished checkpoint, read back: the tensors of the source, the ids and logits of `transformers`."""
     params = load_params(find(folder), wanted)
-    identical = check_tensors(model.source, params, model.config)
+    checks: dict[str, Any] = {"identical_tensors": check_tensors(model.source, params, model.config)}
+    foreign = unread_by_transformers(direction, source)
     theirs: Callable[[np.ndarray], np.ndarray] | None = None
-    if has_torch() and direction == "from-gguf":
+    if foreign is not None:
+        checks["not_checked"] = f"ids and logits, because {foreign}"
+    elif direction == "from-gguf":
         theirs = lambda tokens: hf_logits(source.parent, tokens, source.name)  # noqa: E731
-    elif has_torch():
+    else:
+        checks["tokenized_alike"] = check_tokenization(tokenizer, source)
         theirs = partial(hf_logits, source)
-    return {"identical_tensors": identical, **difference_of(model.config, params, theirs, "float32")}
+    return checks | difference_of(model.config, params, theirs if has_torch() else None, "float32")
+
+
+def unread_by_transformers(direction: Direction, source: Path) -> str | None:
+    """Why `transformers` cannot be asked about a source; None where it can."""
+    if direction == "from-gguf":
+        return "transformers reads no GGUF in parts" if len(gguf.parts_of(source)) > 1 else None
+    return "transformers does not read this layout" if is_original(source) else None
 
 
 def check_hf_folder(
@@ -277,7 +304,7 @@ def difference_of(
     """
     if theirs is None:
         return {"max_abs_logit_diff": None, "mean_kl": None, "top1_agreement": None}
-    length = min(CHECK_TOKENS, config.max_seq_len)
+    length = min(CHECK_TOKENS, config.context)
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
     figures = compare_logits(our_logits(config, params, tokens_BT), theirs(tokens_BT))
     if not figures["max_abs_logit_diff"] <= TOLERANCE[rounded_to]:

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 
 from maxllm.data.chat import Message
 from maxllm.data.render import render_to_reply
+from maxllm.data.tokenizer import without_piece
 from maxllm.errors import RunFailed, UserError
 from maxllm.hf import export as hf
 from maxllm.hf.hub import upload
 from maxllm.hf.peft import export_adapters
 from maxllm.hf.verify import TOLERANCE, has_torch, hf_scores, verify_greedy
+from maxllm.hf.verify_tokenizer import check_tokenization
 from maxllm.model.heads import ScalarModel
 from maxllm.records import Params
 from maxllm.run.checkpoint import find, load_params
@@ -92,6 +94,8 @@ def export_policy(
 
     def compare(folder: Path) -> None:
         nonlocal check
+        if verify:
+            check_tokenization(session.tokenizer, folder)
         check = greedy_check(run_dir, folder, prompts, overrides) if verify else None
         if check is not None and not check["identical"]:
             raise RunFailed(f"{run_dir} does not decode in transformers as here: {check['first_difference']}")
@@ -103,6 +107,7 @@ def export_policy(
         out_dir,
         description=f"Trained with `maxllm {session.config.stage}`.",
         base=session.hf_config,
+        base_generation=session.hf_generation,
         verify=compare,
     )
     return written | {
@@ -154,10 +159,12 @@ def export_scorer(
 
     def compare(folder: Path) -> None:
         nonlocal difference
+        if verify:
+            check_tokenization(session.tokenizer, folder)
         if not (verify and has_torch()):
             return
         talks = [render_to_reply(session.tokenizer, conversation(prompt, "42")) for prompt in prompts]
-        talks = [ids[: session.model.max_seq_len] for ids in talks]
+        talks = [ids[: session.model.context] for ids in talks]
         scores = zip((score_of(model, params, ids) for ids in talks), hf_scores(folder, talks), strict=True)
         difference = max(abs(ours - theirs) for ours, theirs in scores)
         if not difference <= TOLERANCE[dtype]:
@@ -195,10 +202,11 @@ def greedy_check(
     Both compute in float32: in bfloat16 two right implementations differ by more than many a tie is wide.
     """
     session = reopen(run_dir, overrides)
-    tokens = min(CHECK_TOKENS, session.model.max_seq_len // 2)
+    tokens = min(CHECK_TOKENS, session.model.context // 2)
     settings = ["model.dtype=float32", "generation.temperature=0", f"generation.max_new_tokens={tokens}"]
     speaker = Speaker(run_dir, [*overrides, *settings])
     # A model of short context is asked the beginnings of the prompts.
     ids = [speaker.prompt_ids(prompt)[: speaker.room] for prompt in prompts]
     ours = [speaker.reply(prompt)["tokens"] for prompt in ids]
-    return verify_greedy(folder, ids, ours, tokens, speaker.session.tokenizer)
+    never = without_piece(session.tokenizer, session.model.vocab_size)
+    return verify_greedy(folder, ids, ours, tokens, speaker.session.tokenizer, never)

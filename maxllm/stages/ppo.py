@@ -21,6 +21,7 @@ from maxllm.config import Config, GenerationConfig, ModelConfig
 from maxllm.data import loader
 from maxllm.data.instruct import Question, question_of, read_split
 from maxllm.data.load_tokenizer import load_tokenizer
+from maxllm.data.tokenizer import without_piece
 from maxllm.errors import UserError
 from maxllm.generate.decode import generate
 from maxllm.losses.policy import kl_k1
@@ -65,7 +66,14 @@ def iteration(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     rollout_key, update_key = jax.random.split(key)
     rollout = generate(
-        ppo.policy_model, state.actor.params, prompts, rollout_key, generation, ppo.stop_tokens, ppo.pad
+        ppo.policy_model,
+        state.actor.params,
+        prompts,
+        rollout_key,
+        generation,
+        ppo.stop_tokens,
+        ppo.pad,
+        ppo.never,
     )
     experience, rollout_metrics = algorithm.experience(ppo, state, frozen, rollout)
     state, update_metrics = algorithm.update_epochs(ppo, state, experience, update_key)
@@ -99,7 +107,7 @@ def job(session: Session) -> Job:
         lambda question: question.messages,
     )
     # 2. The algorithm and its four models.
-    ppo = algorithm_of(config, session.model, session.tokenizer.stop_tokens, session.tokenizer.pad)
+    ppo = algorithm_with(session)
     program = program_of(config, session.model, session.mesh, ppo)
     frozen = Frozen(
         reference=start(),
@@ -135,7 +143,20 @@ def nothing_to_learn(means: dict[str, float]) -> str | None:
     )
 
 
-def algorithm_of(config: Config, model: ModelConfig, stop_tokens: tuple[int, ...], pad: int) -> Ppo:
+def algorithm_with(session: Session) -> Ppo:
+    """The algorithm as a session's recipe has it, with what its tokenizer knows."""
+    tokenizer = session.tokenizer
+    never = without_piece(tokenizer, session.model.vocab_size)
+    return algorithm_of(session.config, session.model, tokenizer.stop_tokens, tokenizer.pad, never)
+
+
+def algorithm_of(
+    config: Config,
+    model: ModelConfig,
+    stop_tokens: tuple[int, ...],
+    pad: int,
+    never: tuple[int, ...] = (),
+) -> Ppo:
     """The algorithm as a recipe has it."""
     critic = config.optimizer.model_copy(update={"learning_rate": config.ppo.critic_learning_rate})
     return Ppo(
@@ -148,6 +169,7 @@ def algorithm_of(config: Config, model: ModelConfig, stop_tokens: tuple[int, ...
         stop_tokens=stop_tokens,
         pad=pad,
         microbatches=config.batch.microbatches,
+        never=never,
     )
 
 
@@ -178,7 +200,7 @@ def critic_params(session: Session, run_dir: Path) -> Params:
     """
     if session.config.stage != "ppo":
         raise UserError(f"{run_dir} is a {session.config.stage} run: only ppo trains a critic")
-    ppo = algorithm_of(session.config, session.model, session.tokenizer.stop_tokens, session.tokenizer.pad)
+    ppo = algorithm_with(session)
     init = partial(init_state, ppo)
     return restore(find(run_dir), abstract(init, session.mesh)).critic.params
 
@@ -269,13 +291,13 @@ def heldout_evaluator(
     greedy = config.generation.model_copy(update={"temperature": 0.0})
 
     def judge(params: Params, prompts: PromptBatch, frozen: Frozen, key: jax.Array) -> tuple[Any, ...]:
-        sampled = generate(
-            ppo.policy_model, params, prompts, key, config.generation, ppo.stop_tokens, ppo.pad
+        sampled, best = (
+            generate(ppo.policy_model, params, prompts, key, how, ppo.stop_tokens, ppo.pad, ppo.never)
+            for how in (config.generation, greedy)
         )
-        best = generate(ppo.policy_model, params, prompts, key, greedy, ppo.stop_tokens, ppo.pad)
         targets_BR = algorithm.response_tokens(sampled)
         logps_BR, ref_logps_BR = (
-            token_logps(algorithm.response_logits(ppo.policy_model, p, sampled, ppo.temperature), targets_BR)
+            token_logps(algorithm.response_logits(ppo, p, sampled), targets_BR)
             for p in (params, frozen.reference)
         )
         kl_B = jnp.sum(kl_k1(logps_BR, ref_logps_BR) * sampled.mask_BR, axis=1)

@@ -16,7 +16,7 @@ from maxllm.config import GenerationConfig, LoraConfig
 from maxllm.data import loader
 from maxllm.data.instruct import Question, pad_prompts
 from maxllm.data.sources import Tally
-from maxllm.data.tokenizer import Tokenizer
+from maxllm.data.tokenizer import Tokenizer, without_piece
 from maxllm.generate.decode import generate
 from maxllm.model.adapters import merge
 from maxllm.model.llama import Llama
@@ -147,10 +147,11 @@ def responder(session: Session, config: GenerationConfig) -> Callable[..., Rollo
     """Compiled `(params, PromptBatch, key) -> Rollout` for this session's policy."""
     unroll = session.model.n_layers if jax.default_backend() == "cpu" else session.model.scan_unroll
     model = Llama(session.model.model_copy(update={"scan_unroll": unroll}))
-    tokenizer = session.tokenizer
+    stop_tokens, pad = session.tokenizer.stop_tokens, session.tokenizer.pad
+    never = without_piece(session.tokenizer, session.model.vocab_size)
 
     def respond(params: Params, prompts: Any, key: jax.Array) -> Rollout:
-        return generate(model, params, prompts, key, config, tokenizer.stop_tokens, tokenizer.pad)
+        return generate(model, params, prompts, key, config, stop_tokens, pad, never)
 
     return compile_reader(session.mesh, respond)
 

@@ -69,6 +69,8 @@ class Ppo:
     pad: int
     """Id written after it."""
     microbatches: int = 1
+    never: tuple[int, ...] = ()
+    """Ids that are not sampled, because no token has them; the policy is a distribution over the others."""
 
 
 def at_responses(model: nn.Module, params: Params, rollout: Rollout) -> jax.Array:
@@ -78,9 +80,10 @@ def at_responses(model: nn.Module, params: Params, rollout: Rollout) -> jax.Arra
     return outputs[:, -R - 1 : -1]
 
 
-def response_logits(model: nn.Module, params: Params, rollout: Rollout, temperature: float) -> jax.Array:
+def response_logits(ppo: Ppo, params: Params, rollout: Rollout) -> jax.Array:
     """Logits that predicted each response token, divided by the temperature, [B, R, V] float32."""
-    return at_responses(model, params, rollout) / temperature
+    logits_BRV = token.without(at_responses(ppo.policy_model, params, rollout), ppo.never)
+    return logits_BRV / ppo.temperature
 
 
 def response_tokens(rollout: Rollout) -> Array:
@@ -110,8 +113,8 @@ def experience(ppo: Ppo, state: PpoState, frozen: Frozen, rollout: Rollout) -> t
     scores_B = scores_B - config.missing_eos_penalty * unfinished_B
 
     targets_BR = response_tokens(rollout)
-    logits_BRV = response_logits(ppo.policy_model, state.actor.params, rollout, ppo.temperature)
-    ref_logits_BRV = response_logits(ppo.policy_model, frozen.reference, rollout, ppo.temperature)
+    logits_BRV = response_logits(ppo, state.actor.params, rollout)
+    ref_logits_BRV = response_logits(ppo, frozen.reference, rollout)
     logps_BR, ref_logps_BR = (
         token.token_logps(logits_BRV, targets_BR),
         token.token_logps(ref_logits_BRV, targets_BR),
@@ -139,7 +142,7 @@ def experience(ppo: Ppo, state: PpoState, frozen: Frozen, rollout: Rollout) -> t
 def actor_loss(ppo: Ppo, params: Params, batch: Experience, key: jax.Array) -> Loss:
     """Clipped policy loss over response tokens."""
     mask_BR = batch.rollout.mask_BR
-    logits_BRV = response_logits(ppo.policy_model, params, batch.rollout, ppo.temperature)
+    logits_BRV = response_logits(ppo, params, batch.rollout)
     logps_BR = token.token_logps(logits_BRV, response_tokens(batch.rollout))
     losses_BR, clipped_BR, ratio_BR = policy.policy_loss(
         logps_BR, batch.old_logps_BR, batch.advantages_BR, ppo.config.clip

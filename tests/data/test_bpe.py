@@ -83,5 +83,5 @@ def test_a_template_is_rendered_and_masked_by_its_own_spans(foreign):
 def test_what_a_template_refuses_is_a_bad_row(foreign):
     with pytest.raises(RowError, match="no system here"):
         render(foreign, [{"role": "system", "content": "x"}, *TALK])
-    with pytest.raises(RowError, match="spells the control token '</s>'"):
-        render(foreign, [{"role": "user", "content": "</s>"}, TALK[1]])
+    ids, _ = render(foreign, [{"role": "user", "content": "</s>"}, TALK[1]])
+    assert ids.count(EOS) == 1  # what is spelled in a message is text

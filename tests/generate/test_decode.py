@@ -321,3 +321,28 @@ def test_top_k_1_is_argmax_at_any_temperature():
     z = jnp.array(np.random.default_rng(1).normal(0, 1, (50, 20)), jnp.float32)
     tokens, _ = sample(z, jax.random.key(0), GenerationConfig(temperature=3.0, top_k=1))
     np.testing.assert_array_equal(tokens, np.argmax(z, 1))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {"temperature": 3.0}, {"top_k": 3, "temperature": 1.0}]
+)
+def test_ids_without_a_token_have_no_probability(settings):
+    """The others are sampled, and their log-probabilities told, as if the table were so much smaller."""
+    z = jnp.array(np.random.default_rng(2).normal(0, 1, (200, 20)), jnp.float32)
+    never = (3, *range(15, 20))
+    few, config = [i for i in range(20) if i not in never], GenerationConfig(**settings)
+    tokens, logps = sample(z.at[:, never].add(9), jax.random.key(1), config, never)
+    assert set(np.asarray(tokens).tolist()) <= set(few)
+    scaled = np.asarray(z)[:, few] / (config.temperature or 1)
+    wanted = log_softmax(scaled)[np.arange(200), np.searchsorted(few, tokens)]
+    np.testing.assert_allclose(logps, wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_a_temperature_that_overflows_is_refused():
+    """1e-38 made every probability NaN; 1e-6 leaves room for the logits of ids without a token."""
+    for value in (1e-38, 9e-7):
+        with pytest.raises(ValueError, match="is too small to divide logits by; 0 is greedy, 1e-6 the least"):
+            GenerationConfig(temperature=value)
+    z = jnp.array([[1e3, -1e3, 0.0, 7.0]])
+    tokens, logps = sample(z, jax.random.key(0), GenerationConfig(temperature=1e-6), (3,))
+    assert tokens[0] == 0 and logps[0] == 0

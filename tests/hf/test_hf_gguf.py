@@ -33,7 +33,7 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
 def write(path: Path, kind: str, architecture: str = "llama", **changes: Any) -> Path:
     """A random model, its matrices of one type."""
     c, names = CONFIG, {hf: theirs for theirs, hf in ours.NAMES.items()}
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=changes.get("split", 0))
     writer.add_context_length(c.max_seq_len)
     writer.add_embedding_length(c.d_model)
     writer.add_block_count(c.n_layers)
@@ -86,6 +86,25 @@ def test_quantized_weights_are_near_what_they_were(tmp_path: Path) -> None:
         for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.2.mlp.down_proj.weight"):
             off = np.abs(source.read(name) - true[name]).max()
             assert off < 1.1 * np.abs(true[name]).max() / steps, (kind, name)
+
+
+def test_parts_are_read_together(tmp_path: Path) -> None:
+    """From whichever part is named: the same tensors, configuration and tokenizer as from one file."""
+    write(tmp_path / "parts.gguf", "Q8_0", split=9)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 4 and names[1] == "parts-00002-of-00004.gguf"
+    one = ours.open_gguf(write(tmp_path / "one.gguf", "Q8_0"))
+    for name in names[:2]:
+        model = ours.open_gguf(tmp_path / name)
+        assert (model.config, model.source.shapes) == (one.config, one.source.shapes)
+        for tensor in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.2.mlp.up_proj.weight"):
+            np.testing.assert_array_equal(model.source.read(tensor), one.source.read(tensor))
+        assert ours.tokenizer_of(tmp_path / name).encode("Hi!") == [93, 0]
+    (tmp_path / names[2]).rename(tmp_path / "other.gguf")
+    with pytest.raises(UserError, match=r"one of 4 parts, and parts-00003-of-00004\.gguf is not beside it"):
+        ours.open_gguf(tmp_path / names[0])
+    with pytest.raises(UserError, match=r"other\.gguf is one of 4 parts"):
+        ours.open_gguf(tmp_path / "other.gguf")
 
 
 def test_its_tokenizer_comes_along(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from maxllm import cli
 from maxllm.config import MeshConfig
 from maxllm.errors import RunFailed, UserError
+from maxllm.hf import verify_tokenizer
 from maxllm.hf.export import export
 from maxllm.hf.folder import open_model
 from maxllm.hf.load import load
@@ -288,3 +290,65 @@ def test_push_goes_to_a_private_repository(
     with pytest.raises(UserError, match="--push goes with to-hf"):
         convert.run("from-hf", str(folders["float32"]), tmp_path / "other", push="me/model")
     assert not (tmp_path / "other").exists()
+
+
+# What the files say
+
+
+def test_generation_defaults_go_through_a_run_folder(
+    folders: dict[str, Path], tmp_path: Path, answer: Answer
+) -> None:
+    """Followed by the run as far as our decoding goes, and the same file on the way out."""
+    source = Path(shutil.copytree(folders["float32"], tmp_path / "source"))
+    kept = {"bos_token_id": 1, "eos_token_id": [2, 4], "pad_token_id": 5, "do_sample": True, "min_p": 0.1}
+    kept |= {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "transformers_version": "4.45.0"}
+    (source / "generation_config.json").write_text(json.dumps(kept))
+    code, out, err = answer("convert", "from-hf", source, tmp_path / "run", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["kept_but_not_followed"] == "min_p=0.1" and told["context"] == 64
+    assert {"id": 2, "token": "</s>", "in": ["generation_config.json", "config.json"]} in told["stop_tokens"]
+    assert answer("convert", "to-hf", tmp_path / "run", tmp_path / "back", "--verify")[0] == 0
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == kept
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["generation"]
+    assert (settings["temperature"], settings["top_k"], settings["top_p"]) == (0.6, 20, 0.9)
+
+
+class Off:
+    """A tokenizer of `transformers` that cuts one word otherwise."""
+
+    def __init__(self, theirs: Any) -> None:
+        self.theirs = theirs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.theirs, name)
+
+    def __call__(self, text: str, **more: Any) -> Any:
+        found = self.theirs(text, **more)
+        return found | {"input_ids": [9]} if text == "Hello" else found
+
+
+@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+def test_another_tokenization_is_an_error_and_leaves_nothing(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer, direction: str
+) -> None:
+    """Here and in transformers 'Hello' has other ids: whichever way the model goes, it does not arrive."""
+    source: Path = folders["float32"]
+    if direction == "to-hf":
+        assert answer("convert", "from-hf", source, tmp_path / "run")[0] == 0
+        source = tmp_path / "run"
+    load = verify_tokenizer.load
+    monkeypatch.setattr(verify_tokenizer, "load", lambda folder: Off(load(folder)))
+    code, _, err = answer("convert", direction, source, tmp_path / "out", "--verify")
+    assert code == 1 and "the tokenizer does not say what transformers says: 'Hello'" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_hold_nan_are_named(folders: dict[str, Path], tmp_path: Path, answer: Answer) -> None:
+    source = Path(shutil.copytree(folders["float32"], tmp_path / "source"))
+    tensors = weights(source)
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, source / "model.safetensors")
+    code, _, err = answer("convert", "from-hf", source, tmp_path / "run", "--verify")
+    assert code == 1 and "hold NaN or infinity: in model.norm.weight" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

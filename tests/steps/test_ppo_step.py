@@ -85,7 +85,7 @@ def off(world):
 
 
 def recomputed_logps(world, params):
-    logits = algorithm.response_logits(world.model, params, world.rollout, TEMPERATURE)
+    logits = algorithm.response_logits(world.ppo, params, world.rollout)
     return token_logps(logits, algorithm.response_tokens(world.rollout))
 
 
@@ -348,3 +348,21 @@ def test_ppo_raises_the_probability_of_the_rewarded_token(world, monkeypatch):
         scores.append(float(metrics["score"][0] / metrics["score"][1]))
     assert int(state.step) == 25 and int(state.actor.step) == 50
     assert np.mean(scores[:3]) < 0.25 and np.mean(scores[-3:]) > 0.6, scores
+
+
+def test_the_policy_is_over_the_ids_that_have_a_token(world, rounding):
+    """The sampler and the update leave the same ids out, so that their ratio is 1 before the first update."""
+    never = tuple(range(V - 5, V))
+    ppo = replace(world.ppo, never=never)
+    decoding = GenerationConfig(max_new_tokens=R, temperature=TEMPERATURE)
+    settings = {"config": decoding, "stop_tokens": (EOS, IM_END), "pad": PAD, "never": never}
+    respond = jax.jit(partial(generate, world.model, **settings))
+    rollout = respond(params=world.actor, prompts=world.prompts, key=jax.random.key(4))
+    tokens = masked(algorithm.response_tokens(rollout), rollout)
+    assert tokens.max() < V - 5
+    recompute = jax.jit(lambda params: algorithm.response_logits(ppo, params, rollout))
+    logps = token_logps(recompute(world.actor), algorithm.response_tokens(rollout))
+    np.testing.assert_allclose(
+        masked(logps, rollout), masked(rollout.logps_BR, rollout), rtol=0, atol=rounding
+    )
+    assert np.abs(masked(logps, rollout)).max() < 1e3
