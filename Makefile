@@ -1,5 +1,6 @@
 # make quickstart   set up, then the whole road from text to a Hugging Face checkpoint (about 10 minutes on 2 cores)
 # make test         set up, then lint, types, floors and tests
+# make test-second PYTHON=python3.12   set up .venv-second with another Python, then a part of the tests, without torch
 # make test-real    real weights from the package index, against transformers
 # make plans        every recipe that names its machine, compiled for it, if its compiler is installed (half an hour on 2 cores)
 # make setup        only the set-up: .venv with the package and its test extra
@@ -7,13 +8,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test test-real plans setup lint
+.PHONY: quickstart test test-second test-real plans setup lint
 
 quickstart: setup
 	$(BIN)/maxllm quickstart --out $(OUT)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+
+# The arithmetic, the data, and what a run leaves: what another version of JAX would change.
+SECOND := tests/data tests/losses tests/parallel tests/model/test_layers.py tests/run/test_hashes.py \
+  tests/run/test_loop.py tests/run/test_parents.py tests/steps/test_adapters.py tests/steps/test_ppo_step.py \
+  tests/steps/test_reward_step.py tests/steps/test_update.py \
+  tests/steps/test_sharded.py::test_state_lies_as_abstract_says_and_in_shards
+
+test-second:
+	test -x .venv-second/bin/python || $(PYTHON) -m venv .venv-second
+	.venv-second/bin/python -m pip install --quiet --editable '.[check]'
+	.venv-second/bin/python -m pytest -n 2 --dist loadfile -q $(SECOND)
 
 test-real: setup
 	$(BIN)/python -m pytest -q -m real tests/real
