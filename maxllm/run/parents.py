@@ -44,12 +44,18 @@ def parent_of(run_dir: Path, config: Config, role: Role) -> Path:
       role: what the parent is to it.
 
     Raises:
-      UserError: the parent has no checkpoint, or no longer the one that the run began from.
+      UserError: the parent has no checkpoint, or no longer the one that the run began from; or nothing says
+        which one that was.
     """
     folder = Path(roles_of(config)[role])
+    if latest_step(run_dir) is None:
+        return find(folder, config.start.checkpoint)
     recorded = read_parents(run_dir).get(role)
     if recorded is None:
-        return find(folder, config.start.checkpoint)
+        raise UserError(
+            f"{run_dir / PARENTS} does not say which checkpoint of {folder} this run began from; put that file "
+            "back, or give another run.dir"
+        )
     step, former = recorded["step"], recorded["hash"]
     began = f"{run_dir} began from step {step} of {recorded['run']} (content {former})"
     if step not in steps_of(folder):
@@ -69,9 +75,8 @@ def parent_of(run_dir: Path, config: Config, role: Role) -> Path:
 
 
 def read_parents(run_dir: Path) -> dict[str, dict[str, str | int]]:
-    """{role: {"run", "step", "hash"}} of a run that has a checkpoint; nothing for one that has not begun."""
-    file = run_dir / PARENTS
-    return read_json(file) if latest_step(run_dir) is not None and file.is_file() else {}
+    """{role: {"run", "step", "hash"}} of a run that has begun; nothing where there is no such record."""
+    return read_json(run_dir / PARENTS) if (run_dir / PARENTS).is_file() else {}
 
 
 def check_parents(run_dir: Path, parents: Mapping[Role, Path]) -> None:
@@ -80,6 +85,8 @@ def check_parents(run_dir: Path, parents: Mapping[Role, Path]) -> None:
     Raises:
       UserError: the run began from other checkpoints than these.
     """
+    if latest_step(run_dir) is None:
+        return
     for role, former in read_parents(run_dir).items():
         now = entry_of(parents[role])  # type: ignore[index]
         if former["hash"] != now["hash"]:

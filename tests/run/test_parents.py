@@ -90,6 +90,17 @@ def test_a_run_without_a_checkpoint_begins_from_the_newest(family):
     assert parent_of(child, config, "policy").name == "60"
 
 
+def test_a_run_whose_record_is_gone_does_not_begin_from_another(family):
+    parent, child, config = family
+    begin(child, config)
+    save(parent, 60)
+    (child / "parents.json").unlink()
+    with pytest.raises(
+        UserError, match=r"parents\.json does not say which checkpoint of .*parent this run began"
+    ):
+        parent_of(child, config, "policy")
+
+
 def test_a_child_that_is_gone_holds_nothing(family):
     parent, child, config = family
     begin(child, config)
