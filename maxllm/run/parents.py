@@ -53,8 +53,8 @@ def parent_of(run_dir: Path, config: Config, role: Role) -> Path:
     recorded = read_parents(run_dir).get(role)
     if recorded is None:
         raise UserError(
-            f"{run_dir / PARENTS} does not say which checkpoint of {folder} this run began from; put that file "
-            "back, or give another run.dir"
+            f"{run_dir / PARENTS} does not say which checkpoint of {folder} this run began from; put that "
+            "file back, or give another run.dir"
         )
     step, former = recorded["step"], recorded["hash"]
     began = f"{run_dir} began from step {step} of {recorded['run']} (content {former})"
