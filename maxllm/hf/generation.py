@@ -55,8 +55,8 @@ def settings_of(fields: Mapping[str, Any] | None, context: int) -> dict[str, Any
     if fields.get("do_sample"):
         # Defaults are those of transformers, whose top_k is 50.
         defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
-        settings |= {name: fields.get(name, value) or value for name, value in defaults.items()}
-        settings["top_k"] = fields.get("top_k", 50) or 0
+        given = {name: fields[name] for name in defaults if fields.get(name) is not None}
+        settings |= defaults | given
     return settings
 
 

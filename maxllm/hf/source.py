@@ -111,8 +111,8 @@ def safetensors_in(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in names:
         found = safetensors_of(folder / file)
-        # A tensor that lies in several files is the one of the file that the index gives.
-        tensors |= {name: tensor for name, tensor in found.items() if weight_map.get(name, file) == file}
+        # The index decides: a tensor may lie in several files, and what it does not name is not the model's.
+        tensors |= {name: tensor for name, tensor in found.items() if weight_map.get(name) == file}
     named = {name: file for name, file in weight_map.items() if not name.endswith(DERIVED_SUFFIX)}
     lost = [f"{name} in {file}" for name, file in named.items() if name not in tensors]
     if lost:
