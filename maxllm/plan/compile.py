@@ -82,9 +82,14 @@ def tpus(hardware: Hardware) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     name = f"{hardware.generation}:{'x'.join(map(str, hardware.shape))}"
+    # Left alone libtpu takes every end to be open, and a v4 chip for two devices: its machines make it one.
+    described: dict[str, Any] = {"wrap": (*hardware.wrap, False)[:3]}  # it counts three dimensions always
+    if hardware.generation == "v4":
+        described["chip_config_name"] = "megacore"
+    if hardware.slices > 1:
+        described["num_slices"] = hardware.slices
     try:
-        several = {"num_slices": hardware.slices} if hardware.slices > 1 else {}
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **described).devices
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"--hardware {hardware.name}: TPU's compiler refuses {name} ({reason})") from None

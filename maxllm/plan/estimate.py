@@ -13,7 +13,7 @@ from typing import Any
 
 from maxllm.config import Config, MeshConfig, ModelConfig
 from maxllm.errors import UserError
-from maxllm.plan.hardware import TORUS, Hardware, hardware_of
+from maxllm.plan.hardware import Hardware, hardware_of
 from maxllm.plan.roofline import Bound, step_bound
 
 PART_BYTES = 1 << 28
@@ -34,9 +34,6 @@ class Layout:
     context: int
     tensor: int
     zero: int
-    around: bool
-    """The shards are all chips of a 3-D torus, whose sides have four or more. There TPU's compiler makes
-    all-gathers all-reduces (seen on v5p)."""
 
     @property
     def shards(self) -> int:
@@ -92,6 +89,7 @@ def run(config: Config, hardware_name: str | None) -> dict[str, Any]:
     return {
         "hardware": hardware.name,
         "devices": hardware.devices,
+        "links": hardware.links,
         "mesh": layout.sizes,
         "parameters": found.parameters,
         "fits": found.peak_bytes <= hardware.chip.hbm_bytes,
@@ -159,8 +157,7 @@ def layout_of(mesh: MeshConfig, hardware: Hardware) -> Layout:
     data, fsdp, stage, context, tensor = sizes
     if stage > 1:
         raise UserError("there is no estimate for a pipeline: give mesh.stage=1, or compile it")
-    around = fsdp * context == count and TORUS[hardware.generation] == 3 and min(hardware.shape) >= 4
-    return Layout(data, fsdp, context, tensor, mesh.zero, around)
+    return Layout(data, fsdp, context, tensor, mesh.zero)
 
 
 def obstacle(config: Config, model: ModelConfig, layout: Layout) -> str | None:
@@ -346,7 +343,7 @@ def sent_bytes(
     passes = 1 if model.remat == "none" else 2
     if layout.shards > 1 and layout.zero >= 3:
         gathered = passes * weights + kind * sizes.table
-        sent["weights gathered"] = (2 if layout.around else 1) * parts * share(layout.shards) * gathered
+        sent["weights gathered"] = parts * share(layout.shards) * gathered
     if layout.shards > 1:
         # An embedding that is split is looked up where it lies: its gradient has nowhere to go.
         tables = 1 if layout.zero >= 3 else sizes.tables

@@ -125,7 +125,7 @@ def walk(
             body = re.search(r"body=%?([\w.\-]+)", line)
             assert body is not None, "a loop has a body"
             yield from walk(computations, body[1], times * trip_count(computations, line), fused)
-        elif found.kind in ("fusion", "call", "conditional", "async-start"):
+        elif found.kind in ("fusion", "call", "call-start", "conditional", "async-start"):
             if reduce_scatter_of(line, computations):
                 yield line, times, fused
                 continue

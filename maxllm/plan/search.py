@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from maxllm.config import BatchConfig, Config, MeshConfig, ModelConfig
 from maxllm.plan.estimate import Estimate, Layout, estimate, layout_of, machine_of, model_of, obstacle
-from maxllm.plan.hardware import CHIPS, SLICES, TORUS, Hardware, hardware_of
+from maxllm.plan.hardware import CHIPS, DIMENSIONS, SLICES, Hardware, hardware_of
 
 REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 ROWS = (0.25, 0.5, 1, 2, 4)
@@ -165,6 +165,7 @@ def run(
     return {
         "hardware": hardware.name,
         "devices": hardware.devices,
+        "links": hardware.links,
         "hbm_bytes": hardware.chip.hbm_bytes,
         "fits": bool(fitting),
         "tried": len(found),
@@ -234,7 +235,7 @@ def least_change(config: Config, hardware: Hardware, fixed: Collection[str]) -> 
         fewer = config.model_copy(update={"batch": config.batch.model_copy(update={"rows": rows})})
         if (best := candidates(fewer, hardware)[0]).fits:
             return {"change": f"batch.rows={best.config.batch.rows}", **figures(best)}
-    torus = TORUS.get(hardware.generation)
+    torus = DIMENSIONS.get(hardware.generation)
     for chips in SLICES[torus] if torus else ():
         if chips <= hardware.devices:
             continue

@@ -14,8 +14,7 @@ def print_plan(figures: dict[str, Any]) -> None:
     verdict = "fits" if figures["fits"] else "DOES NOT FIT"
     terminal.print(
         f"{figures['parameters'] / 1e9:.2f} B parameters on {figures['hardware']} "
-        f"({figures['devices']} devices, {mesh_name(figures['mesh'])}, attention {figures['attention']}): "
-        f"{verdict}",
+        f"({machine(figures)}, {mesh_name(figures['mesh'])}, attention {figures['attention']}): {verdict}",
         markup=False,
         highlight=False,
     )
@@ -52,7 +51,7 @@ def print_estimate(figures: dict[str, Any]) -> None:
     terminal = Console()
     terminal.print(
         f"{figures['parameters'] / 1e9:.2f} B parameters on {figures['hardware']} "
-        f"({figures['devices']} devices, {mesh_name(figures['mesh'])}): {verdict}",
+        f"({machine(figures)}, {mesh_name(figures['mesh'])}): {verdict}",
         markup=False,
         highlight=False,
     )
@@ -78,8 +77,8 @@ def print_search(figures: dict[str, Any]) -> None:
     """What a search found: the best, what the compiler says of the first few, and why others lost."""
     terminal = Console()
     terminal.print(
-        f"{figures['tried']:,} ways onto {figures['hardware']} ({figures['devices']} devices of "
-        f"{figures['hbm_bytes'] / 1e9:.1f} GB): {figures['fitting']:,} fit by estimate, "
+        f"{figures['tried']:,} ways onto {figures['hardware']} ({machine(figures)}, "
+        f"{figures['hbm_bytes'] / 1e9:.1f} GB each): {figures['fitting']:,} fit by estimate, "
         f"{figures['too_large']:,} are too large, {figures['not_dividing']:,} do not divide",
         highlight=False,
         soft_wrap=True,
@@ -114,6 +113,12 @@ def best(rows: list[dict[str, Any]]) -> Table:
             row["bound_by"],
         )
     return table
+
+
+def machine(figures: dict[str, Any]) -> str:
+    """64 devices, links torus"""
+    links = figures["links"]
+    return f"{figures['devices']} devices" + (f", links {links}" if links else "")
 
 
 def mesh_name(mesh: dict[str, int]) -> str:

@@ -163,6 +163,7 @@ def machine_figures(plan: Plan) -> dict[str, Any]:
     return {
         "hardware": plan.hardware.name,
         "devices": plan.hardware.devices,
+        "links": plan.hardware.links,
         "mesh": {axis: int(size) for axis, size in plan.mesh.shape.items()},
         "parameters": parameters_of(plan),
         "compute_optimal_tokens": optimal_tokens(parameters_of(plan)),

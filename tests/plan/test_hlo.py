@@ -121,6 +121,25 @@ def test_a_program_as_gpus_have_it():
     assert all(exchange.between_nodes == 0 for exchange in collectives(GPU_PROGRAM).values())
 
 
+SPARSE_CORE_PROGRAM = """
+HloModule step
+
+%wrapped (w: bf16[8,16]) -> bf16[64,16] {
+  ROOT %all-gather.1 = bf16[64,16]{1,0:T(8,128)(2,1)} all-gather(%w), channel_id=1, replica_groups=[1,8]<=[8]
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %start = ((bf16[8,16]{1,0:T(8,128)(2,1)}, token[]), bf16[64,16]{1,0:T(8,128)(2,1)}) call-start(%x, %t), async_execution_thread="sparsecore", to_apply=%wrapped
+  ROOT %done = bf16[64,16]{1,0:T(8,128)(2,1)} call-done(%start)
+}
+"""  # noqa: E501
+
+
+def test_what_ironwoods_sparse_cores_exchange():
+    """They are called beside the program, and what they are called for is sent as well."""
+    assert collectives(SPARSE_CORE_PROGRAM) == {"all-gather": Collective(64 * 16 * 2 * 7 // 8, 1)}
+
+
 @pytest.mark.parametrize(
     ("groups", "devices"),
     [

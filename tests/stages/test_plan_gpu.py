@@ -51,7 +51,7 @@ def plan(tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize("name", ["h100x8", "a100x8"])
+@pytest.mark.parametrize("name", ["h100x8", "h200x8", "a100x8"])
 def test_a_node(plan, name):
     """The state has 12 bytes a parameter, over the shards; every layer is gathered twice and scattered once
     in bfloat16, the head gathered once and scattered in float32."""
