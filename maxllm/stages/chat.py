@@ -59,6 +59,14 @@ class Speaker:
         """Tokens that a prompt and its reply may have together."""
         return self.session.config.generation.context or self.session.model.context
 
+    def told_context(self) -> str:
+        """The context, and the setting that it comes from."""
+        config = self.session.model
+        if self.session.config.generation.context:
+            return f"context of generation.context={self.context}"
+        stretched = "" if config.context == config.max_seq_len else f", stretched to {config.context},"
+        return f"context of model.max_seq_len={config.max_seq_len}{stretched}"
+
     def check_context(self) -> None:
         """Warns of a context that is longer than the model's.
 
@@ -74,8 +82,8 @@ class Speaker:
             )
         if self.room < 1:
             raise UserError(
-                f"generation.max_new_tokens={reply} leaves no room for a prompt in a context of "
-                f"{self.context} tokens; give less than that"
+                f"generation.max_new_tokens={reply} leaves no room for a prompt in the "
+                f"{self.told_context()}; give less than that"
             )
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -98,7 +106,7 @@ class Speaker:
         if len(ids) > self.room:
             reply = self.session.config.generation.max_new_tokens
             raise UserError(
-                f"the prompt has {len(ids)} tokens; the context of {self.context} tokens leaves {self.room} "
+                f"the prompt has {len(ids)} tokens; the {self.told_context()} leaves {self.room} "
                 f"beside generation.max_new_tokens={reply}; generation.context=… sets a longer one"
             )
         length = min(max(SHORTEST_PROMPT, 1 << (len(ids) - 1).bit_length()), self.room)

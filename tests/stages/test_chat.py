@@ -84,7 +84,7 @@ def test_a_conversation_survives_whatever_is_said(run_dir: Path, monkeypatch: py
 
 def test_replies_longer_than_the_context_are_refused_at_once(run_dir: Path) -> None:
     with pytest.raises(
-        UserError, match=r"max_new_tokens=500 leaves no room for a prompt in a context of 128"
+        UserError, match=r"=500 leaves no room for a prompt in the context of model.max_seq_len=128"
     ):
         chat.Speaker(run_dir, ["generation.max_new_tokens=500"])
 
