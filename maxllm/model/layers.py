@@ -65,8 +65,8 @@ def scatter(
     """Backward."""
     split = tuple("gradient_embed" if axis == "embed" else axis for axis in axes)
     if axes[-1] == "embed":
-        # Scattered by its first dimension, and each shard turned back: where a shard of the last one is as wide
-        # as a TPU's vector (128: 8192 over 64 chips), the compiler makes the reduce-scatter an all-reduce.
+        # Scattered by its first dimension, and each shard turned back: where a shard of the last one is as
+        # wide as a TPU's vector (128: 8192 over 64 chips), the compiler makes of it an all-reduce.
         first = nn.with_logical_constraint(jnp.moveaxis(gradient, -1, 0), (split[-1], *split[:-1]))
         gradient = jnp.moveaxis(first, 0, -1)
     gradient = nn.with_logical_constraint(gradient, split)
