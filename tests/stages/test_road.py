@@ -373,11 +373,14 @@ def test_ppo_refuses_what_it_cannot_learn_with(road: Path, tmp_path: Path) -> No
 
 def test_sft_on_rows_that_also_have_a_prompt(road: Path, tmp_path: Path) -> None:
     """UltraChat's form: the question is the one in `messages`, and long prompts stay in training."""
-    talk = [{"role": "user", "content": "What is the last digit?\n12"}, {"role": "assistant", "content": "2"}]
-    long = [{"role": "user", "content": "word " * 140}, {"role": "assistant", "content": "no"}]
-    rows = [{"prompt": f"{n}", "prompt_id": n, "messages": long if n % 2 else talk} for n in range(40)]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files = {}
+    for name, digits in (("train", "12"), ("heldout", "22")):
+        question = {"role": "user", "content": f"What is the last digit?\n{digits}"}
+        talk = [question, {"role": "assistant", "content": "2"}]
+        long = [{"role": "user", "content": digits + " word" * 140}, {"role": "assistant", "content": "no"}]
+        rows = [{"prompt": f"{n}", "prompt_id": n, "messages": long if n % 2 else talk} for n in range(40)]
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words = (
         "sft",
         "sft/tiny_tasks_cpu_fast",
@@ -388,8 +391,8 @@ def test_sft_on_rows_that_also_have_a_prompt(road: Path, tmp_path: Path) -> None
         ok(
             *words,
             *(
-                f"data.sources=['{file}']",
-                f"data.heldout_sources=['{file}']",
+                f"data.sources=['{files['train']}']",
+                f"data.heldout_sources=['{files['heldout']}']",
                 "run.steps=5",
                 "run.eval_every=5",
                 "optimizer.warmup_steps=0",
