@@ -62,14 +62,16 @@ def collect(
 def scatter(
     axes: tuple[str, ...], dtype: jnp.dtype, slot: jax.Array | None, gradient: jax.Array
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Backward."""
+    """Backward.
+
+    The gradient is scattered over its first dimension, whichever of the weight's that is: over the last one
+    (wo, w_down), where a shard is as wide as a TPU's vector (128: 8192 over 64 chips), its compiler makes an
+    all-reduce of which each device keeps a slice, twice the bytes.
+    """
     split = tuple("gradient_embed" if axis == "embed" else axis for axis in axes)
-    if axes[-1] == "embed":
-        # Scattered by its first dimension, and each shard turned back: where a shard of the last one is as
-        # wide as a TPU's vector (128: 8192 over 64 chips), the compiler makes of it an all-reduce.
-        first = nn.with_logical_constraint(jnp.moveaxis(gradient, -1, 0), (split[-1], *split[:-1]))
-        gradient = jnp.moveaxis(first, 0, -1)
-    gradient = nn.with_logical_constraint(gradient, split)
+    at = axes.index("embed")
+    first = (split[at], *split[:at], *split[at + 1 :])
+    gradient = jnp.moveaxis(nn.with_logical_constraint(jnp.moveaxis(gradient, at, 0), first), 0, at)
     if slot is None:
         return gradient.astype(jnp.float32), None
     return None, gradient.astype(slot.dtype)
