@@ -76,13 +76,30 @@ watch "${!index_of[@]}" &
 helpers=($!)
 trap stop INT TERM
 
-code=0
-first=
-while [ ${#index_of[@]} -gt 0 ]; do
+# Sets `ended` to a process that has ended and `status` to its exit code; or `ended` to nothing, for a signal came.
+await() {
   ended=
   status=0
   wait -n -p ended "${!index_of[@]}" 2>/dev/null || status=$?
-  [ -n "${ended:-}" ] || continue # a signal came, and no process has ended
+  [ -z "${ended:-}" ] || return 0
+  # Of one that ended just then, `wait -n` tells nothing any more, but `wait` does.
+  ended=
+  for pid in "${!index_of[@]}"; do
+    if ! kill -0 "$pid" 2>/dev/null; then
+      ended=$pid
+      status=0
+      wait "$pid" 2>/dev/null || status=$?
+      return 0
+    fi
+  done
+  sleep 0.1
+}
+
+code=0
+first=
+while [ ${#index_of[@]} -gt 0 ]; do
+  await
+  [ -n "$ended" ] || continue
   index=${index_of[$ended]}
   unset "index_of[$ended]"
   if [ "$status" -eq 0 ] || [ "$code" -ne 0 ]; then
