@@ -14,7 +14,7 @@ from typing import Any
 from maxllm.config import Config, MeshConfig, ModelConfig
 from maxllm.errors import UserError
 from maxllm.plan.hardware import Hardware, hardware_of
-from maxllm.plan.roofline import Bound, step_bound
+from maxllm.plan.roofline import Bound, step_bound, widths_of
 
 PART_BYTES = 1 << 28
 """Logits that the head's loss holds at once (losses/linear.py, which needs JAX)."""
@@ -130,10 +130,8 @@ def model_of(config: Config) -> ModelConfig:
         raise UserError("there is no estimate for mesh.offload; `maxllm plan` alone compiles every recipe")
     if config.model is None:
         raise UserError("an estimate needs the section model in the recipe; `maxllm plan` alone does not")
-    if config.model.keep or config.model.keep_in_host:
-        raise UserError(
-            "there is no estimate for model.keep and model.keep_in_host; `maxllm plan` alone compiles them"
-        )
+    if config.model.keep_in_host:
+        raise UserError("there is no estimate for model.keep_in_host; `maxllm plan` alone compiles it")
     if config.model.kernel == "xla":
         raise UserError(
             "there is no estimate for XLA's attention: give model.attention=auto, without attention_dropout "
@@ -285,15 +283,17 @@ def optimizer_bytes(config: Config, model: ModelConfig, sizes: Sizes, layout: La
 
 
 def kept_bytes(model: ModelConfig, sizes: Sizes, layout: Layout, tokens: float, keys: float) -> float:
-    """Of one layer, by `model.remat`; a tensor group splits the positions of the residual stream."""
+    """Of one layer, by `model.remat` and `model.keep`; a tensor group splits the positions of the residual
+    stream."""
     kind, t = BYTES[model.dtype], layout.tensor
     D, F = model.d_model, model.d_ff / t
     q, kv = model.n_heads * model.k_dim / t, model.n_kv_heads * model.k_dim / t
+    named = sum(widths_of(model)[name] for name in model.keep) / t
     match model.remat:
         case "offload":
-            return 0.0  # in the memory of the host
+            return kind * tokens * named  # the layer's input is in the memory of the host
         case "full":
-            return kind * tokens * D / t
+            return kind * tokens * (D / t + named)
         case "dots":
             # The layer's input, and the results of its seven matmuls.
             return kind * tokens * (3 * D / t + q + 2 * kv + 2 * F)

@@ -115,9 +115,14 @@ class Hardware:
         return CHIPS[self.generation]
 
     @property
+    def chips(self) -> int:
+        """What is paid for: TPU chips, or GPUs."""
+        return self.slices * math.prod(self.shape)
+
+    @property
     def devices(self) -> int:
         """JAX devices: one for each chip, two for tpu7x."""
-        return self.slices * math.prod(self.shape) * self.chip.devices
+        return self.chips * self.chip.devices
 
     @property
     def wrap(self) -> tuple[bool, ...]:

@@ -81,13 +81,14 @@ def candidates(config: Config, hardware: Hardware, fixed: Collection[str] = ()) 
     Args:
       config: the recipe.
       hardware: the machine.
-      fixed: settings that stay as the recipe has them, such as "batch.rows" and "mesh.tensor".
+      fixed: settings that stay as the recipe has them, such as "batch.rows" and "mesh.tensor". A recipe with
+        `model.keep` stays with its `model.remat`, of which that is a part; model.keep=[] lets both go.
     """
     model = model_of(config)
     found = [
         candidate(config, model, hardware, mesh, remat, batch)
         for mesh in meshes(hardware.devices, config.mesh, fixed)
-        for remat in ((model.remat,) if "model.remat" in fixed else REMATS)
+        for remat in ((model.remat,) if "model.remat" in fixed or model.keep else REMATS)
         for batch in batches(config.batch, fixed)
     ]
     return sorted(found, key=order)
@@ -237,7 +238,7 @@ def least_change(config: Config, hardware: Hardware, fixed: Collection[str]) -> 
             return {"change": f"batch.rows={best.config.batch.rows}", **figures(best)}
     torus = DIMENSIONS.get(hardware.generation)
     for chips in SLICES[torus] if torus else ():
-        if chips <= hardware.devices:
+        if chips <= hardware.chips:
             continue
         larger = hardware_of(f"{hardware.generation}-{chips * CHIPS[hardware.generation].cores}")
         if (best := candidates(config, larger)[0]).fits:

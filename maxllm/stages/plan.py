@@ -232,7 +232,7 @@ def speed_figures(
         "mfu_bound": flops * speed / (chip.flops * devices),
         "tokens_per_second": speed,
         "days": hours / 24,
-        "cost": None if price is None else price * devices * hours,
+        "cost": None if price is None else price * plan.hardware.chips * hours,
         "energy_kwh": None if chip.watts is None else chip.watts * devices * hours / 1000,
     }
 

@@ -141,6 +141,7 @@ def test_what_should_not_fit_is_exit_3(capsys):
         (["sft/tiny_tasks_cpu", "--hardware", "v5e:2x2", "lora.rank=8"], "no estimate for adapters"),
         (["pretrain/tiny_slice_cpu"], "names no machine"),
         ([SEVEN, "--hardware", "h100x8"], "only TPUs can be estimated for as yet"),
+        ([SEVEN, "model.keep_in_host=[gate]"], "there is no estimate for model.keep_in_host"),
         ([SEVEN, "model.attention=xla"], "no estimate for XLA's attention: give model.attention=auto"),
         ([SEVEN, "mesh.stage=2", "optimizer.gradient_dtype=float32"], "no estimate for a pipeline"),
         ([SEVEN, "mesh.fsdp=3"], "does not make 8 devices"),

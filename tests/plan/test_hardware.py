@@ -100,7 +100,7 @@ def test_every_count_that_has_a_name_is_a_slice_of_its_size():
         for chips, shape in SLICES[DIMENSIONS[name]].items():
             hardware = hardware_of(f"{name}-{chips * CHIPS[name].cores}")
             assert "x".join(map(str, hardware.shape)) == shape and len(hardware.wrap) == DIMENSIONS[name]
-            assert hardware.devices == chips * CHIPS[name].devices
+            assert (hardware.chips, hardware.devices) == (chips, chips * CHIPS[name].devices)
 
 
 @pytest.mark.parametrize("name", GPUS)

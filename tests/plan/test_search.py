@@ -70,6 +70,17 @@ def test_what_is_fixed_stays():
         assert (one.config.batch.rows, one.layout.tensor, one.config.model.remat) == (32, 2, "full")
 
 
+def test_a_recipe_that_names_what_is_kept_stays_with_its_remat():
+    """Of which that is a part; a search that lets go of it tries every remat."""
+    seventy = "pretrain/llama2-70b_synthetic_v5p-128"
+    _, fitting = searched(seventy, None, ["batch.rows"])
+    assert {(one.config.model.remat, one.config.model.keep) for one in fitting} == {
+        ("full", ("q", "k", "v", "gate"))
+    }
+    _, fitting = searched(seventy, None, ["batch.rows"], "model.keep=[]")
+    assert len({one.config.model.remat for one in fitting}) > 1
+
+
 def test_words_make_the_recipe_that_was_meant():
     """Given as overrides, they are estimated to the same."""
     _, fitting = searched()

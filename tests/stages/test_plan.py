@@ -66,7 +66,7 @@ def test_a_plan_has_the_figures(plan):
     """The state has 12 bytes a parameter, over the shards; weights are gathered twice, scattered once."""
     code, figures, _ = plan("mesh.fsdp=4", "--tokens", "1e6", "--price", "2")
     assert code == 0 and figures["fits"]
-    assert (figures["hardware"], figures["devices"]) == ("v5e:2x2", 4)
+    assert (figures["hardware"], figures["devices"], figures["links"]) == ("v5e:2x2", 4, "open")
     assert figures["mesh"] == {"data": 1, "fsdp": 4, "stage": 1, "context": 1, "tensor": 1}
     assert figures["parameters"] == PARAMETERS
     state = 12 * PARAMETERS / 4
@@ -90,6 +90,17 @@ def test_a_plan_has_the_figures(plan):
     )
     assert figures["days"] == pytest.approx(1e6 / figures["tokens_per_second"] / 86400)
     assert figures["cost"] == pytest.approx(figures["days"] * 24 * 4 * 2)
+
+
+def test_ironwood_has_two_devices_a_chip(plan):
+    """Each with half of the chip's 192 GiB; what its SparseCores gather and scatter is counted as well."""
+    code, figures, error = plan("--hardware", "tpu7x:2x2x1", "mesh.data=1", "mesh.fsdp=8")
+    assert code == 0 and figures["devices"] == 8, error
+    assert 94 * 2**30 < figures["hbm_bytes"] < 96 * 2**30
+    assert figures["argument_bytes"] < 1.1 * 12 * PARAMETERS / 8
+    weights = L * (3 * D * D + 3 * D * F)
+    gathered, scattered = (figures["collectives"][kind]["bytes"] for kind in ("all-gather", "reduce-scatter"))
+    assert gathered >= 2 * 2 * weights * 7 / 8 and scattered >= 2 * weights * 7 / 8
 
 
 def test_data_parallelism_reduces_gradients_and_keeps_the_state_whole(plan):
@@ -281,5 +292,12 @@ def test_people_get_tables(tmp_path: Path, capsys):
     recipe.write_text(yaml.safe_dump(RECIPE | {"model": RECIPE["model"] | {"n_layers": 1}}))
     assert main(["plan", str(recipe)]) == 0
     said = capsys.readouterr().out
-    for word in ("fits", "peak", "all-reduce", "model FLOPs utilization", "compiling took"):
+    for word in (
+        "fits",
+        "4 devices, links open",
+        "peak",
+        "all-reduce",
+        "model FLOPs utilization",
+        "compiling took",
+    ):
         assert word in said
