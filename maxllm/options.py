@@ -127,7 +127,7 @@ def add_plan(verbs: Any) -> None:
     verb.add_argument(
         "--hardware",
         metavar="NAME",
-        help="v5e-256, v6e-16 (chips), v5p-16, v4-32 (cores), v5p:2x2x2, tpu7x:4x4x4 (shape), h100x8, h200x16; "
+        help="v5e-256, v6e-16 (chips), v5p-16 (cores), v5p:2x2x2, tpu7x:4x4x4 (shape), h100x8, h200x16; "
         "default: run.hardware of the recipe",
     )
     how = verb.add_mutually_exclusive_group()
