@@ -6,17 +6,16 @@ config = load_recipe("configs/pretrain/tiny_slice_cpu.yaml", ["optimizer.learnin
 from __future__ import annotations
 
 import difflib
-import types
-import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from maxllm.config import Config
+from maxllm.config.root import Config
+from maxllm.config.section import Section, section_in
 from maxllm.errors import UserError
 
 INCLUDE = "include"
@@ -134,12 +133,12 @@ def initials(names: Iterable[str]) -> dict[str, str]:
     return {"".join(word[0] for word in name.split("_")): name for name in names if "_" in name}
 
 
-def field_names(section: type[BaseModel], prefix: str = "") -> list[str]:
+def field_names(section: type[Section], prefix: str = "") -> list[str]:
     """Every dotted key below a section, sections themselves included."""
     names = []
     for name, field in section.model_fields.items():
         names.append(prefix + name)
-        below = nested_section(field.annotation)
+        below = section_in(field.annotation)
         if below is not None:
             names += field_names(below, f"{prefix}{name}.")
     return names
@@ -147,20 +146,11 @@ def field_names(section: type[BaseModel], prefix: str = "") -> list[str]:
 
 def field_at(location: tuple[int | str, ...]) -> Any:
     """The pydantic field at an error's location, or None."""
-    section: type[BaseModel] | None = Config
+    section: type[Section] | None = Config
     field = None
     for part in location:
         if section is None or part not in section.model_fields:
             return field
         field = section.model_fields[str(part)]
-        section = nested_section(field.annotation)
+        section = section_in(field.annotation)
     return field
-
-
-def nested_section(annotation: Any) -> type[BaseModel] | None:
-    """The section class inside `Section` or `Section | None`."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    for option in options:
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            return option
-    return None

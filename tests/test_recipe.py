@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from maxllm import recipe
 from maxllm.config import Config, ModelConfig
+from maxllm.config.section import section_in
 from maxllm.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -292,7 +293,7 @@ def test_dump_reads_back_equal(tmp_path, base):
 
 def fields(section: type[BaseModel], prefix: str = ""):
     for name, field in section.model_fields.items():
-        below = recipe.nested_section(field.annotation)
+        below = section_in(field.annotation)
         yield f"{prefix}{name}", field, below
         if below is not None:
             yield from fields(below, f"{prefix}{name}.")

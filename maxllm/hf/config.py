@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from maxllm.config import ModelConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.section import Effect
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError, listed
 from maxllm.hf.mapping import Head
@@ -61,16 +62,12 @@ ROPE_FIELDS: dict[str, dict[str, str]] = {
 ROPE_OPTIONAL = {"beta_fast", "beta_slow", "attention_factor", "truncate"}
 """Entries that have the same default on both sides."""
 
-LOCAL_FIELDS = (
-    "embedding_dropout",
-    "residual_dropout",
-    "dtype",
-    "remat",
-    "keep",
-    "keep_in_host",
-    "scan_unroll",
+LOCAL_FIELDS = tuple(
+    name
+    for name, effect in ModelConfig.effects().items()
+    if name in ModelConfig.model_fields and effect is not Effect.MODEL and name not in FIELDS
 )
-"""How we compute, not what the model is: Hugging Face has no place for them."""
+"""How we train and compute, not what the model is: Hugging Face has no place for them."""
 
 
 # --- families ----------------------------------------------------------------------------------------------

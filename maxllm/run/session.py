@@ -20,7 +20,9 @@ import yaml
 from jax.sharding import Mesh
 
 from maxllm import recipe
-from maxllm.config import Config, ModelConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.root import Config
+from maxllm.config.section import Effect
 from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
@@ -37,19 +39,8 @@ from maxllm.run.record import console
 CONFIG, LOCK = "config.yaml", ".lock"
 HF_CONFIG, HF_GENERATION = "hf_config.json", "hf_generation_config.json"
 
-MAY_CHANGE = {"mesh"} | {
-    f"run.{name}"
-    for name in (
-        "dir",
-        "hardware",
-        "log_every",
-        "eval_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "max_nonfinite_steps",
-    )
-}
-"""Settings that a resumed run may change: they alter neither its data nor its arithmetic."""
+EFFECTS = Config.effects()
+"""What each setting changes, by its dotted name."""
 
 PATHS = {"start.policy", "start.reward", "tokenizer.path", "data.prepared_dir"}
 """Settings that may be spelled differently, as long as they mean the same place."""
@@ -186,25 +177,13 @@ def check_same_model(model: ModelConfig, run_dir: Path) -> None:
       UserError: naming the first setting in which the model of `run_dir` is another.
     """
     other = run_config(run_dir).model
-    free = {
-        "dtype",
-        "attention",
-        "context_attention",
-        "remat",
-        "keep",
-        "keep_in_host",
-        "pipeline_microbatches",
-        "pipeline_rounds",
-        "scan_unroll",
-        "embedding_dropout",
-        "attention_dropout",
-        "residual_dropout",
-    }
-    for name in sorted(set(ModelConfig.model_fields) - free):
-        ours, theirs = getattr(model, name), getattr(other, name)
-        if ours != theirs:
+    assert other is not None, "a run folder's config is resolved"
+    ours, theirs = model.model_dump(), other.model_dump()
+    for name in sorted(ours):
+        if EFFECTS[f"model.{name}"] is Effect.MODEL and ours[name] != theirs[name]:
             raise UserError(
-                f"model.{name}={ours}, but the checkpoint in {run_dir} is of a model with {theirs}"
+                f"model.{name}={ours[name]}, but the checkpoint in {run_dir} is of a model with "
+                f"{theirs[name]}"
             )
 
 
@@ -230,7 +209,7 @@ def check_same_recipe(run_dir: Path, config: Config) -> None:
     # Read as a recipe: a setting that is newer than the run has its default.
     former, now = (flat(yaml.safe_load(recipe.dump(each))) for each in (run_config(run_dir), config))
     for key in sorted(former.keys() | now.keys()):
-        fixed = not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+        fixed = EFFECTS[key] in (Effect.MODEL, Effect.TRAINING)
         if key in PATHS and former.get(key) and now.get(key):
             fixed = not same_place(former, now, key)
         if fixed and former.get(key) != now.get(key):

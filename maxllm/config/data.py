@@ -1,0 +1,81 @@
+"""Data: the tokenizer, the sources, and the shape of a batch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from maxllm.config.section import Effect, Name, Section
+
+
+class TokenizerConfig(Section):
+    """The SentencePiece tokenizer."""
+
+    path: Name = Field(
+        description="A tokenizer.model, or a folder with tokenizer.json; `prepare` trains it if absent."
+    )
+    vocab_size: int = Field(4096, ge=512, description="Pieces to train, special tokens included.")
+    algorithm: Literal["bpe", "unigram", "byte_bpe"] = Field(
+        "bpe", description="SentencePiece BPE or unigram, or byte-level BPE (then `path` is a folder)."
+    )
+    character_coverage: float = Field(
+        0.9995,
+        gt=0.5,
+        le=1,
+        description="Share of characters that get a piece of their own; the rest fall back to bytes.",
+    )
+    sample_bytes: int = Field(
+        16_000_000,
+        gt=0,
+        description="UTF-8 bytes of training documents, evenly spread over all, that the tokenizer is "
+        "trained on; that takes 4 times as much memory for bpe, 20 times for unigram.",
+    )
+
+
+class CleanConfig(Section):
+    """What makes a document unfit; the thresholds are explained in data/clean.py."""
+
+    min_chars: int = Field(20, ge=0, description="Documents with fewer non-blank characters are dropped.")
+    max_symbol_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Largest share of non-blank characters that are not letters of any script.",
+    )
+    max_repeated_line_share: float = Field(
+        0.3, gt=0, le=1, description="Largest share of lines that repeat an earlier line (Gopher)."
+    )
+
+
+class DataConfig(Section):
+    """Where the stage's data comes from."""
+
+    sources: tuple[Name, ...] = Field(
+        (),
+        description="Files, folders, slice:NAME, tfds:NAME@SPLIT; after pretrain JSONL, tasks:SPLIT:COUNT.",
+    )
+    heldout_sources: tuple[Name, ...] = Field(
+        (), description="Held-out data of the same form; empty: a share of `sources` is held out."
+    )
+    heldout_share: float = Field(
+        0.05, gt=0, lt=0.5, description="Share of documents or rows held out when heldout_sources is empty."
+    )
+    text_field: str = Field("text", description="Field that holds a document in JSONL and TFDS rows.")
+    prepared_dir: Name | None = Field(
+        None, description="Folder of the packed corpus that `prepare` writes and `pretrain` reads."
+    )
+    clean: CleanConfig = Field(default_factory=CleanConfig, description="Document filters (pretrain).")
+    max_bad_share: float = Field(
+        0.01, ge=0, le=1, description="Largest share of unusable rows before the run refuses to start."
+    )
+
+
+class BatchConfig(Section):
+    """The shape of a global batch."""
+
+    rows: int = Field(gt=0, description="Sequences (PPO: prompts) per step over all devices.")
+    sequence_length: int = Field(gt=1, description="Tokens per sequence (T).")
+    microbatches: Annotated[int, Effect.COMPUTATION] = Field(
+        1, gt=0, description="Parts a batch is split into for gradient accumulation."
+    )

@@ -1,0 +1,25 @@
+"""Pretraining, which has no section of its own: what its recipes must say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from maxllm.config.rules import Rules
+
+if TYPE_CHECKING:
+    from maxllm.config.root import Config
+
+
+def check(recipe: Config) -> None:
+    """A corpus, and a model: a new one, or one that is there.
+
+    Raises:
+      ValueError: naming the section that is missing.
+    """
+    if recipe.start.policy is None and (recipe.model is None or recipe.tokenizer is None):
+        raise ValueError("a pretrain recipe needs the sections model and tokenizer, or start.policy")
+    if recipe.data.prepared_dir is None:
+        raise ValueError("a pretrain recipe needs data.prepared_dir")
+
+
+RULES = Rules(check=check)

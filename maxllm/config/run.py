@@ -1,0 +1,67 @@
+"""A run: its folder, length and cadence, and what it starts from."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from maxllm.config.section import Effect, Name, Section
+
+
+class RunConfig(Section):
+    """One run of one stage: its folder, length and cadence."""
+
+    dir: Annotated[Name, Effect.RECORD] = Field(
+        description="Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/."
+    )
+    hardware: Annotated[Name | None, Effect.RECORD] = Field(
+        None, description="The machine that the recipe is meant for, as `plan` names it: v5p-16, h100x8."
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seeds initialization, data order, dropout and sampling."
+    )
+    day: datetime.date | None = Field(
+        None,
+        description="What chat templates take for today, YYYY-MM-DD; the day on which the run began when "
+        "absent.",
+    )
+    steps: int = Field(gt=0, description="Optimizer steps (PPO: rollout-and-update iterations).")
+    log_every: Annotated[int, Effect.RECORD] = Field(
+        10, gt=0, description="Steps between two lines of metrics.jsonl."
+    )
+    eval_every: Annotated[int, Effect.RECORD] = Field(
+        100, gt=0, description="Steps between two evaluations on held-out data."
+    )
+    checkpoint_every: Annotated[int, Effect.RECORD] = Field(
+        100, gt=0, description="Steps between two checkpoints."
+    )
+    keep_checkpoints: Annotated[int, Effect.RECORD] = Field(
+        2, gt=0, description="Latest checkpoints kept; the best evaluated one is kept besides."
+    )
+    max_nonfinite_steps: Annotated[int, Effect.RECORD] = Field(
+        5, ge=0, description="Consecutive skipped (non-finite) updates after which the run fails."
+    )
+
+    @field_validator("dir")
+    @classmethod
+    def _local(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(f"{value} is not a local path; mount the bucket (gcsfuse) and give its folder")
+        return value
+
+
+class StartConfig(Section):
+    """Run folders this stage starts from."""
+
+    policy: Name | None = Field(
+        None,
+        description="Run folder of the language model to start from (SFT: pretrain's; RM, DPO, PPO: SFT's; "
+        "any: a converted one).",
+    )
+    reward: Name | None = Field(None, description="Run folder of the reward model (PPO).")
+    checkpoint: Literal["latest", "best"] = Field(
+        "latest",
+        description="Which checkpoint of those runs: the newest, or the best by its held-out figure.",
+    )
