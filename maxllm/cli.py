@@ -17,17 +17,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from maxllm.errors import DoesNotFit, Interrupted, RunFailed, UserError, leave
-from maxllm.options import TRAINERS, parse
+from maxllm.options import RECIPE_VERBS, parse
 from maxllm.parallel.compiler import without_tpu
 from maxllm.parallel.hugepages import restart_with_huge_pages
 
-CONTINUES = {"quickstart", "export", "convert", *TRAINERS}
+CONTINUES = {"quickstart", "export", "convert", *RECIPE_VERBS}
 """Verbs that go on where they were interrupted: launchers retry exit code 75."""
 
 
 def entry() -> NoReturn:
     """The `maxllm` command. Outside a training loop, which has its own handlers, a signal ends it at once."""
-    if {"quickstart", *TRAINERS} & set(sys.argv):
+    if {"quickstart", *RECIPE_VERBS} & set(sys.argv):
         restart_with_huge_pages()
     if CONTINUES & set(sys.argv):
         code, sentence = 75, "interrupted; the same command continues from what was saved"
@@ -106,11 +106,11 @@ def without_late_reads(event: Any) -> None:
 
 def quickstart(options: argparse.Namespace) -> None:
     """maxllm quickstart"""
-    from maxllm.report.page import write_report
     from maxllm.stages import quickstart as stage
+    from maxllm.stages import report as reports
 
     summary = stage.run(options.out, options.fast)
-    page = write_report(options.out)
+    page = reports.run(options.out)
     show(options, summary, "maxllm quickstart")
     if not options.json:
         if summary["export_greedy_identical"] is None:
@@ -119,7 +119,7 @@ def quickstart(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """maxllm prepare, pretrain, sft, reward, dpo, ppo"""
+    """maxllm prepare, and every stage"""
     from maxllm import recipe
 
     config = recipe.load_recipe(options.recipe, options.overrides)
@@ -132,17 +132,11 @@ def train(options: argparse.Namespace) -> None:
         config = resolved(config)
         print(json.dumps(config.model_dump(mode="json")) if options.json else recipe.dump(config), end="")
         return
-    from maxllm.stages import dpo, ppo, prepare, pretrain, reward, sft
+    from maxllm.stages import prepare
+    from maxllm.stages.registry import stage_of
 
-    stages: dict[str, Callable[[Any], dict[str, Any]]] = {
-        "prepare": prepare.run,
-        "pretrain": pretrain.run,
-        "sft": sft.run,
-        "reward": reward.run,
-        "dpo": dpo.run,
-        "ppo": ppo.run,
-    }
-    show(options, stages[options.verb](config), f"maxllm {options.verb}")
+    run = prepare.run if options.verb == "prepare" else stage_of(config.stage).run
+    show(options, run(config), f"maxllm {options.verb}")
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -288,9 +282,9 @@ def export(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """maxllm report"""
-    from maxllm.report.page import write_report
+    from maxllm.stages import report as stage
 
-    print(write_report(options.folder))
+    print(stage.run(options.folder))
 
 
 def show(options: argparse.Namespace, figures: dict[str, Any], title: str) -> None:
@@ -323,7 +317,7 @@ def flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
 
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "quickstart": quickstart,
-    **dict.fromkeys(TRAINERS, train),
+    **dict.fromkeys(RECIPE_VERBS, train),
     "plan": plan,
     "convert": convert,
     "generate": generate,

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import maxllm
+from maxllm.config.root import TRAINED
+from maxllm.stages.registry import described
 
 EPILOG = """\
 A recipe is a YAML file, or the name of one under configs/ (pretrain/tiny_slice_cpu). Any of its fields can be
@@ -28,14 +30,8 @@ stage by stage:
 Interrupt a run (Ctrl-C, SIGTERM, even kill -9) and give the same command again: it continues.
 """
 
-TRAINERS = {
-    "prepare": "clean text, train the tokenizer, pack the corpus of a pretrain recipe",
-    "pretrain": "train a language model from scratch on the prepared corpus",
-    "sft": "fine-tune it on instructions and replies",
-    "reward": "train a reward model on preferred and rejected replies",
-    "dpo": "improve the policy on preferred and rejected replies, without a reward model",
-    "ppo": "improve the policy against the reward model",
-}
+RECIPE_VERBS = ("prepare", *TRAINED)
+"""Verbs that take a recipe, and go on where they were interrupted."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -62,8 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"maxllm {maxllm.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     add_quickstart(verbs)
-    for verb, description in TRAINERS.items():
-        add_trainer(verbs, verb, description)
+    for verb in RECIPE_VERBS:
+        add_trainer(verbs, verb, described(verb))
     add_plan(verbs)
     add_convert(verbs)
     add_readers(verbs)

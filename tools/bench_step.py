@@ -28,7 +28,7 @@ from maxllm.parallel.hugepages import restart_with_huge_pages
 from maxllm.parallel.mesh import make_mesh
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import LmBatch
-from maxllm.run.session import compile_step
+from maxllm.run.program import compile_program
 from maxllm.stages.program import language_program
 from maxllm.steps.state import create
 
@@ -75,7 +75,7 @@ def ours(tokens: np.ndarray) -> Callable[[], object]:
     ones = np.ones((ROWS, LENGTH), np.int32)
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
     batch = LmBatch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
-    step, _ = compile_step(mesh, program.step, program.abstract_state, batch)
+    step, _ = compile_program(mesh, program)
     placed = processes.to_global(batch, sharding.batch_sharding(mesh))
     state = create(program.init, program.abstract_state, jax.random.key(0))
 

@@ -116,7 +116,7 @@ def check_split(abstract: Any, mesh: Mesh) -> None:
     """Under ZeRO-3 nearly everything must be split, or a device holds far more than its share.
 
     Args:
-      abstract: tree of shapes with shardings.
+      abstract: tree of shapes; those with shardings are looked at.
       mesh: the device mesh.
 
     Raises:
@@ -126,6 +126,7 @@ def check_split(abstract: Any, mesh: Mesh) -> None:
     if not axes:
         return
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    leaves = [(path, leaf) for path, leaf in leaves if leaf.sharding is not None]
     sizes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size * leaf.dtype.itemsize
         for path, leaf in leaves

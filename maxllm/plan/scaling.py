@@ -35,23 +35,13 @@ def optimal_parameters(flops: float, tokens_per_parameter: float = TOKENS_PER_PA
     return (flops / (6.0 * tokens_per_parameter)) ** 0.5
 
 
-def classic_bytes(parameters: float, trained: bool = True, shards: int = 1) -> float:
-    """Bytes per device of a model in the classic recipe, without activations.
+def classic_bytes(parameters: float, trained: int = 1, only_run: int = 0, shards: int = 1) -> float:
+    """Bytes per device of models in the classic recipe, without activations.
 
     Args:
-      parameters: of the model.
-      trained: with gradients and Adam, 16 bytes; or only run, 2.
+      parameters: of each model.
+      trained: models with gradients and Adam, 16 bytes a parameter: PPO's actor and critic are two.
+      only_run: models without, 2 bytes: PPO's reference and reward model are two, DPO's reference is one.
       shards: devices that share everything evenly (ZeRO-3).
     """
-    each = TRAINED_BYTES if trained else INFERENCE_BYTES
-    return parameters * each / shards
-
-
-def classic_ppo_bytes(parameters: float, shards: int = 1) -> float:
-    """Four models of one size: actor and critic are trained, reference and reward model are only run."""
-    return 2 * classic_bytes(parameters, True, shards) + 2 * classic_bytes(parameters, False, shards)
-
-
-def classic_dpo_bytes(parameters: float, shards: int = 1) -> float:
-    """Two models of one size: the policy is trained, the reference is only run."""
-    return classic_bytes(parameters, True, shards) + classic_bytes(parameters, False, shards)
+    return parameters * (trained * TRAINED_BYTES + only_run * INFERENCE_BYTES) / shards

@@ -6,17 +6,15 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from maxllm.report.figures import Facts
-from maxllm.report.runs import Curve, Run, number
-from maxllm.report.wording import bits, percent
+from maxllm.report.charts import Chart
+from maxllm.report.runs import Curve
+from maxllm.report.wording import percent
 
 INK, RULE, COLOURS = "#010101", "#020202", ("#030303", "#040404", "#050505")
 """Stand-ins that matplotlib draws with; `styled` puts the page's colours in their place."""
@@ -29,120 +27,6 @@ DASHES = ((0, (5, 3)), (0, (1.5, 2.5)))
 
 MOST_POINTS = 1000
 """Longer curves are drawn with every n-th point, which the eye cannot tell apart at this size."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One curve."""
-
-    label: str
-    points: Curve
-
-
-@dataclass(frozen=True)
-class Level:
-    """A dashed line across: something to compare with."""
-
-    label: str
-    value: float
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One drawing: its curves share an axis."""
-
-    title: str
-    unit: str
-    lines: tuple[Line, ...]
-    levels: tuple[Level, ...] = ()
-    show: Callable[[float], str] = field(default=bits)
-    from_zero: bool = False
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to draw yet."""
-        return not any(line.points for line in self.lines)
-
-    @property
-    def legend(self) -> list[tuple[int, str, str]]:
-        """(colour, label, newest value) of the curves that have points."""
-        return [
-            (place, line.label, self.show(line.points[-1][1]))
-            for place, line in enumerate(self.lines)
-            if line.points
-        ]
-
-    @property
-    def description(self) -> str:
-        """The drawing in a sentence, for who cannot see it."""
-        told = [
-            f"{line.label} from {self.show(line.points[0][1])} at step {line.points[0][0]} "
-            f"to {self.show(line.points[-1][1])} at step {line.points[-1][0]}"
-            for line in self.lines
-            if line.points
-        ]
-        told += [f"{level.label} at {self.show(level.value)}" for level in self.levels]
-        return f"{self.title}: " + "; ".join(told)
-
-
-def charts_of(run: Run, facts: Facts) -> list[Chart]:
-    """The drawings of a run.
-
-    Args:
-      run: the run.
-      facts: where the baselines stand.
-    """
-
-    def curves(unit: str, title: str, name: str) -> Chart:
-        return Chart(
-            title, unit, (Line("training", run.curve(name)), Line("held out", run.heldout_curve(name)))
-        )
-
-    def share(title: str, *lines: Line, levels: tuple[Level, ...] = ()) -> Chart:
-        return Chart(title, "share of held-out items", lines, levels, percent, from_zero=True)
-
-    loss = curves("nats per token", "Loss", "loss")
-    match run.stage:
-        case "pretrain":
-            baselines = tuple(
-                Level(name, value)
-                for name in ("unigram", "bigram")
-                if (value := number(facts.get(f"bits_per_byte_{name}"))) is not None
-            )
-            line = Line("held out", run.heldout_curve("bits_per_byte"))
-            return [loss, Chart("Bits per byte of unseen text", "fewer is better", (line,), baselines)]
-        case "sft":
-            return [loss, share("Right answers", Line("exact match", run.heldout_curve("exact_match")))]
-        case "reward":
-            pairs = Line("held out", run.heldout_curve("accuracy"))
-            coin = (Level("coin", 0.5),)
-            return [
-                curves("−log σ(difference of scores)", "Loss", "loss"),
-                share("Pairs ordered right", pairs, levels=coin),
-            ]
-        case "dpo":
-            pairs, right = (Line(of, run.heldout_curve(of)) for of in ("accuracy", "exact_match"))
-            return [
-                curves("of a pair", "Loss", "loss"),
-                curves("β log(π / reference), chosen minus rejected", "Margin", "margin"),
-                share("Held-out figures", pairs, right, levels=(Level("coin", 0.5),)),
-            ]
-        case "ppo":
-            return [
-                curves("the reward model's opinion", "Mean score", "score"),
-                curves("nats per reply", "KL to the SFT model", "kl"),
-                share(
-                    "Right answers",
-                    Line("sampled", run.heldout_curve("exact_match")),
-                    Line("greedy", run.heldout_curve("exact_match_greedy")),
-                ),
-            ]
-    others = [
-        Chart(name.replace("_", " "), "held out", (Line("held out", run.heldout_curve(name)),))
-        for name in run.heldout_names
-        if name != "loss"
-    ]
-    return [loss, *others]
 
 
 def draw(chart: Chart, key: str) -> str:

@@ -8,6 +8,7 @@ The page needs no network, no script and no other file. What a run has not reach
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import jinja2
 from markupsafe import Markup
 
 from maxllm.errors import UserError
-from maxllm.report import curves, figures, wording
-from maxllm.report.curves import Chart
+from maxllm.report import curves, wording
+from maxllm.report.charts import Chart
 from maxllm.report.figures import NOT_YET, Facts, Row
-from maxllm.report.runs import STAGES, Folder, Run, number, read_folder
+from maxllm.report.runs import Folder, Run, number, read_folder
+from maxllm.report.stage import Known, Road, facts_of, facts_together
 from maxllm.run.record import write_text
 
 PAGE, TEMPLATE = "report.html", "page.html.j2"
@@ -34,8 +36,6 @@ HARDWARE = {
     "jax": "JAX",
     "maxllm": "maxllm",
 }
-
-SPEAKERS = {"pretrained": "after pretraining", "sft": "after SFT", "ppo": "after PPO"}
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,12 @@ class Time:
     share: float
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, known: Known) -> Path:
     """Writes `folder/report.html`, whole or not at all.
 
     Args:
-      folder: a run folder, a quickstart folder, or any folder whose subfolders are run folders.
+      folder: a run folder, the folder of a road, or any folder whose subfolders are run folders.
+      known: the stages, and the road.
 
     Returns:
       The page's path.
@@ -94,7 +95,7 @@ def write_report(folder: Path) -> Path:
       UserError: the folder holds no run, a file in it is broken, or the page cannot be written there.
     """
     folder = Path(folder)
-    page = render(read_folder(folder))
+    page = render(read_folder(folder, known.road.stages), known)
     path = folder / PAGE
     try:
         # A lone surrogate in a sample has no UTF-8 form; it becomes a question mark.
@@ -104,7 +105,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def render(folder: Folder) -> str:
+def render(folder: Folder, known: Known) -> str:
     """The page's text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -113,26 +114,24 @@ def render(folder: Folder) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    facts = figures.facts_of(folder)
-    together = folder.kind == "quickstart"
-    table = quickstart_table(folder, facts) if together else []
-    sections = [
-        section(run, facts if together else figures.facts_of_run(run), together) for run in folder.runs
-    ]
+    road = known.road if folder.kind == "road" else None
+    facts = facts_together(folder.runs, known, folder.summary)
+    table = road_table(folder, known, facts) if road else []
+    replies = Replies(known.road.speakers, folder.samples)
     return environment.get_template(TEMPLATE).render(
         kind=folder.kind,
-        title=page_title(folder),
+        title=page_title(folder, known),
         name=str(folder.path),
         written=moment(folder.written),
-        lead=lead(folder, facts),
+        lead=lead(folder, known.road, facts),
         fast=folder.summary.get("fast") is True,
         rows=table,
-        remarks=figures.remarks(table),
-        sections=sections,
-        missing=[wording.title_of(stage) for stage in STAGES if together and folder.run(stage) is None],
-        speakers=[SPEAKERS[name] for name in speakers(folder.samples)],
-        tasks=task_rows(folder.samples),
-        scores=task_scores(folder.samples),
+        remarks=remarks(table, known, road.stages) if road else [],
+        sections=[section(run, known, facts if road else None) for run in folder.runs],
+        missing=[known.of(stage).title for stage in missing_stages(folder, known.road)],
+        speakers=replies.speakers,
+        tasks=replies.rows,
+        scores=replies.scores,
         texts=text_samples(folder.samples),
         times=times(folder),
         hardware=pairs(folder.summary.get("hardware")),
@@ -140,26 +139,37 @@ def render(folder: Folder) -> str:
     )
 
 
-def quickstart_table(folder: Folder, facts: Facts) -> list[Row]:
+def missing_stages(folder: Folder, road: Road) -> list[str]:
+    """The stages of a road that have no run yet."""
+    return [stage for stage in road.stages if folder.kind == "road" and folder.run(stage) is None]
+
+
+def road_table(folder: Folder, known: Known, facts: Facts) -> list[Row]:
     """The before/after table of the whole road."""
-    return [row for stage in (*STAGES, "export") for row in stage_rows(facts, stage, folder.run(stage))]
+    rows = [row for stage in known.road.stages for row in stage_rows(facts, known, stage, folder.run(stage))]
+    return rows + known.road.rows(facts)
 
 
-def stage_rows(facts: Facts, stage: str, run: Run | None) -> list[Row]:
+def stage_rows(facts: Facts, known: Known, stage: str, run: Run | None) -> list[Row]:
     """The table's lines of one stage, each with where the run stands if that is not its end."""
     so_far = "" if run is None or run.finished else f"so far, at step {run.heldout_step:,}"
-    return [
-        row if row.after == NOT_YET else replace(row, so_far=so_far) for row in figures.rows(facts, stage)
-    ]
+    rows = known.of(stage).rows(facts)
+    return [row if row.after == NOT_YET else replace(row, so_far=so_far) for row in rows]
 
 
-def page_title(folder: Folder) -> str:
+def remarks(table: list[Row], known: Known, stages: Sequence[str]) -> list[str]:
+    """What a reader of the table should not miss."""
+    verdicts = {row.name: row.verdict.kind for row in table}
+    return [remark for stage in stages for remark in known.of(stage).remarks(verdicts)]
+
+
+def page_title(folder: Folder, known: Known) -> str:
     """The heading."""
     match folder.kind:
-        case "quickstart":
-            return "From text to a tuned LLaMA"
+        case "road":
+            return known.road.title
         case "run":
-            return wording.title_of(folder.runs[0].stage)
+            return known.of(folder.runs[0].stage).title
     return f"{wording.count(len(folder.runs), 'run')} in {folder.path.resolve().name}"
 
 
@@ -170,10 +180,10 @@ def moment(seconds: float | None) -> str:
     return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
-def lead(folder: Folder, facts: Facts) -> str:
+def lead(folder: Folder, road: Road, facts: Facts) -> str:
     """One sentence: what happened."""
-    if folder.kind == "quickstart" and folder.summary:
-        return quickstart_lead(folder, facts)
+    if folder.kind == "road" and folder.summary:
+        return road.lead(facts, stage_seconds(folder).get("total"))
     if folder.kind == "run":
         run = folder.runs[0]
         took = f" in {wording.duration(run.seconds)}" if run.seconds is not None else ""
@@ -182,28 +192,12 @@ def lead(folder: Folder, facts: Facts) -> str:
         )
     done = [run.name for run in folder.runs if run.finished]
     left = [f"{run.name} ({progress(run)})" for run in folder.runs if not run.finished]
-    missing = [stage for stage in STAGES if folder.kind == "quickstart" and folder.run(stage) is None]
-    if folder.kind == "quickstart":
+    missing = missing_stages(folder, road)
+    if folder.kind == "road":
         missing.append("export")
     lists = (("complete", done), ("begun", left), (NOT_YET, missing))
     said = "; ".join(f"{state}: {wording.joined(names)}" for state, names in lists if names)
     return said[:1].upper() + said[1:] + "."
-
-
-def quickstart_lead(folder: Folder, facts: Facts) -> str:
-    """What a whole quickstart did, in its own numbers."""
-    parameters, total = number(facts.get("parameters")), stage_seconds(folder).get("total")
-    model = f"A LLaMA of {wording.whole(parameters)} parameters" if parameters else "A LLaMA"
-    took = f" in {wording.duration(total)}" if total else ""
-    said = f"{model} was pretrained on text, taught to answer and tuned by PPO against a reward model{took}"
-    before = number(facts.get("sft_exact_match_before"))
-    after = number(facts.get("ppo_exact_match_greedy_after"))
-    if before is not None and after is not None:
-        said += (
-            f"; of held-out questions it answered {wording.percent(before)} right before SFT and "
-            f"{wording.percent(after)} after PPO"
-        )
-    return f"{said}."
 
 
 def progress(run: Run) -> str:
@@ -214,29 +208,30 @@ def progress(run: Run) -> str:
     return f"unfinished, at step {run.step:,}{planned}"
 
 
-def section(run: Run, facts: Facts, together: bool) -> Section:
+def section(run: Run, known: Known, together: Facts | None) -> Section:
     """What the page says of one run.
 
     Args:
       run: the run.
-      facts: where its figures and baselines stand.
-      together: the page has one table for all runs.
+      known: the stages.
+      together: the figures of all runs, where the page has one table for them.
     """
-    charts = curves.charts_of(run, facts)
-    rows = [] if together else stage_rows(facts, run.stage, run)
+    report = known.of(run.stage)
+    facts = facts_of(run, report) if together is None else together
+    rows = stage_rows(facts, known, run.stage, run) if together is None else []
     return Section(
-        title=wording.title_of(run.stage) if together else run.name,
-        meaning=wording.STAGE_MEANINGS.get(run.stage, ""),
+        title=run.name if together is None else report.title,
+        meaning=report.meaning,
         state=progress(run),
         facts=run_facts(run),
         rows=rows,
-        remarks=figures.remarks(rows),
+        remarks=remarks(rows, known, [run.stage]),
         drawings=[
             Drawing(chart, Markup("" if chart.empty else curves.draw(chart, f"{run.name}/{place}")))
-            for place, chart in enumerate(charts)
+            for place, chart in enumerate(report.charts(run, facts))
         ],
         skipped=sum((number(record.get("skipped")) or 0) > 0 for record in run.records),
-        hardware=[] if together else pairs(run.summary.get("hardware")),
+        hardware=pairs(run.summary.get("hardware")) if together is None else [],
         config=run.config,
     )
 
@@ -260,36 +255,47 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     return told
 
 
-def speakers(samples: dict[str, Any]) -> list[str]:
-    """The models that replied to any task."""
-    return [name for name in SPEAKERS if any(name in task for task in objects(samples.get("tasks")))]
+@dataclass(frozen=True)
+class Replies:
+    """The tasks of samples.json, and what each model replied to them."""
 
+    names: Mapping[str, str]
+    """What samples.json calls each model -> when it spoke."""
+    samples: dict[str, Any]
 
-def task_rows(samples: dict[str, Any]) -> list[tuple[str, str, list[Reply]]]:
-    """(question, answer, a reply per speaker) of samples.json's tasks."""
-    return [
-        (
-            str(task.get("prompt", "")),
-            str(task.get("answer", "")),
-            [reply(task, name) for name in speakers(samples)],
-        )
-        for task in objects(samples.get("tasks"))
-    ]
+    @property
+    def said(self) -> list[str]:
+        """The models that replied to any task, as samples.json calls them."""
+        tasks = objects(self.samples.get("tasks"))
+        return [name for name in self.names if any(name in task for task in tasks)]
 
+    @property
+    def speakers(self) -> list[str]:
+        """When they spoke."""
+        return [self.names[name] for name in self.said]
 
-def reply(task: dict[str, Any], speaker: str) -> Reply:
-    """One reply, judged as the trainers judge: exact, but for white space around it."""
-    text = str(task.get(speaker, "")).strip()
-    return Reply(text, SPEAKERS[speaker], text == str(task.get("answer", "")).strip())
+    @property
+    def rows(self) -> list[tuple[str, str, list[Reply]]]:
+        """(question, answer, a reply of each model)."""
+        tasks = objects(self.samples.get("tasks"))
+        said = self.said
+        return [
+            (str(t.get("prompt", "")), str(t.get("answer", "")), [self.reply(t, name) for name in said])
+            for t in tasks
+        ]
 
+    def reply(self, task: dict[str, Any], name: str) -> Reply:
+        """One reply, judged as the trainers judge: exact, but for white space around it."""
+        text = str(task.get(name, "")).strip()
+        return Reply(text, self.names[name], text == str(task.get("answer", "")).strip())
 
-def task_scores(samples: dict[str, Any]) -> list[str]:
-    """How many of the shown replies are right, by speaker."""
-    rows = [replies for _, _, replies in task_rows(samples)]
-    return [
-        f"{replies[0].speaker} {sum(reply.right for reply in replies)} of {len(replies)}"
-        for replies in zip(*rows, strict=True)
-    ]
+    @property
+    def scores(self) -> list[str]:
+        """How many of the shown replies are right, by model."""
+        return [
+            f"{replies[0].speaker} {sum(reply.right for reply in replies)} of {len(replies)}"
+            for replies in zip(*(replies for _, _, replies in self.rows), strict=True)
+        ]
 
 
 def text_samples(samples: dict[str, Any]) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,6 @@ from maxllm.errors import UserError
 from maxllm.run.record import METRICS, SUMMARY, read_records, read_summary
 
 CONFIG, SAMPLES = "config.yaml", "samples.json"
-
-STAGES = ("pretrain", "sft", "reward", "ppo")
-"""The stages of a quickstart folder, in the order they run."""
 
 Curve = list[tuple[int, float]]
 """(step, value) pairs."""
@@ -97,7 +95,7 @@ class Folder:
     """What a report is about."""
 
     path: Path
-    kind: Literal["run", "quickstart", "collection"]
+    kind: Literal["run", "road", "collection"]
     runs: tuple[Run, ...]
     summary: dict[str, Any]
     """A quickstart's own summary.json; empty while it is unfinished."""
@@ -107,12 +105,17 @@ class Folder:
     """When the newest of the files read was written, seconds since the epoch."""
 
     def run(self, stage: str) -> Run | None:
-        """The run of a stage of a quickstart."""
+        """The run of a stage of a road."""
         return next((run for run in self.runs if run.name == stage), None)
 
 
-def read_folder(path: Path) -> Folder:
+def read_folder(path: Path, road: Sequence[str]) -> Folder:
     """Finds out what a folder is and reads it.
+
+    Args:
+      path: the folder.
+      road: the stages of a road, in the order in which they run: a folder that holds runs of their names and
+        no others is one.
 
     Raises:
       UserError: it holds no run, or a file in it is not what it should be.
@@ -124,15 +127,15 @@ def read_folder(path: Path) -> Folder:
     children = sorted(child for child in path.iterdir() if child.is_dir() and is_run(child))
     names = {child.name for child in children}
     summary, samples = summary_of(path), json_object(path / SAMPLES)
-    if "bits_per_byte" in summary or (names and names <= set(STAGES)):
-        runs = tuple(read_run(path / stage) for stage in STAGES if stage in names)
-        return Folder(path, "quickstart", runs, summary, samples, newest([path, *children]))
+    if "bits_per_byte" in summary or (names and names <= set(road)):
+        runs = tuple(read_run(path / stage) for stage in road if stage in names)
+        return Folder(path, "road", runs, summary, samples, newest([path, *children]))
     if not children:
         raise UserError(
             f"{path} holds no run: neither it nor a folder in it has {CONFIG} or {METRICS}; "
             "give a run folder, or a folder of run folders"
         )
-    order = {stage: place for place, stage in enumerate(STAGES)}
+    order = {stage: place for place, stage in enumerate(road)}
     runs = tuple(
         sorted(map(read_run, children), key=lambda run: (order.get(run.stage, len(order)), run.name))
     )

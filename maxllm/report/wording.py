@@ -1,29 +1,6 @@
-"""Numbers and stages in words."""
+"""Numbers in words."""
 
 from __future__ import annotations
-
-STAGE_TITLES = {
-    "pretrain": "Pretraining",
-    "sft": "Supervised fine-tuning (SFT)",
-    "reward": "Reward model",
-    "dpo": "DPO",
-    "ppo": "PPO",
-}
-
-STAGE_MEANINGS = {
-    "pretrain": "The model reads text and learns to predict the next token; it has not seen a question yet.",
-    "sft": "The pretrained model is shown questions with their answers and learns to reply.",
-    "reward": "A copy of the SFT model learns to give the better of two replies the higher score.",
-    "dpo": "The SFT model learns to give the better of two replies more probability than it did at first, "
-    "and the other one less.",
-    "ppo": "The SFT model writes replies, the reward model scores them, and replies that score above "
-    "expectation become likelier.",
-}
-
-
-def title_of(stage: str) -> str:
-    """A stage's name as a heading."""
-    return STAGE_TITLES.get(stage, stage)
 
 
 def bits(value: float) -> str:

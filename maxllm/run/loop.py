@@ -23,8 +23,9 @@ from maxllm.records import Metrics
 from maxllm.run.checkpoint import FOLDER, UNRANKED, Checkpoints, latest_step
 from maxllm.run.faults import StopRequest, stop_on_signals
 from maxllm.run.parents import check_parents, in_use, record_parents, roles_of
+from maxllm.run.program import Program, compile_program
 from maxllm.run.record import METRICS, SUMMARY, Recorder, hardware, peak_rss_bytes, read_summary
-from maxllm.run.session import Session, compile_step, open_run_dir, say
+from maxllm.run.session import Session, open_run_dir, say
 
 DATA = "data.json"
 """Which data a run is made of; see `check_same_data`."""
@@ -34,12 +35,10 @@ DATA = "data.json"
 class Job:
     """What is particular to a stage."""
 
-    abstract_state: Any
-    """Shapes and shardings of the state."""
+    program: Program
+    """What is compiled."""
     fresh: Callable[[], Any]
     """Makes the state a new run starts from; not called when a checkpoint is there."""
-    step: Callable[..., Any]
-    """Pure `(state, batch, *frozen) -> (state, metrics)`."""
     batches: Batches
     """The data, in order."""
     heldout: Any
@@ -48,12 +47,8 @@ class Job:
     """Held-out figures of a state."""
     best: tuple[str, Literal["min", "max"]]
     """Which held-out figure ranks checkpoints, and which end of it is good."""
-    tokens_per_step: int
-    """For tokens/s: positions computed per step, padding included."""
-    flops_per_step: float
-    """For MFU: model FLOPs of a step."""
     frozen: tuple[Any, ...] = ()
-    """Trees that the step reads besides state and batch."""
+    """The program's frozen trees."""
     facts: dict[str, Any] | None = None
     """Numbers that go into summary.json as they are."""
     warning: Callable[[dict[str, float]], str | None] = lambda means: None
@@ -120,7 +115,7 @@ def _train_in_folder(session: Session, job: Job, state: Any, stop: StopRequest) 
     try:
         with Recorder(run_dir, title, run.steps, first, processes.is_main()) as recorder:
             if first is not None:
-                state = checkpoints.restore(first, job.abstract_state)
+                state = checkpoints.restore(first, job.program.abstract_state)
                 recorder.say(f"continues from the checkpoint of step {first}")
             elif state is None:
                 state = job.fresh()
@@ -171,7 +166,7 @@ class _Loop:
         self.session, self.job, self.stop = session, job, stop
         self.checkpoints, self.recorder = checkpoints, recorder
         self.started = time.perf_counter()
-        self.window = _Window(job)
+        self.window = _Window(job.program)
         self.skipped_in_a_row = 0
         self.pending: tuple[int, Metrics] | None = None
 
@@ -182,13 +177,8 @@ class _Loop:
         if not self.recorder.heldout():
             self.evaluate(state, first)
         rows = sharding.batch_sharding(self.session.mesh)
-        step_fn, compile_seconds = compile_step(
-            self.session.mesh,
-            job.step,
-            job.abstract_state,
-            job.batches.at(0),
-            *job.frozen,
-            zero=self.session.config.mesh.zero,
+        iterate, compile_seconds = compile_program(
+            self.session.mesh, job.program, self.session.config.mesh.zero
         )
         self.recorder.say(f"compiled the step in {compile_seconds:.1f} s")
 
@@ -200,7 +190,7 @@ class _Loop:
             batch = processes.to_global(job.batches.at(step - 1), rows)
             if self.is_over():
                 self.note_pending()
-            state, metrics = step_fn(state, batch, *job.frozen)
+            state, metrics = iterate(state, batch, *job.frozen)
             # Reading numbers waits for the device; reading the former step's keeps it busy meanwhile.
             self.note_pending()
             self.pending = (step, metrics)
@@ -220,15 +210,15 @@ class _Loop:
 
     def tell_size(self) -> None:
         """Says how large the work is."""
-        steps, tokens = self.session.config.run.steps, self.job.tokens_per_step
+        steps, tokens = self.session.config.run.steps, self.job.program.tokens_per_step
         self.recorder.say(
             f"{self.parameters():,} parameters; {steps:,} steps of {tokens:,} tokens, "
-            f"{steps * self.job.flops_per_step:.3g} FLOPs in all"
+            f"{steps * self.job.program.flops_per_step:.3g} FLOPs in all"
         )
 
     def parameters(self) -> int:
         """Parameters of the exported model."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.job.abstract_state.detach()[0]))
+        return sum(leaf.size for leaf in jax.tree.leaves(self.job.program.abstract_state.detach()[0]))
 
     def seconds(self) -> float:
         """Seconds this run has taken so far, earlier sittings included."""
@@ -302,7 +292,7 @@ class _Loop:
             "stage": self.session.config.stage,
             "steps": self.session.config.run.steps,
             "parameters": self.parameters(),
-            "tokens": self.session.config.run.steps * self.job.tokens_per_step,
+            "tokens": self.session.config.run.steps * self.job.program.tokens_per_step,
             "seconds": self.seconds(),
             "compile_seconds": round(compile_seconds, 2),
             "tokens_per_second": float(np.median(speeds)) if speeds else None,
@@ -318,8 +308,8 @@ class _Loop:
 class _Window:
     """Sums over the steps between two log lines, and how fast they went."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, program: Program) -> None:
+        self._program = program
         self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self.restart()
 
@@ -347,9 +337,12 @@ class _Window:
     def speed(self) -> dict[str, float]:
         """Steps and tokens per second, and MFU where the device's peak is known."""
         per_second = self._steps / max(time.perf_counter() - self._began - self._paused, 1e-9)
-        speed = {"steps_per_second": per_second, "tokens_per_second": per_second * self._job.tokens_per_step}
+        speed = {
+            "steps_per_second": per_second,
+            "tokens_per_second": per_second * self._program.tokens_per_step,
+        }
         if self._peak is not None:
-            speed["mfu"] = per_second * self._job.flops_per_step / (self._peak * jax.device_count())
+            speed["mfu"] = per_second * self._program.flops_per_step / (self._peak * jax.device_count())
         return speed
 
     def line(self, step: int, steps: int, record: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Opening a run: processes, mesh, model, tokenizer, folder; and the one place where steps are compiled."""
+"""Opening a run: processes, mesh, model, tokenizer, folder."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import datetime
 import fcntl
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import yaml
 from jax.sharding import Mesh
@@ -28,9 +25,8 @@ from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
 from maxllm.files import read_json, write_bytes, write_json, write_text
 from maxllm.model.attend import resolve
-from maxllm.parallel import processes, sharding
-from maxllm.parallel.compiler import compiler_options
-from maxllm.parallel.memory import check_offload, fetched
+from maxllm.parallel import processes
+from maxllm.parallel.memory import check_offload
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
 from maxllm.run.checkpoint import remove_unfinished
 from maxllm.run.parents import Role, parent_of
@@ -132,7 +128,7 @@ def check_replies_fit(config: Config) -> None:
       UserError: the reply would take the whole row.
     """
     reply, row = config.generation.max_new_tokens, config.batch.sequence_length
-    if config.stage in ("sft", "dpo", "ppo") and reply >= row:
+    if config.rules.replies and reply >= row:
         raise UserError(
             f"generation.max_new_tokens={reply} leaves no room for a prompt in batch.sequence_length={row}"
         )
@@ -257,67 +253,6 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return leaves
-
-
-def compile_step(
-    mesh: Mesh, step: Callable[..., Any], state: Any, batch: Any, *frozen: Any, zero: int = 3
-) -> tuple[Callable[..., Any], float]:
-    """Jits, shards and donates a pure step `(state, batch, *frozen) -> (state, metrics)`.
-
-    Args:
-      mesh: the device mesh.
-      step: the pure function.
-      state: abstract state; its shardings are those of the result too.
-      batch: one batch of numpy arrays.
-      frozen: abstract trees that the step reads and that are not donated.
-      zero: stage of ZeRO that `state` was made for.
-
-    Returns:
-      The compiled function of (state, batch, *frozen), and the seconds that compiling took.
-    """
-    started = time.perf_counter()
-    options = compiler_options(mesh.devices.flat[0].platform)
-    compiled = lower_step(mesh, step, state, batch, *frozen, zero=zero).compile(compiler_options=options)
-    return compiled, time.perf_counter() - started
-
-
-def lower_step(
-    mesh: Mesh, step: Callable[..., Any], state: Any, batch: Any, *frozen: Any, zero: int = 3
-) -> Any:
-    """`compile_step` before the compiler; the devices of the mesh may be of a machine that is not here.
-
-    Raises:
-      UserError: much of the state is not split where ZeRO-3 should.
-    """
-    if zero == 3:
-        sharding.check_split((state, *frozen), mesh)
-    rows = sharding.batch_sharding(mesh)
-    abstract_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
-    jitted = jax.jit(
-        step, donate_argnums=0, out_shardings=(sharding.shardings_of(state), sharding.replicated(mesh))
-    )
-    # The abstract mesh: constants that are made while tracing must not go to devices that are not here.
-    rules = sharding.rules_of(zero)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
-        return jitted.lower(state, abstract_batch, *frozen)
-
-
-def compile_reader(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Jits a pure function `(params, batch, …) -> result` that changes nothing; results go to every device.
-    Parameters in the host's memory are fetched at once: only a training step has no room for that.
-
-    The returned function takes numpy batches as its second argument.
-    """
-    jitted = jax.jit(
-        lambda params, *rest: function(fetched(params), *rest), out_shardings=sharding.replicated(mesh)
-    )
-    to_devices = partial(processes.to_global, sharding=sharding.batch_sharding(mesh))
-
-    def call(params: Any, batch: Any, *rest: Any) -> Any:
-        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-            return jitted(params, to_devices(batch), *rest)
-
-    return call
 
 
 def reopen(run_dir: Path, overrides: Sequence[str] = (), may_change: Sequence[str] = ()) -> Session:

@@ -22,6 +22,7 @@ from maxllm.records import Params
 from maxllm.run import session as sessions
 from maxllm.run.checkpoint import find
 from maxllm.run.session import Session, reopen
+from maxllm.stages.registry import stage_of
 from maxllm.stages.shared import policy_params, reply_text, responder, response_ids
 
 MAY_SET = ("generation", "run.seed", "run.day", "model.dtype")
@@ -41,11 +42,12 @@ class Speaker:
           UserError: it is a reward model, or replies as long as the context leave no room for a prompt.
         """
         self.session: Session = reopen(run_dir, overrides, MAY_SET)
-        if self.session.config.stage == "reward":
+        reply = stage_of(self.session.config.stage).replies(self.session)
+        if reply == "score":
             raise UserError(f"{run_dir} holds a reward model, which gives scores and no text")
         self.check_context()
         self.params: Params = policy_params(self.session, find(run_dir))
-        self.chats = speaks_in_turns(self.session)
+        self.chats = reply == "turns"
         self._respond = cache(lambda: responder(self.session, self.session.config.generation))
         self._turn = 0
 
@@ -121,13 +123,6 @@ class Speaker:
             "tokens": response_ids(rollout, 0),
             "finished": bool(rollout.finished_B[0]),
         }
-
-
-def speaks_in_turns(session: Session) -> bool:
-    """Whether the model has learned to answer in a conversation."""
-    if session.config.stage == "convert":
-        return session.tokenizer.chat_template is not None
-    return session.config.stage != "pretrain"
 
 
 def generate(run_dir: Path, prompts: Sequence[str], overrides: Sequence[str] = ()) -> list[dict[str, Any]]:

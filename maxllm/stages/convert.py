@@ -1,4 +1,4 @@
-"""Convert: a Hugging Face folder or a GGUF file to a run folder, and a run folder to a Hugging Face folder.
+"""Convert: convert between Hugging Face folders, GGUF files and run folders.
 
     maxllm convert from-hf   SmolLM2-135M-Instruct  runs/smollm2  --verify
     maxllm convert from-gguf smollm2.Q4_1.gguf      runs/smollm2
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,15 @@ from maxllm.model.llama import Llama
 from maxllm.parallel import processes
 from maxllm.parallel.mesh import make_mesh
 from maxllm.records import Params
+from maxllm.report.stage import StageReport
 from maxllm.run.checkpoint import find, load_params, open_array, save_params, stored_dtypes
 from maxllm.run.parents import DEPENDENTS, in_use
 from maxllm.run.record import console, peak_rss_bytes, trim_heap
-from maxllm.run.session import CONFIG, reopen, write_hf
+from maxllm.run.session import CONFIG, Session, reopen, write_hf
 from maxllm.stages.export import CHECK_PROMPTS, export_scorer
+from maxllm.stages.registry import stage_of
 from maxllm.stages.shared import abstract_params, policy_params
+from maxllm.stages.stage import Reply, Stage
 from maxllm.steps.state import abstract, init_params
 
 Direction = Literal["from-hf", "from-gguf", "to-hf"]
@@ -201,7 +204,7 @@ def write_run_files(
 def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[str, Any]:
     """A run's newest model as a Hugging Face folder, in the type it came in (trained ones: float32)."""
     session = reopen(run_dir)
-    if session.config.stage == "reward":
+    if stage_of(session.config.stage).replies(session) == "score":
         written = export_scorer(session, run_dir, target, CHECK_PROMPTS, verify, dtype=dtype or "float32")
         # The one logit of a classifier with one label is its score.
         logits = {
@@ -337,3 +340,31 @@ def bar(what: str, size: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         task = progress.add_task(what, total=size)
         yield lambda done: progress.advance(task, done)
+
+
+# --- as the stage that a converted folder names -----------------------------------------------------------
+
+
+def trains_nothing(*asked: object) -> NoReturn:
+    """Stands where a stage has its program and its job.
+
+    Raises:
+      UserError: always.
+    """
+    raise UserError(
+        "a converted model's folder trains nothing and has no held-out figures; give a recipe or a run "
+        "that starts from it"
+    )
+
+
+def replies(session: Session) -> Reply:
+    """Answers in turns where the model came with a chat template; goes on with the text elsewhere."""
+    return "text" if session.tokenizer.chat_template is None else "turns"
+
+
+STAGE = Stage(
+    program=trains_nothing,
+    job=trains_nothing,
+    replies=replies,
+    report=StageReport(title="Converted model"),
+)

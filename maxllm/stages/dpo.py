@@ -1,4 +1,4 @@
-"""DPO: the SFT model learns to prefer the better of two replies, held near where it began; no reward model.
+"""DPO: improve the policy on preferred and rejected replies, without a reward model.
 
 maxllm dpo configs/dpo/tiny_tasks_cpu.yaml
 """
@@ -9,14 +9,23 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from maxllm.config import Config
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from maxllm.config import Config, ModelConfig
 from maxllm.data import loader
 from maxllm.data.instruct import Question, ReplyPair, answer_of, pad_reply_pairs, read_split, reply_pair
-from maxllm.plan.flops import train_flops_per_token
+from maxllm.model.llama import Llama
 from maxllm.records import Params, ReplyPairBatch
-from maxllm.run.loop import Job, finished, mean_over, train
-from maxllm.run.session import Session, compile_reader, open_session
-from maxllm.stages.program import dpo_program
+from maxllm.report.charts import COIN, Chart, Level, Line, shares, training_and_heldout
+from maxllm.report.figures import Facts, Row, both, pairs_row, share_row
+from maxllm.report.runs import Run, number
+from maxllm.report.stage import StageReport
+from maxllm.run.loop import Job, mean_over
+from maxllm.run.program import compile_reader
+from maxllm.run.session import Session
+from maxllm.stages.program import Trainer, pair_batch, trainer
 from maxllm.stages.shared import (
     exact_match,
     prompts_of,
@@ -26,14 +35,20 @@ from maxllm.stages.shared import (
     start_policy,
     told,
 )
-from maxllm.steps.state import TrainState
+from maxllm.stages.stage import Stage
+from maxllm.steps.dpo import dpo_loss
+from maxllm.steps.state import TrainState, abstract, init_params
 from maxllm.steps.update import Loss, eval_step
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Trains from start.policy, or continues; returns summary.json's content."""
-    session = open_session(config)
-    return finished(session) or train(session, job(session))
+def program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
+    """The policy, on pairs, beside the frozen reference."""
+    llama = Llama(model)
+    B, T = config.batch.rows, config.batch.sequence_length
+    batch = ReplyPairBatch(pair_batch(B, T), jax.ShapeDtypeStruct((B, 2), jnp.int32))
+    reference = abstract(partial(init_params, llama), mesh)
+    loss = partial(dpo_loss, llama, config.dpo)
+    return trainer(config, model, mesh, llama, loss, batch, sequences=2, references=1, frozen=(reference,))
 
 
 def job(session: Session) -> Job:
@@ -51,25 +66,21 @@ def job(session: Session) -> Job:
     )
     pairs = pad_reply_pairs([pair for pair, _ in train_rows], length, pad)
     # 2. State: the policy; where it begins is also the reference, which stays.
-    program = dpo_program(config, session.model, session.mesh)
+    compiled = program(config, session.model, session.mesh)
     reference = start_policy(session)()
     # 3. Held-out figures: the loss's, and right answers, where rows say which these are.
     heldout = pad_reply_pairs([pair for pair, _ in heldout_rows], length, pad)
-    figures = heldout_pairs(session, program.loss_fn, heldout, reference)
+    figures = heldout_pairs(session, compiled.loss_fn, heldout, reference)
     room = length - config.generation.max_new_tokens
     questions = [q for _, q in heldout_rows if q.answer is not None and len(q.ids) <= room]
     answers = heldout_answers(session, questions, room)
-    tokens = 2 * config.batch.rows * length
     return Job(
-        abstract_state=program.abstract_state,
-        fresh=lambda: start_from(reference, program.optimizer, program.abstract_state),
-        step=program.step,
+        program=compiled,
+        fresh=lambda: start_from(reference, compiled.optimizer, compiled.abstract_state),
         batches=loader.Batches(pairs, config.batch.rows, config.run.seed),
         heldout=(heldout, [question.answer for question in questions]),
         evaluate=lambda state: figures(state) | answers(state),
         best=("loss", "min"),
-        tokens_per_step=tokens,
-        flops_per_step=tokens * train_flops_per_token(session.model, length, references=1),
         frozen=(reference,),
         facts={
             "heldout_items": len(heldout_rows),
@@ -108,3 +119,52 @@ def heldout_answers(
         return {"exact_match": exact_match(texts, questions)}
 
     return evaluate
+
+
+# --- what a report tells ----------------------------------------------------------------------------------
+
+
+def facts(run: Run) -> Facts:
+    """Pair accuracy, and right answers before and after."""
+    items = {name: run.summary.get(f"heldout_{name}") for name in ("items", "questions")}
+    return both(run, {"exact_match": "dpo_exact_match"}) | {
+        "dpo_pair_accuracy": run.after("accuracy"),
+        "heldout_items": {"dpo_pair_accuracy": items["items"], "dpo_exact_match": items["questions"]},
+    }
+
+
+def rows(facts: Facts) -> list[Row]:
+    """Pair accuracy, and right answers where the held-out rows have them."""
+    items = facts.get("heldout_items", {})
+    meaning = "How often the better reply has gained more probability since DPO began than the other one."
+    pairs = pairs_row("Pairs the policy orders right, DPO", meaning, facts, "dpo_pair_accuracy", items)
+    if number(facts.get("dpo_exact_match_after")) is None:
+        return [pairs]
+    meaning = "Share of held-out questions whose reply is exactly the known answer."
+    questions = items.get("dpo_exact_match")
+    return [pairs, share_row("Right answers after DPO", meaning, facts, "dpo_exact_match", questions)]
+
+
+def charts(run: Run, facts: Facts) -> list[Chart]:
+    """Loss, margin and held-out figures."""
+    pairs, right = (Line(of, run.heldout_curve(of)) for of in ("accuracy", "exact_match"))
+    return [
+        training_and_heldout(run, "Loss", "of a pair", "loss"),
+        training_and_heldout(run, "Margin", "β log(π / reference), chosen minus rejected", "margin"),
+        shares("Held-out figures", pairs, right, levels=(Level("coin", COIN),)),
+    ]
+
+
+STAGE = Stage(
+    program=program,
+    job=job,
+    replies=lambda session: "turns",
+    report=StageReport(
+        title="DPO",
+        meaning="The SFT model learns to give the better of two replies more probability than it did at "
+        "first, and the other one less.",
+        facts=facts,
+        rows=rows,
+        charts=charts,
+    ),
+)

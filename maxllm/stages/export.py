@@ -28,6 +28,7 @@ from maxllm.run.checkpoint import find, load_params
 from maxllm.run.session import Session, reopen
 from maxllm.stages import ppo
 from maxllm.stages.chat import Speaker
+from maxllm.stages.registry import stage_of
 from maxllm.stages.shared import abstract_adapters, abstract_params, policy_params
 from maxllm.steps.reward import score
 
@@ -65,7 +66,7 @@ def run(
         raise UserError("--base writes adapters, --critic a value model: give one of them")
     if base is not None:
         written = export_lora(session, run_dir, out_dir, base)
-    elif critic or session.config.stage == "reward":
+    elif critic or stage_of(session.config.stage).replies(session) == "score":
         written = export_scorer(session, run_dir, out_dir, prompts, verify, critic=critic)
     else:
         written = export_policy(session, run_dir, out_dir, prompts, verify, overrides)

@@ -1,4 +1,4 @@
-"""Plan: what a recipe would cost on a machine that is not here, asked of that machine's own compiler.
+"""Plan: compile a recipe for a machine that is not here: memory, collectives, time, cost.
 
     maxllm plan configs/pretrain/llama2-7b_synthetic_v5p-16.yaml
     maxllm plan pretrain/tiny_slice_cpu --hardware v6e-16 mesh.fsdp=-1 --json
@@ -9,7 +9,7 @@ The program that is compiled is the one that the stage would run: same state, sa
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,19 +30,14 @@ from maxllm.plan.hardware import Hardware, hardware_of
 from maxllm.plan.roofline import Bound, step_bound
 from maxllm.plan.scaling import (
     classic_bytes,
-    classic_dpo_bytes,
-    classic_ppo_bytes,
     optimal_parameters,
     optimal_tokens,
     training_flops,
 )
-from maxllm.run.session import check_replies_fit, lower_step, resolved
-from maxllm.stages.ppo import algorithm_of, check_sampling, program_of
-from maxllm.stages.program import Program, dpo_program, language_program, reward_program
+from maxllm.run.program import STEP, Part, Program, lower_part
+from maxllm.run.session import check_replies_fit, resolved
+from maxllm.stages.registry import stage_of
 from maxllm.steps.state import parameter_count
-
-STOP, PAD = (2,), 0
-"""Stand-ins for the tokenizer's: any ids compile to the same program."""
 
 
 def run(
@@ -68,17 +63,10 @@ def run(
         raise UserError("this recipe names no machine: give --hardware, such as v5p-16, v6e:4x4 or v5e-256")
     hardware = hardware_of(name)
     plan = prepare(config, hardware)
-    asked = compiled_for(
-        hardware,
-        lambda: lower_step(
-            plan.mesh,
-            plan.program.step,
-            plan.program.abstract_state,
-            plan.program.abstract_batch,
-            *plan.program.frozen,
-            zero=config.mesh.zero,
-        ),
-    )
+    asked = {
+        name: compiled_for(hardware, partial(lower_part, plan.mesh, part, config.mesh.zero))
+        for name, part in plan.program.parts.items()
+    }
     return machine_figures(plan) | compiler_figures(plan, asked) | speed_figures(plan, asked, tokens, price)
 
 
@@ -134,23 +122,7 @@ def prepare(config: Config, hardware: Hardware) -> Plan:
     check_model_divides(mesh, model)
     check_batch_divides(mesh, config.batch, model)
     check_replies_fit(config)
-    return Plan(config, model, hardware, mesh, program_for(config, model, mesh))
-
-
-def program_for(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
-    """What the recipe's stage compiles."""
-    match config.stage:
-        case "pretrain" | "sft":
-            return language_program(config, model, mesh)
-        case "reward":
-            return reward_program(config, model, mesh)
-        case "dpo":
-            return dpo_program(config, model, mesh)
-        case "ppo":
-            check_sampling(config.generation)
-            return program_of(config, model, mesh, algorithm_of(config, model, STOP, PAD))
-        case "convert":
-            raise UserError("a converted model's folder trains nothing; plan a recipe that starts from it")
+    return Plan(config, model, hardware, mesh, stage_of(config.stage).program(config, model, mesh))
 
 
 # --- figures -----------------------------------------------------------------------------------------------
@@ -159,7 +131,7 @@ def program_for(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
 def machine_figures(plan: Plan) -> dict[str, Any]:
     """The machine and the model; `classic_state_bytes` is what all devices together would hold of it in the
     classic recipe (mixed precision, Adam, nothing split)."""
-    classic = {"ppo": classic_ppo_bytes, "dpo": classic_dpo_bytes}.get(plan.config.stage, classic_bytes)
+    trained, references = plan.program.trained, plan.program.references
     return {
         "hardware": plan.hardware.name,
         "devices": plan.hardware.devices,
@@ -167,63 +139,85 @@ def machine_figures(plan: Plan) -> dict[str, Any]:
         "mesh": {axis: int(size) for axis, size in plan.mesh.shape.items()},
         "parameters": parameters_of(plan),
         "compute_optimal_tokens": optimal_tokens(parameters_of(plan)),
-        "classic_state_bytes": classic(parameters_of(plan)),
+        "classic_state_bytes": classic_bytes(parameters_of(plan), trained, references),
         "attention": plan.model.attention,
         "bubble": bubble_of(plan),
     }
 
 
-def compiler_figures(plan: Plan, asked: Compiled | TooLarge) -> dict[str, Any]:
-    """Memory, time and collectives, by the compiler."""
+Asked = Mapping[str, Compiled | TooLarge]
+"""What the compiler says of each part of a program."""
+
+
+def compiler_figures(plan: Plan, asked: Asked) -> dict[str, Any]:
+    """Memory, time and collectives, by the compiler: of several parts, the largest peak and the sums."""
     limit = plan.hardware.chip.hbm_bytes
-    figures = {"hbm_bytes": limit, "peak_bytes": asked.peak_bytes, "compile_seconds": round(asked.seconds, 2)}
-    if isinstance(asked, TooLarge):
+    elsewhere = {name: bytes_elsewhere(plan.program, part) for name, part in plan.program.parts.items()}
+    peaks = {name: said.peak_bytes + elsewhere[name] for name, said in asked.items()}
+    figures: dict[str, Any] = {
+        "hbm_bytes": limit,
+        "peak_bytes": max(peaks.values()),
+        "compile_seconds": round(sum(said.seconds for said in asked.values()), 2),
+    }
+    if len(asked) > 1:
+        figures["parts"] = {
+            name: {"peak_bytes": peaks[name], "compile_seconds": round(said.seconds, 2)}
+            for name, said in asked.items()
+        }
+    refused = [said for said in asked.values() if isinstance(said, TooLarge)]
+    if refused:
         nothing = dict.fromkeys(
             ("argument_bytes", "temp_bytes", "host_bytes", "collectives", "matmul_flops", "made_whole")
         )
-        return {
-            "fits": False,
-            **figures,
-            **nothing,
-            "largest": list(asked.largest) or largest_arguments(plan),
-        }
+        largest = list(refused[0].largest) or largest_arguments(plan)
+        return {"fits": False, **figures, **nothing, "largest": largest}
+    compiled = [said for said in asked.values() if isinstance(said, Compiled)]
+    top = asked[max(peaks, key=lambda name: peaks[name])]
+    assert isinstance(top, Compiled), "none was refused"
     return {
-        "fits": asked.peak_bytes <= limit,
+        "fits": figures["peak_bytes"] <= limit,
         **figures,
-        "argument_bytes": asked.argument_bytes,
-        "temp_bytes": asked.temp_bytes,
-        "host_bytes": asked.host_bytes,
+        "argument_bytes": top.argument_bytes + (figures["peak_bytes"] - top.peak_bytes),
+        "temp_bytes": top.temp_bytes,
+        "host_bytes": top.host_bytes,
         "collectives": {
-            kind: {"bytes": exchange.bytes, "count": exchange.count}
-            for kind, exchange in asked.collectives.items()
+            kind: {
+                "bytes": sum(said.collectives[kind].bytes for said in compiled),
+                "count": sum(said.collectives[kind].count for said in compiled),
+            }
+            for kind in top.collectives
         },
-        "matmul_flops": asked.matmul_flops,
+        "matmul_flops": sum(said.matmul_flops for said in compiled),
         "largest": largest_arguments(plan),
-        "made_whole": list(asked.made_whole),
+        "made_whole": [array for said in compiled for array in said.made_whole],
     }
 
 
-def speed_figures(
-    plan: Plan, asked: Compiled | TooLarge, tokens: float | None, price: float | None
-) -> dict[str, Any]:
-    """What the bound allows; None where there is none: a program that does not fit, or PPO, whose decoding is
-    bound by other things."""
-    batch, model, stage = plan.config.batch, plan.model, plan.config.stage
-    per_step = batch.rows * batch.sequence_length * (2 if stage in ("reward", "dpo") else 1)
-    flops = train_flops_per_token(model, batch.sequence_length, references=references_of(plan))
-    total = tokens if tokens is not None else float(per_step * plan.config.run.steps)
+def bytes_elsewhere(program: Program, part: Part) -> int:
+    """Bytes of a device that lie there while a part runs that does not read them: other models."""
+    held = {id(leaf) for leaf in jax.tree.leaves(part.arguments)}
+    resident = jax.tree.leaves((program.abstract_state, program.frozen))
+    return sum(shard_bytes(leaf) for leaf in resident if id(leaf) not in held)
+
+
+def speed_figures(plan: Plan, asked: Asked, tokens: float | None, price: float | None) -> dict[str, Any]:
+    """What the bound allows; None where there is none: a program that does not fit, or one that decodes."""
+    batch, model, program = plan.config.batch, plan.model, plan.program
+    flops = train_flops_per_token(model, batch.sequence_length, program.head, program.references)
+    total = tokens if tokens is not None else float(program.tokens_per_step * plan.config.run.steps)
     figures: dict[str, Any] = {
         "flops_per_token": flops,
-        "flops_per_token_full_attention": full_attention(model, batch.sequence_length, references_of(plan)),
-        "tokens_per_step": per_step,
+        "flops_per_token_full_attention": flops + masked_flops(model, batch.sequence_length, program),
+        "tokens_per_step": program.tokens_per_step,
         "tokens": total,
         "compute_optimal_parameters": optimal_parameters(training_flops(parameters_of(plan), total)),
     }
     names = ("step_seconds_bound", "bound_by", "mfu_bound", "tokens_per_second", "days", "cost", "energy_kwh")
-    if isinstance(asked, TooLarge) or stage == "ppo":
+    compiled = asked.get(STEP)
+    if program.decodes or not isinstance(compiled, Compiled):
         return figures | dict.fromkeys(names)
-    bound = bound_of(plan, asked, per_step)
-    speed = per_step / bound.seconds
+    bound = bound_of(plan, compiled)
+    speed = program.tokens_per_step / bound.seconds
     chip, devices = plan.hardware.chip, plan.hardware.devices
     hours = total / speed / 3600
     return figures | {
@@ -237,22 +231,28 @@ def speed_figures(
     }
 
 
-def bound_of(plan: Plan, asked: Compiled, tokens: int) -> Bound:
+def masked_flops(model: ModelConfig, sequence_length: int, program: Program) -> float:
+    """FLOPs per token of the masked half of attention, which the older convention counts too."""
+    masked = 6 * model.n_layers * model.n_heads * model.k_dim * sequence_length
+    return masked * (1 + program.references / 3)
+
+
+def bound_of(plan: Plan, asked: Compiled) -> Bound:
     """The floors of one device's step."""
-    parameters, shape = parameters_of(plan), plan.mesh.shape
+    parameters, shape, program = parameters_of(plan), plan.mesh.shape, plan.program
     shards = plan.hardware.devices // shape["data"]
     return step_bound(
         plan.hardware.chip,
         model=plan.model,
         sequence_length=plan.config.batch.sequence_length,
-        tokens_per_device=tokens / plan.hardware.devices,
+        tokens_per_device=program.tokens_per_step / plan.hardware.devices,
         parameter_shard=parameters / shards,
         gathered_parameters=parameters / (shape["tensor"] * shape["stage"]),
         sent_bytes=sum(exchange.bytes for exchange in asked.collectives.values()),
         passes=3 if plan.model.remat == "none" else 4,
         between_nodes_bytes=sum(exchange.between_nodes for exchange in asked.collectives.values()),
         idle=bubble_of(plan),
-        references=references_of(plan),
+        references=program.references,
     )
 
 
@@ -262,31 +262,19 @@ def bubble_of(plan: Plan) -> float:
     return bubble(stages, model.pipeline_microbatches or stages, model.pipeline_rounds)
 
 
-def references_of(plan: Plan) -> int:
-    """Frozen models that a training pass goes with; PPO, whose speed has no bound, is not asked."""
-    return int(plan.config.stage == "dpo")
-
-
-def full_attention(model: ModelConfig, sequence_length: int, references: int) -> float:
-    """FLOPs per token by the older convention, which counts the masked half of attention too."""
-    masked = 6 * model.n_layers * model.n_heads * model.k_dim * sequence_length
-    return train_flops_per_token(model, sequence_length, references=references) + masked * (
-        1 + references / 3
-    )
-
-
 def parameters_of(plan: Plan) -> int:
     """Of the model that is trained; of PPO's actor."""
-    state = plan.program.abstract_state
-    return parameter_count((state.actor if plan.config.stage == "ppo" else state).params)
+    return parameter_count(plan.program.abstract_state.detach()[0])
+
+
+def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of a device's shard of an array."""
+    assert leaf.sharding is not None, "the state and what stays have shardings"
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def largest_arguments(plan: Plan, count: int = 5) -> list[str]:
     """The largest arrays that live through the step, with the bytes of one device's shard."""
-
-    def shard_bytes(leaf: Any) -> int:
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
     arrays = {"state": plan.program.abstract_state, "frozen": plan.program.frozen}
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
     name = partial(jax.tree_util.keystr, simple=True, separator="/")

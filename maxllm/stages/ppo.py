@@ -1,4 +1,4 @@
-"""PPO: the SFT policy learns from the reward model, held near where it began by a KL penalty.
+"""PPO: improve the policy against the reward model, held near where it began by a KL penalty.
 
     maxllm ppo configs/ppo/tiny_tasks_cpu.yaml
 
@@ -31,10 +31,15 @@ from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Metrics, Params, PromptBatch
+from maxllm.report.charts import Chart, Line, shares, training_and_heldout
+from maxllm.report.figures import NO_VERDICT, Facts, Row, both, compared, share_row, shown
+from maxllm.report.runs import Run, number
+from maxllm.report.stage import StageReport, Verdicts
+from maxllm.report.wording import bits, count
 from maxllm.run.checkpoint import find, load_params, restore
-from maxllm.run.loop import Job, finished, train
-from maxllm.run.session import Session, check_same_model, compile_reader, open_session
-from maxllm.stages.program import Program
+from maxllm.run.loop import Job
+from maxllm.run.program import Program, compile_reader, step_alone
+from maxllm.run.session import Session, check_same_model
 from maxllm.stages.shared import (
     abstract_params,
     check_start,
@@ -45,6 +50,7 @@ from maxllm.stages.shared import (
     start_policy,
     told,
 )
+from maxllm.stages.stage import Stage
 from maxllm.steps import ppo as algorithm
 from maxllm.steps.ppo import Frozen, Ppo, PpoState
 from maxllm.steps.state import abstract, init_params, initializer
@@ -80,12 +86,6 @@ def iteration(
     return state.replace(step=state.step + 1), rollout_metrics | update_metrics
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Trains from start.policy and start.reward, or continues; returns summary.json's content."""
-    session = open_session(config)
-    return finished(session) or train(session, job(session))
-
-
 def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
     config = session.config
@@ -108,25 +108,21 @@ def job(session: Session) -> Job:
     )
     # 2. The algorithm and its four models.
     ppo = algorithm_with(session)
-    program = program_of(config, session.model, session.mesh, ppo)
+    compiled = program_of(config, session.model, session.mesh, ppo)
     frozen = Frozen(
         reference=start(),
         reward=load_params(judge, reward),
     )
     # 3. Train; the best checkpoint is the one with the highest held-out score.
-    per_pass = config.batch.rows * config.batch.sequence_length
     return Job(
-        abstract_state=program.abstract_state,
-        fresh=lambda: fresh_state(ppo, frozen, program.abstract_state),
-        step=program.step,
+        program=compiled,
+        fresh=lambda: fresh_state(ppo, frozen, compiled.abstract_state),
         batches=loader.Batches(
             prompts_of(train_questions, length, ppo.pad), config.batch.rows, config.run.seed
         ),
         heldout=(prompts_of(heldout, length, ppo.pad), [question.answer for question in heldout]),
         evaluate=heldout_evaluator(session, ppo, frozen, heldout, length),
         best=("score", "max"),
-        tokens_per_step=per_pass,
-        flops_per_step=iteration_flops(session, per_pass),
         frozen=(frozen,),
         facts={"heldout_items": len(heldout), "sources": told(session, tallies)},
         warning=nothing_to_learn,
@@ -173,6 +169,20 @@ def algorithm_of(
     )
 
 
+STOP, PAD = (2,), 0
+"""Stand-ins for the tokenizer's, where there is none: any ids compile to the same program."""
+
+
+def program(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
+    """The program of a recipe, whatever its tokenizer.
+
+    Raises:
+      UserError: its sampling is not one that PPO can learn from.
+    """
+    check_sampling(config.generation)
+    return program_of(config, model, mesh, algorithm_of(config, model, STOP, PAD))
+
+
 def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Program:
     """Rollout, scores and updates: four models in one program."""
     init = partial(init_state, ppo)
@@ -180,15 +190,25 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
     reference, reward = (
         abstract(partial(init_params, m), mesh) for m in (ppo.policy_model, ppo.scalar_model)
     )
+    state = abstract(init, mesh, config.mesh.zero, config.mesh.offload)
+    batch = PromptBatch(
+        jax.ShapeDtypeStruct((config.batch.rows, prompt), jnp.int32),
+        jax.ShapeDtypeStruct((config.batch.rows,), jnp.int32),
+    )
+    frozen = (Frozen(reference=reference, reward=reward),)
+    step = partial(iteration, ppo=ppo, generation=config.generation, seed=config.run.seed)
+    tokens = config.batch.rows * config.batch.sequence_length
     return Program(
         init=init,
-        abstract_state=abstract(init, mesh, config.mesh.zero, config.mesh.offload),
-        step=partial(iteration, ppo=ppo, generation=config.generation, seed=config.run.seed),
-        abstract_batch=PromptBatch(
-            jax.ShapeDtypeStruct((config.batch.rows, prompt), jnp.int32),
-            jax.ShapeDtypeStruct((config.batch.rows,), jnp.int32),
-        ),
-        frozen=(Frozen(reference=reference, reward=reward),),
+        abstract_state=state,
+        abstract_batch=batch,
+        frozen=frozen,
+        **step_alone(step, state, batch, frozen),
+        tokens_per_step=tokens,
+        flops_per_step=iteration_flops(config, model, tokens),
+        trained=2,
+        references=2,
+        decodes=True,
     )
 
 
@@ -254,15 +274,15 @@ def fresh_state(ppo: Ppo, frozen: Frozen, abstract_state: PpoState) -> PpoState:
     )
 
 
-def iteration_flops(session: Session, tokens: int) -> float:
+def iteration_flops(config: Config, model: ModelConfig, tokens: int) -> float:
     """Model FLOPs of an iteration: a backward pass costs two forwards; decoding counts as one forward.
 
     Forwards of the policy: rollout, actor, reference; of the scalar model: critic, reward. Each epoch trains
     one of each, 3 forwards.
     """
-    length, epochs = session.config.batch.sequence_length, session.config.ppo.epochs
-    policy = train_flops_per_token(session.model, length) / 3
-    scalar = train_flops_per_token(session.model, length, head=1) / 3
+    length, epochs = config.batch.sequence_length, config.ppo.epochs
+    policy = train_flops_per_token(model, length) / 3
+    scalar = train_flops_per_token(model, length, head=1) / 3
     return tokens * (policy * (3 + 3 * epochs) + scalar * (2 + 3 * epochs))
 
 
@@ -309,10 +329,10 @@ def heldout_evaluator(
         texts: list[str] = []
         greedy_texts: list[str] = []
         sums = {"score": 0.0, "kl": 0.0, "finished": 0.0}
-        for number, (batch, real) in enumerate(
+        for part, (batch, real) in enumerate(
             loader.in_order(prompts_of(questions, length, ppo.pad), config.batch.rows)
         ):
-            key = jax.random.fold_in(jax.random.key(config.run.seed), number)
+            key = jax.random.fold_in(jax.random.key(config.run.seed), part)
             sampled, best, scores_B, kl_B = jax.device_get(reader(state.actor.params, batch, frozen, key))
             texts += [reply_text(session.tokenizer, sampled, row) for row in range(real)]
             greedy_texts += [reply_text(session.tokenizer, best, row) for row in range(real)]
@@ -327,3 +347,104 @@ def heldout_evaluator(
         }
 
     return evaluate
+
+
+# --- what a report tells ----------------------------------------------------------------------------------
+
+SCORE = "Reward model's score, PPO"
+SAMPLED, GREEDY = "Right answers, sampled, PPO", "Right answers, greedy, PPO"
+
+
+def facts(run: Run) -> Facts:
+    """Score, right answers and KL."""
+    names = ("score", "exact_match", "exact_match_greedy")
+    before_and_after = both(run, {name: f"ppo_{name}" for name in names})
+    items = {"ppo": run.summary.get("heldout_items")}
+    return before_and_after | {"ppo_kl": run.after("kl"), "heldout_items": items}
+
+
+def rows(facts: Facts) -> list[Row]:
+    """Score, right answers and the distance from the SFT model."""
+    items = number(facts.get("heldout_items", {}).get("ppo"))
+    before, after = number(facts.get("ppo_score_before")), number(facts.get("ppo_score_after"))
+    kl = number(facts.get("ppo_kl"))
+    verdict = NO_VERDICT
+    if before is not None and after is not None:
+        verdict = compared(before, after, bits, words=("higher", "lower"))
+    prompts = "" if items is None else count(items, "question")
+    return [
+        Row(
+            SCORE,
+            (shown(before, bits),),
+            shown(after, bits),
+            prompts,
+            "What PPO is trained to raise: the mean score of sampled replies. It is a model's opinion, so "
+            "read it beside the right answers below.",
+            verdict,
+        ),
+        share_row(
+            SAMPLED,
+            "Replies that are exactly the known answer, when they are drawn at random as in training.",
+            facts,
+            "ppo_exact_match",
+            items,
+        ),
+        share_row(
+            GREEDY,
+            "The same, when the likeliest token is taken at every place.",
+            facts,
+            "ppo_exact_match_greedy",
+            items,
+        ),
+        Row(
+            "KL to the SFT model, PPO",
+            (bits(0.0),),
+            shown(kl, bits),
+            prompts,
+            "How far PPO has moved from where it began, in nats per reply. It is a price paid for the score, "
+            "neither good nor bad by itself.",
+            NO_VERDICT,
+        ),
+    ]
+
+
+def charts(run: Run, facts: Facts) -> list[Chart]:
+    """Score, KL and right answers."""
+    return [
+        training_and_heldout(run, "Mean score", "the reward model's opinion", "score"),
+        training_and_heldout(run, "KL to the SFT model", "nats per reply", "kl"),
+        shares(
+            "Right answers",
+            Line("sampled", run.heldout_curve("exact_match")),
+            Line("greedy", run.heldout_curve("exact_match_greedy")),
+        ),
+    ]
+
+
+def remarks(verdicts: Verdicts) -> list[str]:
+    """A score that rises alone."""
+    if verdicts.get(SCORE) != "better" or not {verdicts.get(SAMPLED), verdicts.get(GREEDY)} <= {
+        "same",
+        "worse",
+    }:
+        return []
+    return [
+        "PPO raised the score, but the share of right answers did not rise with it. A policy can learn "
+        "what the reward model likes rather than what is right; this is called reward hacking."
+    ]
+
+
+STAGE = Stage(
+    program=program,
+    job=job,
+    replies=lambda session: "turns",
+    report=StageReport(
+        title="PPO",
+        meaning="The SFT model writes replies, the reward model scores them, and replies that score above "
+        "expectation become likelier.",
+        facts=facts,
+        rows=rows,
+        charts=charts,
+        remarks=remarks,
+    ),
+)

@@ -1,4 +1,4 @@
-"""Prepare: raw text to a tokenizer and packed rows.
+"""Prepare: clean text, train the tokenizer, pack the corpus of a pretrain recipe.
 
     maxllm prepare configs/pretrain/tiny_slice_cpu.yaml
 

@@ -1,4 +1,4 @@
-"""Pretrain: next-token prediction on the packed corpus, from scratch or from a model (start.policy).
+"""Pretrain: train a language model on the prepared corpus, from scratch or from a model (start.policy).
 
 maxllm prepare  configs/pretrain/tiny_slice_cpu.yaml
 maxllm pretrain configs/pretrain/tiny_slice_cpu.yaml
@@ -13,12 +13,16 @@ from typing import Any
 
 import jax
 
-from maxllm.config import Config
 from maxllm.data.rows import read_rows
 from maxllm.errors import UserError
 from maxllm.records import LmBatch
-from maxllm.run.loop import Job, finished, train
-from maxllm.run.session import Session, open_session
+from maxllm.report.charts import Chart, Level, Line, training_and_heldout
+from maxllm.report.figures import NO_VERDICT, NOT_YET, Facts, Row, compared, shown
+from maxllm.report.runs import Run, number
+from maxllm.report.stage import StageReport, Verdicts
+from maxllm.report.wording import bits, count
+from maxllm.run.loop import Job
+from maxllm.run.session import Session
 from maxllm.stages import prepare
 from maxllm.stages.program import language_program
 from maxllm.stages.shared import (
@@ -27,13 +31,10 @@ from maxllm.stages.shared import (
     start_from,
     start_policy,
 )
+from maxllm.stages.stage import Stage
 from maxllm.steps.state import TrainState, create
 
-
-def run(config: Config) -> dict[str, Any]:
-    """Trains to the last step, or continues; returns summary.json's content."""
-    session = open_session(config)
-    return finished(session) or train(session, job(session))
+BITS = "Bits per byte of unseen text"
 
 
 def job(session: Session) -> Job:
@@ -98,3 +99,87 @@ def check_prepared(session: Session, prepared: Path, manifest: dict[str, Any]) -
     if manifest["tokenizer_sha256"] != session.tokenizer.fingerprint:
         raise UserError(f"{prepared} was prepared with another tokenizer than {session.config.tokenizer}")
     prepare.check_settings(session.config, prepared, manifest, read=False)
+
+
+# --- what a report tells ----------------------------------------------------------------------------------
+
+
+def facts(run: Run) -> Facts:
+    """Bits per byte, and what they are held against."""
+    heldout = {f"bits_per_byte_{name}": run.summary.get(f"heldout_{name}") for name in ("bytes", "documents")}
+    baselines = ("bits_per_byte_unigram", "bits_per_byte_bigram")
+    return {
+        "bits_per_byte": run.after("bits_per_byte"),
+        **{name: run.summary.get(name) for name in baselines},
+        "heldout_items": heldout,
+    }
+
+
+def baselines_of(facts: Facts) -> list[tuple[str, float]]:
+    """(name, bits per byte) of the byte counts that the model is held against."""
+    return [
+        (name, value)
+        for name in ("unigram", "bigram")
+        if (value := number(facts.get(f"bits_per_byte_{name}"))) is not None
+    ]
+
+
+def rows(facts: Facts) -> list[Row]:
+    """Bits per byte against byte counts."""
+    after, baselines, items = (
+        number(facts.get("bits_per_byte")),
+        baselines_of(facts),
+        facts.get("heldout_items", {}),
+    )
+    verdict = NO_VERDICT
+    if after is not None and baselines:
+        name, best = min(baselines, key=lambda baseline: baseline[1])
+        verdict = compared(best, after, bits, lower_is_better=True, against=f"than the {name} baseline")
+    behind = [
+        count(value, noun)
+        for noun in ("document", "byte")
+        if (value := number(items.get(f"bits_per_byte_{noun}s"))) is not None
+    ]
+    row = Row(
+        BITS,
+        tuple(f"{name} {bits(value)}" for name, value in baselines) or (NOT_YET,),
+        shown(after, bits),
+        ", ".join(behind),
+        "How many bits the model needs for each byte of text it has never seen: fewer is better. The "
+        "baselines guess a byte from how often it occurs (unigram), or occurs after the one before (bigram).",
+        verdict,
+    )
+    return [row]
+
+
+def charts(run: Run, facts: Facts) -> list[Chart]:
+    """Loss and bits per byte."""
+    baselines = tuple(Level(name, value) for name, value in baselines_of(facts))
+    line = Line("held out", run.heldout_curve("bits_per_byte"))
+    return [
+        training_and_heldout(run, "Loss", "nats per token", "loss"),
+        Chart(BITS, "fewer is better", (line,), baselines),
+    ]
+
+
+def remarks(verdicts: Verdicts) -> list[str]:
+    """A model that has learned nothing."""
+    if verdicts.get(BITS) not in ("worse", "same"):
+        return []
+    return ["The language model does not beat counting bytes: it needs more steps or more text."]
+
+
+STAGE = Stage(
+    program=language_program,
+    job=job,
+    replies=lambda session: "text",
+    heldout="data.prepared_dir",
+    report=StageReport(
+        title="Pretraining",
+        meaning="The model reads text and learns to predict the next token; it has not seen a question yet.",
+        facts=facts,
+        rows=rows,
+        charts=charts,
+        remarks=remarks,
+    ),
+)

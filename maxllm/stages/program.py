@@ -1,7 +1,4 @@
-"""The program of each stage that trains: its state, its step and the shape of its batch, without its data.
-
-The stage runs it, `plan` compiles it for machines that are not here.
-"""
+"""The programs of stages that train one model on a batch."""
 
 from __future__ import annotations
 
@@ -16,66 +13,35 @@ import optax
 from jax.sharding import Mesh
 
 from maxllm.config import Config, ModelConfig
-from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
-from maxllm.records import LmBatch, PairBatch, Params, ReplyPairBatch
-from maxllm.steps.dpo import dpo_loss
+from maxllm.plan.flops import train_flops_per_token
+from maxllm.records import LmBatch, PairBatch, Params
+from maxllm.run.program import Program, step_alone
 from maxllm.steps.language import adapters_loss, language_loss
-from maxllm.steps.reward import reward_loss
 from maxllm.steps.state import TrainState, abstract, init_adapters, init_params, initializer
 from maxllm.steps.update import Loss, train_step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
-    """What one stage compiles."""
-
-    init: Callable[[jax.Array], Any]
-    """key -> a fresh state, boxed."""
-    abstract_state: Any
-    step: Callable[..., Any]
-    """(state, batch, *frozen) -> (state, metrics)."""
-    abstract_batch: Any
-    """Shapes and types of a batch."""
-    frozen: tuple[Params, ...] = ()
-    """Abstract trees that the step reads besides."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Trainer(Program):
-    """That of a stage which trains one model."""
+    """The program of a stage that trains one model."""
 
     loss_fn: Callable[..., Loss]
     optimizer: optax.GradientTransformation
 
 
 def language_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
-    """Pretraining, and SFT of the whole model or, with `lora`, of adapters beside it."""
+    """Next-token prediction by the whole model or, with `lora`, by adapters beside it."""
     llama = Llama(model, config.lora)
     B, T = config.batch.rows, config.batch.sequence_length
     ids, weights = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T), jnp.float32)
     batch = LmBatch(ids, ids, weights, ids, ids)
     if config.lora is None:
-        return trained(config, mesh, llama, partial(language_loss, llama), batch)
+        return trainer(config, model, mesh, llama, partial(language_loss, llama), batch)
     base = abstract(partial(init_params, Llama(model)), mesh)
-    return trained(config, mesh, llama, partial(adapters_loss, llama), batch, init_adapters, (base,))
-
-
-def reward_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
-    """The reward model, on pairs."""
-    scalar = ScalarModel(model)
-    batch = pair_batch(config.batch.rows, config.batch.sequence_length)
-    return trained(config, mesh, scalar, partial(reward_loss, scalar, config.reward), batch)
-
-
-def dpo_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
-    """DPO, on pairs, beside the frozen reference."""
-    llama = Llama(model)
-    B, T = config.batch.rows, config.batch.sequence_length
-    batch = ReplyPairBatch(pair_batch(B, T), jax.ShapeDtypeStruct((B, 2), jnp.int32))
-    reference = abstract(partial(init_params, llama), mesh)
-    return trained(config, mesh, llama, partial(dpo_loss, llama, config.dpo), batch, frozen=(reference,))
+    loss = partial(adapters_loss, llama)
+    return trainer(config, model, mesh, llama, loss, batch, init_trained=init_adapters, frozen=(base,))
 
 
 def pair_batch(B: int, T: int) -> PairBatch:
@@ -87,17 +53,36 @@ def pair_batch(B: int, T: int) -> PairBatch:
     )
 
 
-def trained(
+def trainer(
     config: Config,
+    shape: ModelConfig,
     mesh: Mesh,
     model: Any,
     loss_fn: Callable[..., Loss],
     batch: Any,
+    *,
+    sequences: int = 1,
+    head: int | None = None,
+    references: int = 0,
     init_trained: Callable[[Any, jax.Array], Params] = init_params,
     frozen: tuple[Params, ...] = (),
 ) -> Trainer:
-    """One model, one optimizer, one loss."""
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    """One model, one optimizer, one loss.
+
+    Args:
+      config: the recipe.
+      shape: the model's configuration.
+      mesh: the device mesh.
+      model: what is trained, a Flax module.
+      loss_fn: (params, batch, dropout key, *frozen) -> Loss.
+      batch: shapes and types of a batch.
+      sequences: of batch.sequence_length tokens in each row of the batch.
+      head: width of the model's output; None for the vocabulary.
+      references: models of the same shape that are run beside it.
+      init_trained: (model, key) -> what the optimizer moves.
+      frozen: abstract trees that the loss reads and that stay.
+    """
+    optimizer = make_optimizer(config.optimizer, config.updates)
     init: Callable[[jax.Array], TrainState] = initializer(model, optimizer, init_trained)
     step = partial(
         train_step,
@@ -107,12 +92,19 @@ def trained(
         microbatches=config.batch.microbatches,
         gradient_dtype=jnp.dtype(config.optimizer.gradient_dtype),
     )
+    state = abstract(init, mesh, config.mesh.zero, config.mesh.offload)
+    tokens = sequences * config.batch.rows * config.batch.sequence_length
+    per_token = train_flops_per_token(shape, config.batch.sequence_length, head, references)
     return Trainer(
         init=init,
-        abstract_state=abstract(init, mesh, config.mesh.zero, config.mesh.offload),
-        step=step,
+        abstract_state=state,
         abstract_batch=batch,
         frozen=frozen,
+        **step_alone(step, state, batch, frozen),
+        tokens_per_step=tokens,
+        flops_per_step=tokens * per_token,
+        references=references,
+        head=head,
         loss_fn=loss_fn,
         optimizer=optimizer,
     )

@@ -1,4 +1,4 @@
-"""Quickstart: the whole road on one machine, from text to a Hugging Face folder and a report.
+"""Quickstart: take the whole road, from text to a Hugging Face folder and a report.
 
     maxllm quickstart --out runs/quickstart
 
@@ -19,9 +19,14 @@ from maxllm import recipe
 from maxllm.config import Config
 from maxllm.data import tasks
 from maxllm.files import write_json
+from maxllm.report.figures import NO_VERDICT, NOT_YET, Facts, Row, Verdict
+from maxllm.report.runs import number
+from maxllm.report.stage import Road
+from maxllm.report.wording import count, duration, percent, whole
 from maxllm.run.record import SUMMARY, hardware, read_summary
-from maxllm.stages import export, ppo, prepare, pretrain, reward, sft
+from maxllm.stages import export, prepare
 from maxllm.stages.chat import generate
+from maxllm.stages.registry import stage_of
 
 RECIPES = {
     "pretrain": "pretrain/tiny_slice_cpu",
@@ -29,6 +34,8 @@ RECIPES = {
     "reward": "reward/tiny_tasks_cpu",
     "ppo": "ppo/tiny_tasks_cpu",
 }
+"""The stages in the order in which they run."""
+
 FAST = "_fast"
 """Suffix of the recipes that take the same road in under two minutes, for tests."""
 
@@ -42,13 +49,8 @@ def run(out: Path, fast: bool = False) -> dict[str, Any]:
     manifest = prepare.run(configs["pretrain"])
     seconds = {"prepare": manifest["seconds"]}
     summaries: dict[str, dict[str, Any]] = {}
-    for stage, run_stage in (
-        ("pretrain", pretrain.run),
-        ("sft", sft.run),
-        ("reward", reward.run),
-        ("ppo", ppo.run),
-    ):
-        summaries[stage] = run_stage(configs[stage])
+    for stage in RECIPES:
+        summaries[stage] = stage_of(stage).run(configs[stage])
         seconds[stage] = summaries[stage]["seconds"]
     former = read_summary(out) or {}
     if former.get("runs") == fingerprint(out) and (out / "hf" / "config.json").is_file():
@@ -137,3 +139,54 @@ def samples(out: Path, rows: list[dict[str, str]]) -> dict[str, Any]:
             for number, row in enumerate(rows)
         ],
     }
+
+
+# --- what a report tells ----------------------------------------------------------------------------------
+
+
+def rows(facts: Facts) -> list[Row]:
+    """Whether `transformers` decodes as we do."""
+    prompts = number(facts.get("heldout_items", {}).get("export_prompts"))
+    match facts.get("export_greedy_identical", NOT_YET):
+        case True:
+            after, verdict = "identical", Verdict("better", "same text")
+        case False:
+            after, verdict = "differs", Verdict("worse", "not the same text")
+        case None:
+            after, verdict = "not checked: torch is missing", NO_VERDICT
+        case _:
+            after, verdict = NOT_YET, NO_VERDICT
+    row = Row(
+        "Exported model, greedy text",
+        ("the checkpoint",),
+        after,
+        count(prompts, "prompt") if prompts else "",
+        "Whether the Hugging Face folder, run by transformers, writes the same tokens as this checkpoint.",
+        verdict,
+    )
+    return [row]
+
+
+def lead(facts: Facts, seconds: float | None) -> str:
+    """What the road did, in its own numbers."""
+    parameters = number(facts.get("parameters"))
+    model = f"A LLaMA of {whole(parameters)} parameters" if parameters else "A LLaMA"
+    took = f" in {duration(seconds)}" if seconds else ""
+    said = f"{model} was pretrained on text, taught to answer and tuned by PPO against a reward model{took}"
+    before = number(facts.get("sft_exact_match_before"))
+    after = number(facts.get("ppo_exact_match_greedy_after"))
+    if before is not None and after is not None:
+        said += (
+            f"; of held-out questions it answered {percent(before)} right before SFT and "
+            f"{percent(after)} after PPO"
+        )
+    return f"{said}."
+
+
+ROAD = Road(
+    title="From text to a tuned LLaMA",
+    stages=tuple(RECIPES),
+    speakers={"pretrained": "after pretraining", "sft": "after SFT", "ppo": "after PPO"},
+    lead=lead,
+    rows=rows,
+)

@@ -1,4 +1,4 @@
-"""Reward model: the SFT model with a scalar head learns which of two replies is better.
+"""Reward: train a reward model, the SFT model with a scalar head, on preferred and rejected replies.
 
 maxllm reward configs/reward/tiny_tasks_cpu.yaml
 """
@@ -7,28 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from maxllm.config import Config
+from maxllm.config import Config, ModelConfig
 from maxllm.data import loader
 from maxllm.data.instruct import pad_pairs, read_split, reply_pair
 from maxllm.model.heads import ScalarModel
-from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import PairBatch, Params
-from maxllm.run.loop import Job, finished, mean_over, train
-from maxllm.run.session import Session, compile_reader, open_session
-from maxllm.stages.program import reward_program
+from maxllm.report.charts import COIN, Chart, Level, Line, shares, training_and_heldout
+from maxllm.report.figures import Facts, Row, pairs_row
+from maxllm.report.runs import Run
+from maxllm.report.stage import StageReport, Verdicts
+from maxllm.run.loop import Job, mean_over
+from maxllm.run.program import compile_reader
+from maxllm.run.session import Session
+from maxllm.stages.program import Trainer, pair_batch, trainer
 from maxllm.stages.shared import start_from, start_policy, told
+from maxllm.stages.stage import Stage
+from maxllm.steps.reward import reward_loss
 from maxllm.steps.state import TrainState, abstract, create, init_params
 from maxllm.steps.update import Loss, eval_step
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Trains from start.policy, or continues; returns summary.json's content."""
-    session = open_session(config)
-    return finished(session) or train(session, job(session))
+def program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
+    """The reward model, on pairs."""
+    scalar = ScalarModel(model)
+    batch = pair_batch(config.batch.rows, config.batch.sequence_length)
+    loss = partial(reward_loss, scalar, config.reward)
+    return trainer(config, model, mesh, scalar, loss, batch, sequences=2, head=1)
 
 
 def job(session: Session) -> Job:
@@ -48,20 +56,16 @@ def job(session: Session) -> Job:
     # 2. State: the policy's decoder under a new head.
     rows = pad_pairs([pair.ids for pair in train_pairs], length, pad)
     heldout = pad_pairs([pair.ids for pair in heldout_pairs], length, pad)
-    program = reward_program(config, session.model, session.mesh)
+    compiled = program(config, session.model, session.mesh)
     start = start_policy(session)
-    tokens = 2 * config.batch.rows * length
     # 3. Train; the best checkpoint is the one that orders most held-out pairs right.
     return Job(
-        abstract_state=program.abstract_state,
-        fresh=lambda: start_from(with_new_head(session, start), program.optimizer, program.abstract_state),
-        step=program.step,
+        program=compiled,
+        fresh=lambda: start_from(with_new_head(session, start), compiled.optimizer, compiled.abstract_state),
         batches=loader.Batches(rows, config.batch.rows, config.run.seed),
         heldout=heldout,
-        evaluate=heldout_pairs_evaluator(session, program.loss_fn, heldout),
+        evaluate=heldout_pairs_evaluator(session, compiled.loss_fn, heldout),
         best=("accuracy", "max"),
-        tokens_per_step=tokens,
-        flops_per_step=tokens * train_flops_per_token(session.model, length, head=1),
         facts={"heldout_items": len(heldout_pairs), "sources": told(session, tallies)},
     )
 
@@ -80,3 +84,51 @@ def heldout_pairs_evaluator(
     reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
     batches = partial(loader.in_order, pairs, session.config.batch.rows)
     return lambda state: mean_over(batches(), lambda batch: reader(state.params, batch))
+
+
+# --- what a report tells ----------------------------------------------------------------------------------
+
+PAIRS = "Pairs the reward model orders right"
+
+
+def facts(run: Run) -> Facts:
+    """Pair accuracy."""
+    items = {"reward_pair_accuracy": run.summary.get("heldout_items")}
+    return {"reward_pair_accuracy": run.after("accuracy"), "heldout_items": items}
+
+
+def rows(facts: Facts) -> list[Row]:
+    """Pair accuracy against a coin."""
+    meaning = "How often the right reply gets a higher score than a wrong one."
+    return [pairs_row(PAIRS, meaning, facts, "reward_pair_accuracy", facts.get("heldout_items", {}))]
+
+
+def charts(run: Run, facts: Facts) -> list[Chart]:
+    """Loss and pair accuracy."""
+    pairs = Line("held out", run.heldout_curve("accuracy"))
+    return [
+        training_and_heldout(run, "Loss", "−log σ(difference of scores)", "loss"),
+        shares("Pairs ordered right", pairs, levels=(Level("coin", COIN),)),
+    ]
+
+
+def remarks(verdicts: Verdicts) -> list[str]:
+    """A judge that guesses."""
+    if verdicts.get(PAIRS) not in ("worse", "same"):
+        return []
+    return ["The reward model is no better than a coin, so its scores say little about PPO."]
+
+
+STAGE = Stage(
+    program=program,
+    job=job,
+    replies=lambda session: "score",
+    report=StageReport(
+        title="Reward model",
+        meaning="A copy of the SFT model learns to give the better of two replies the higher score.",
+        facts=facts,
+        rows=rows,
+        charts=charts,
+        remarks=remarks,
+    ),
+)

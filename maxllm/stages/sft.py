@@ -1,4 +1,4 @@
-"""SFT: the pretrained model learns to answer; the loss counts the assistants' tokens only.
+"""SFT: fine-tune a model on instructions and replies; the loss counts the assistants' tokens only.
 
 maxllm sft configs/sft/tiny_tasks_cpu.yaml
 maxllm sft configs/sft/tiny_tasks_cpu.yaml lora.rank=8 run.dir=runs/tiny/sft-lora
@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 
-from maxllm.config import Config
 from maxllm.data.chat import Message, messages_of
 from maxllm.data.instruct import (
     Question,
@@ -28,8 +27,12 @@ from maxllm.data.sources import Tally
 from maxllm.errors import UserError
 from maxllm.model.adapters import merge
 from maxllm.records import Params
-from maxllm.run.loop import Job, finished, train
-from maxllm.run.session import Session, open_session, say
+from maxllm.report.charts import Chart, Line, shares, training_and_heldout
+from maxllm.report.figures import Facts, Row, both, share_row
+from maxllm.report.runs import Run
+from maxllm.report.stage import StageReport
+from maxllm.run.loop import Job
+from maxllm.run.session import Session, say
 from maxllm.stages.program import Trainer, language_program
 from maxllm.stages.shared import (
     exact_match,
@@ -42,13 +45,8 @@ from maxllm.stages.shared import (
     start_policy,
     told,
 )
+from maxllm.stages.stage import Stage
 from maxllm.steps.state import TrainState, create
-
-
-def run(config: Config) -> dict[str, Any]:
-    """Fine-tunes from start.policy, or continues; returns summary.json's content."""
-    session = open_session(config)
-    return finished(session) or train(session, job(session))
 
 
 def job(session: Session) -> Job:
@@ -173,3 +171,41 @@ def last_questions(session: Session, talks: Sequence[Talk], room: int) -> list[Q
             f"the others leave no room for a reply of {reply} tokens",
         )
     return questions
+
+
+# --- what a report tells ----------------------------------------------------------------------------------
+
+
+def facts(run: Run) -> Facts:
+    """Right answers before and after."""
+    items = {"sft_exact_match": run.summary.get("heldout_items")}
+    return both(run, {"exact_match": "sft_exact_match"}) | {"heldout_items": items}
+
+
+def rows(facts: Facts) -> list[Row]:
+    """Right answers."""
+    meaning = "Share of held-out questions whose reply is exactly the known answer."
+    items = facts.get("heldout_items", {}).get("sft_exact_match")
+    return [share_row("Right answers after SFT", meaning, facts, "sft_exact_match", items)]
+
+
+def charts(run: Run, facts: Facts) -> list[Chart]:
+    """Loss and right answers."""
+    return [
+        training_and_heldout(run, "Loss", "nats per token", "loss"),
+        shares("Right answers", Line("exact match", run.heldout_curve("exact_match"))),
+    ]
+
+
+STAGE = Stage(
+    program=language_program,
+    job=job,
+    replies=lambda session: "turns",
+    report=StageReport(
+        title="Supervised fine-tuning (SFT)",
+        meaning="The pretrained model is shown questions with their answers and learns to reply.",
+        facts=facts,
+        rows=rows,
+        charts=charts,
+    ),
+)

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from maxllm.config import GenerationConfig, LoraConfig
+from maxllm.config.root import TRAINED
 from maxllm.data import loader
 from maxllm.data.instruct import Question, pad_prompts
 from maxllm.data.sources import Tally
@@ -21,14 +22,14 @@ from maxllm.generate.decode import generate
 from maxllm.model.adapters import merge
 from maxllm.model.llama import Llama
 from maxllm.parallel import sharding
-from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import LmBatch, Params, PromptBatch, Rollout
 from maxllm.run.checkpoint import check_params, load_params
 from maxllm.run.loop import Job, mean_over
 from maxllm.run.parents import parent_of, run_dir_of, shown
+from maxllm.run.program import compile_reader
 from maxllm.run.record import read_summary
-from maxllm.run.session import Session, compile_reader, run_config, say
-from maxllm.stages.program import Program
+from maxllm.run.session import Session, run_config, say
+from maxllm.stages.program import Trainer
 from maxllm.steps.language import language_loss
 from maxllm.steps.state import TrainState, abstract, init_adapters, init_params
 from maxllm.steps.update import eval_step
@@ -100,14 +101,14 @@ def check_start(session: Session, checkpoint: Path, wanted: Params) -> None:
     """
     check_params(checkpoint, wanted)
     parent = run_config(run_dir_of(checkpoint))
-    unfinished = parent.stage != "convert" and read_summary(run_dir_of(checkpoint)) is None
+    unfinished = parent.stage in TRAINED and read_summary(run_dir_of(checkpoint)) is None
     more = f" of {parent.run.steps}: that run is not finished" if unfinished else ""
     say(session, f"starts from {shown(run_dir_of(checkpoint))}, step {checkpoint.name}{more}")
 
 
 def language_job(
     session: Session,
-    program: Program,
+    program: Trainer,
     *,
     fresh: Callable[[], TrainState],
     rows: LmBatch,
@@ -119,17 +120,13 @@ def language_job(
 ) -> Job:
     """The loop's job for next-token prediction, in pretraining and SFT."""
     config = session.config
-    tokens = config.batch.rows * config.batch.sequence_length
     return Job(
-        abstract_state=program.abstract_state,
+        program=program,
         fresh=fresh,
-        step=program.step,
         batches=loader.Batches(rows, config.batch.rows, config.run.seed),
         heldout=heldout,
         evaluate=evaluate,
         best=best,
-        tokens_per_step=tokens,
-        flops_per_step=tokens * train_flops_per_token(session.model, config.batch.sequence_length),
         frozen=frozen,
         facts=facts,
     )

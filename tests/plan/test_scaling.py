@@ -5,8 +5,6 @@ import pytest
 from maxllm.plan.scaling import (
     KAPLAN_TOKENS_PER_PARAMETER,
     classic_bytes,
-    classic_dpo_bytes,
-    classic_ppo_bytes,
     optimal_parameters,
     optimal_tokens,
     training_flops,
@@ -45,10 +43,10 @@ def test_mixed_precision_adam_takes_16_bytes_a_parameter():
 
 def test_ppo_with_four_models_of_seven_billion():
     """About 240 GB before activations: 2 x 112 trained, 2 x 14 run."""
-    assert classic_ppo_bytes(7e9) == 252e9
-    assert classic_ppo_bytes(6.74e9) == pytest.approx(240e9, rel=0.02)
+    assert classic_bytes(7e9, 2, 2) == 252e9
+    assert classic_bytes(6.74e9, 2, 2) == pytest.approx(240e9, rel=0.02)
 
 
 def test_dpo_with_two_models_of_seven_billion():
     """112 GB trained, 14 run: half of PPO's."""
-    assert classic_dpo_bytes(7e9) == 126e9 == classic_ppo_bytes(7e9) / 2
+    assert classic_bytes(7e9, 1, 1) == 126e9 == classic_bytes(7e9, 2, 2) / 2

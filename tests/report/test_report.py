@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from maxllm.errors import UserError
-from maxllm.report import figures
-from maxllm.report.page import write_report
+from maxllm.stages import sft
+from maxllm.stages.report import run as write_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 HARDWARE = {"device_kind": "cpu", "devices": 1, "cpu": "A <fast> & plain chip", "python": "3.11.7"}
@@ -305,10 +305,10 @@ def test_export_check(tmp_path: Path, value: bool | None, shown: str) -> None:
 
 def test_shares_are_not_judged_without_knowing_how_many_items_stand_behind_them() -> None:
     facts = {"sft_exact_match_before": 0.0, "sft_exact_match_after": 0.9}
-    assert figures.rows(facts, "sft")[0].verdict.kind == "none"
+    assert sft.rows(facts)[0].verdict.kind == "none"
     for items, kind in ((5, "better"), (2, "same")):
         known = facts | {"heldout_items": {"sft_exact_match": items}}
-        assert figures.rows(known, "sft")[0].verdict.kind == kind
+        assert sft.rows(known)[0].verdict.kind == kind
 
 
 def test_unfinished_quickstart(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from maxllm.errors import UserError
 from maxllm.parallel.mesh import make_mesh
 from maxllm.run import loop
 from maxllm.run.checkpoint import best_step, steps_of
+from maxllm.run.program import Program, step_alone
 from maxllm.run.record import METRICS, SUMMARY, read_records
 from maxllm.run.session import Session
 from maxllm.steps.state import TrainState
@@ -57,16 +58,21 @@ def build(tmp_path, tiny_tokenizer):
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(fresh)
         )
         rows = np.arange(64, dtype=np.int32) if rows is None else rows
+        batch = jax.ShapeDtypeStruct((8, *rows.shape[1:]), rows.dtype)
         job = loop.Job(
-            abstract_state=abstract,
+            program=Program(
+                init=fresh,
+                abstract_state=abstract,
+                abstract_batch=batch,
+                **step_alone(step, abstract, batch),
+                tokens_per_step=8,
+                flops_per_step=1.0,
+            ),
             fresh=fresh,
-            step=step,
             batches=Batches(rows, 8, 0),
             heldout=list(answers),
             evaluate=evaluate,
             best=("loss", "min"),
-            tokens_per_step=8,
-            flops_per_step=1.0,
         )
         session = Session(config, config.model, mesh, tiny_tokenizer, tmp_path / "run")
         return session, job
@@ -238,7 +244,7 @@ def test_speed_is_that_of_the_steps_whatever_stands_between_them(
 
     object.__setattr__(job, "evaluate", slow)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: device.now)
-    monkeypatch.setattr(loop, "compile_step", lambda *args, **options: (device.step, 0.0))
+    monkeypatch.setattr(loop, "compile_program", lambda *args, **options: (device.step, 0.0))
 
     class Slow(loop.Checkpoints):
         def save(self, *args):

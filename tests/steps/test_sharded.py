@@ -29,7 +29,7 @@ from maxllm.parallel import processes, sharding
 from maxllm.parallel.compiler import made_whole
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
 from maxllm.records import LmBatch, PairBatch, PromptBatch, ReplyPairBatch
-from maxllm.run.session import compile_reader, compile_step
+from maxllm.run.program import Part, compile_part, compile_reader
 from maxllm.stages.ppo import init_state, iteration
 from maxllm.steps.dpo import dpo_loss
 from maxllm.steps.language import language_loss
@@ -108,6 +108,16 @@ def created(init):
     return jax.device_get(create(init, abstract(init, mesh_of(ONE)), jax.random.key(0)))
 
 
+def shapes_of(batch):
+    """Shapes and types of numpy arrays."""
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batch)
+
+
+def described(array):
+    """Shape, type and sharding of an array."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
 def take_steps(mesh, init, step, batch, frozen_init=None, zero=3, count=1, offload="none"):
     """(state before, state after, metrics of each step), compiled the project's way, on this mesh."""
     description, before = abstract(init, mesh, zero, offload), created(init)
@@ -116,7 +126,8 @@ def take_steps(mesh, init, step, batch, frozen_init=None, zero=3, count=1, offlo
         frozen_shardings = sharding.shardings_of(abstract(frozen_init, mesh))
         frozen = (jax.device_put(created(frozen_init), frozen_shardings),)
     with made_whole() as whole:
-        compiled, _ = compile_step(mesh, step, description, batch, *frozen, zero=zero)
+        arguments = (description, shapes_of(batch), *jax.tree.map(described, frozen))
+        compiled = compile_part(mesh, Part(function=step, arguments=arguments, updates=True), zero)
     assert whole == []
     global_batch, metrics = processes.to_global(batch, sharding.batch_sharding(mesh)), []
     for _ in range(count):
