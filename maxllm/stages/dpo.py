@@ -13,7 +13,7 @@ from maxllm.config import Config
 from maxllm.data import loader
 from maxllm.data.instruct import Question, ReplyPair, answer_of, pad_reply_pairs, read_split, reply_pair
 from maxllm.plan.flops import train_flops_per_token
-from maxllm.records import Params, ReplyPairBatch
+from maxllm.records import ReplyPairBatch
 from maxllm.run.loop import Job, finished, mean_over, train
 from maxllm.run.session import Session, compile_reader, open_session
 from maxllm.stages.program import dpo_program
@@ -28,6 +28,7 @@ from maxllm.stages.shared import (
 )
 from maxllm.steps.state import TrainState
 from maxllm.steps.update import Loss, eval_step
+from maxllm.weights import Weights
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def job(session: Session) -> Job:
     pairs = pad_reply_pairs([pair for pair, _ in train_rows], length, pad)
     # 2. State: the policy; where it begins is also the reference, which stays.
     program = dpo_program(config, session.model, session.mesh)
-    reference = start_policy(session)()
+    reference = Weights(start_policy(session)())
     # 3. Held-out figures: the loss's, and right answers, where rows say which these are.
     heldout = pad_reply_pairs([pair for pair, _ in heldout_rows], length, pad)
     figures = heldout_pairs(session, program.loss_fn, heldout, reference)
@@ -62,7 +63,7 @@ def job(session: Session) -> Job:
     tokens = 2 * config.batch.rows * length
     return Job(
         abstract_state=program.abstract_state,
-        fresh=lambda: start_from(reference, program.optimizer, program.abstract_state),
+        fresh=lambda: start_from(reference.base, program.optimizer, program.abstract_state),
         step=program.step,
         batches=loader.Batches(pairs, config.batch.rows, config.run.seed),
         heldout=(heldout, [question.answer for question in questions]),
@@ -86,12 +87,12 @@ def pair_and_question(session: Session, row: dict[str, Any]) -> tuple[ReplyPair,
 
 
 def heldout_pairs(
-    session: Session, loss_fn: Callable[..., Loss], rows: ReplyPairBatch, reference: Params
+    session: Session, loss_fn: Callable[..., Loss], rows: ReplyPairBatch, reference: Weights
 ) -> Callable[[TrainState], dict[str, float]]:
     """Loss, share of pairs in the right order, implicit rewards and log-probabilities over held-out pairs."""
     reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
     batches = partial(loader.in_order, rows, session.config.batch.rows)
-    return lambda state: mean_over(batches(), lambda batch: reader(state.params, batch, reference))
+    return lambda state: mean_over(batches(), lambda batch: reader(Weights(state.params), batch, reference))
 
 
 def heldout_answers(
@@ -104,7 +105,8 @@ def heldout_answers(
     prompts = prompts_of(questions, room, session.tokenizer.pad)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        texts = replies(respond, session.tokenizer, state.params, prompts, session.config.batch.rows)
+        weights = Weights(state.params)
+        texts = replies(respond, session.tokenizer, weights, prompts, session.config.batch.rows)
         return {"exact_match": exact_match(texts, questions)}
 
     return evaluate

@@ -28,6 +28,7 @@ from maxllm.stages.shared import (
     start_policy,
 )
 from maxllm.steps.state import TrainState, create
+from maxllm.weights import Weights
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def bits_per_byte(
     tokens, size = manifest["heldout"]["tokens"], manifest["heldout"]["bytes"]
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        figures = measure(state.params)
+        figures = measure(Weights(state.params))
         return figures | {"bits_per_byte": figures["loss"] * tokens / math.log(2) / size}
 
     return evaluate

@@ -19,12 +19,13 @@ from maxllm.config import Config, ModelConfig
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
-from maxllm.records import LmBatch, PairBatch, Params, ReplyPairBatch
+from maxllm.records import LmBatch, PairBatch, ReplyPairBatch
 from maxllm.steps.dpo import dpo_loss
-from maxllm.steps.language import adapters_loss, language_loss
+from maxllm.steps.language import language_loss
 from maxllm.steps.reward import reward_loss
-from maxllm.steps.state import TrainState, abstract, init_adapters, init_params, initializer
+from maxllm.steps.state import abstract, init_params, initializer, partition_of
 from maxllm.steps.update import Loss, train_step
+from maxllm.weights import Partition, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Program:
     """(state, batch, *frozen) -> (state, metrics)."""
     abstract_batch: Any
     """Shapes and types of a batch."""
-    frozen: tuple[Params, ...] = ()
+    frozen: tuple[Any, ...] = ()
     """Abstract trees that the step reads besides."""
 
 
@@ -48,6 +49,8 @@ class Trainer(Program):
 
     loss_fn: Callable[..., Loss]
     optimizer: optax.GradientTransformation
+    partition: Partition
+    """What of the model's weights is in the state."""
 
 
 def language_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
@@ -56,10 +59,8 @@ def language_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
     B, T = config.batch.rows, config.batch.sequence_length
     ids, weights = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T), jnp.float32)
     batch = LmBatch(ids, ids, weights, ids, ids)
-    if config.lora is None:
-        return trained(config, mesh, llama, partial(language_loss, llama), batch)
-    base = abstract(partial(init_params, Llama(model)), mesh)
-    return trained(config, mesh, llama, partial(adapters_loss, llama), batch, init_adapters, (base,))
+    frozen = () if config.lora is None else (abstract_base(Llama(model), mesh),)
+    return trained(config, mesh, llama, partial(language_loss, llama), batch, frozen)
 
 
 def reward_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
@@ -74,8 +75,13 @@ def dpo_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
     llama = Llama(model)
     B, T = config.batch.rows, config.batch.sequence_length
     batch = ReplyPairBatch(pair_batch(B, T), jax.ShapeDtypeStruct((B, 2), jnp.int32))
-    reference = abstract(partial(init_params, llama), mesh)
-    return trained(config, mesh, llama, partial(dpo_loss, llama, config.dpo), batch, frozen=(reference,))
+    loss_fn = partial(dpo_loss, llama, config.dpo)
+    return trained(config, mesh, llama, loss_fn, batch, (abstract_base(llama, mesh),))
+
+
+def abstract_base(model: Any, mesh: Mesh) -> Weights:
+    """Shapes and shardings of a model's weights where they are frozen."""
+    return Weights(abstract(partial(init_params, model), mesh))
 
 
 def pair_batch(B: int, T: int) -> PairBatch:
@@ -93,12 +99,12 @@ def trained(
     model: Any,
     loss_fn: Callable[..., Loss],
     batch: Any,
-    init_trained: Callable[[Any, jax.Array], Params] = init_params,
-    frozen: tuple[Params, ...] = (),
+    frozen: tuple[Weights, ...] = (),
 ) -> Trainer:
     """One model, one optimizer, one loss."""
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
-    init: Callable[[jax.Array], TrainState] = initializer(model, optimizer, init_trained)
+    partition = partition_of(model)
+    optimizer = make_optimizer(config.optimizer, config.run.steps, partition.trained)
+    init = initializer(model, optimizer)
     step = partial(
         train_step,
         loss_fn=loss_fn,
@@ -106,6 +112,7 @@ def trained(
         seed=config.run.seed,
         microbatches=config.batch.microbatches,
         gradient_dtype=jnp.dtype(config.optimizer.gradient_dtype),
+        partition=partition,
     )
     return Trainer(
         init=init,
@@ -115,4 +122,5 @@ def trained(
         frozen=frozen,
         loss_fn=loss_fn,
         optimizer=optimizer,
+        partition=partition,
     )

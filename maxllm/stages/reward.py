@@ -23,6 +23,7 @@ from maxllm.stages.program import reward_program
 from maxllm.stages.shared import start_from, start_policy, told
 from maxllm.steps.state import TrainState, abstract, create, init_params
 from maxllm.steps.update import Loss, eval_step
+from maxllm.weights import Weights
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -79,4 +80,4 @@ def heldout_pairs_evaluator(
     """Loss, pair accuracy and mean scores over held-out pairs."""
     reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
     batches = partial(loader.in_order, pairs, session.config.batch.rows)
-    return lambda state: mean_over(batches(), lambda batch: reader(state.params, batch))
+    return lambda state: mean_over(batches(), lambda batch: reader(Weights(state.params), batch))
