@@ -1,6 +1,8 @@
 """AdamW, Adafactor or Muon, with a schedule, as optax chains."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +10,7 @@ import jax
 import optax
 
 from maxllm.config import OptimizerConfig
+from maxllm.weights import Declaration
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -25,36 +28,38 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
-def names(path: tuple[Any, ...]) -> list[str]:
-    """The names on the way to a parameter."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+def by_declaration(function: Callable[[Declaration, Any], Any], declared: Any, tree: Any) -> Any:
+    """`function(declaration, leaf)` on every leaf of a tree of parameters, or of arrays like them.
+
+    A leaf may be in a box, and where optax leaves a parameter to another optimizer there is none.
+    """
+    return jax.tree.map(
+        lambda declaration, node: jax.tree.map(partial(function, declaration), node), declared, tree
+    )
 
 
-def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
-    """Weight decay applies to matrices. Names decide, not ndim: scanned norm scales are [L, D]."""
-    return not any(name == "scale" or name.endswith("_bias") for name in names(path))
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then a step along the optimizer's direction, with decay on matrices.
+def make_optimizer(config: OptimizerConfig, steps: int, declared: Any) -> optax.GradientTransformation:
+    """Gradient clipping by global norm, then a step along the optimizer's direction, with decay on what is
+    neither a norm nor a bias.
 
     Args:
       config: the recipe's section.
       steps: updates over which the schedule runs.
+      declared: what the parameters are, a tree of `Declaration`.
     """
     match config.name:
         case "adamw":
             direction = adam(config)
         case "adafactor":
-            direction = adafactor()
+            direction = adafactor(declared)
         case "muon":
-            direction = muon(config)
+            direction = muon(config, declared)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.chain(
             direction,
             optax.add_decayed_weights(
-                config.weight_decay, lambda params: jax.tree_util.tree_map_with_path(is_matrix, params)
+                config.weight_decay, partial(by_declaration, lambda d, _: d.kind.decayed, declared)
             ),
             optax.scale_by_learning_rate(schedule(config, steps)),
         ),
@@ -90,43 +95,42 @@ def kept_in(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTr
     return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
-def muon(config: OptimizerConfig) -> optax.GradientTransformation:
+def muon(config: OptimizerConfig, declared: Any) -> optax.GradientTransformation:
     """Muon for the layers' matrices, Adam for embedding, head, norms and biases (Jordan et al. 2024).
 
     The momentum of each layer's matrix is orthogonalized by itself, and scaled to the root mean square that
     AdamW's updates have, 0.2, so that both go by one learning rate (Liu et al. 2025, "Muon is scalable").
     """
 
-    def dimensions(tree: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(axes_of, tree)
-
-    def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        axes = axes_of(path, update)
+    def scale(declaration: Declaration, update: jax.Array) -> jax.Array:
+        axes = axes_of(declaration, update)
         sides = [math.prod(update.shape[i] for i in side) for side in (axes.reduction_axis, axes.output_axis)]
         return update * (0.2 * max(sides) ** 0.5)
 
     orthogonal = optax.contrib.scale_by_muon(
-        beta=config.momentum, eps=config.eps, weight_dimension_numbers=dimensions
+        beta=config.momentum,
+        eps=config.eps,
+        weight_dimension_numbers=partial(by_declaration, axes_of, declared),
     )
-    scaled = optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+    scaled = optax.stateless(lambda updates, _: by_declaration(scale, declared, updates))
 
-    def label(path: tuple[Any, ...], leaf: Any) -> str:
-        return "muon" if "layers" in names(path) and is_matrix(path, leaf) else "adam"
+    def label(declaration: Declaration, _: Any) -> str:
+        return "muon" if declaration.stacked and declaration.kind.decayed else "adam"
 
     return optax.partition(
         {"muon": optax.chain(kept_in(config.moment_dtype, orthogonal), scaled), "adam": adam(config)},
-        lambda params: jax.tree_util.tree_map_with_path(label, params),
+        partial(by_declaration, label, declared),
     )
 
 
-def axes_of(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers:
+def axes_of(declaration: Declaration, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers:
     """Which axes of the layers' [L, ...] matrices are contracted with activations, and which are made:
-    [L, H, K, D] of wo contracts two, [L, D, H, K] makes two."""
-    first = 3 if leaf.ndim == 4 and "wo" in names(path) else 2
+    [L, H, K, D] of attention's output contracts two, [L, D, H, K] makes two."""
+    first = 1 + declaration.inputs
     return optax.contrib.MuonDimensionNumbers(tuple(range(1, first)), tuple(range(first, leaf.ndim)))
 
 
-def adafactor() -> optax.GradientTransformation:
+def adafactor(declared: Any) -> optax.GradientTransformation:
     """Shazeer & Stern 2018, algorithm 4, without momentum: every matrix factored, its update clipped to a
     root mean square of 1 and scaled by the matrix's own."""
     of_matrix = optax.chain(
@@ -135,28 +139,28 @@ def adafactor() -> optax.GradientTransformation:
         optax.scale_by_param_block_rms(),
     )
 
-    def label(path: tuple[Any, ...], _: Any) -> str:
-        return "layers" if "layers" in names(path) else "others"
+    def label(declaration: Declaration, _: Any) -> str:
+        return "layers" if declaration.stacked else "others"
 
     both = optax.partition(
-        {"layers": per_layer(of_matrix), "others": of_matrix},
-        lambda params: jax.tree_util.tree_map_with_path(label, params),
+        {"layers": per_layer(of_matrix, declared), "others": of_matrix},
+        partial(by_declaration, label, declared),
     )
     # Rows and columns do not have the axes that a parameter's box names. They are small, and kept whole.
     return optax.GradientTransformation(lambda params: both.init(nn.unbox(params)), both.update)
 
 
-def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def per_layer(inner: optax.GradientTransformation, declared: Any) -> optax.GradientTransformation:
     """`inner` on each layer's parameters alone, matrices as [rows, columns] and all others as vectors."""
 
-    def flat(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        if not is_matrix(path, leaf):
+    def flat(declaration: Declaration, leaf: jax.Array) -> jax.Array:
+        if not declaration.kind.decayed:
             return leaf.reshape(leaf.shape[0], -1)
-        rows = math.prod(leaf.shape[i] for i in axes_of(path, leaf).reduction_axis)
+        rows = math.prod(leaf.shape[i] for i in axes_of(declaration, leaf).reduction_axis)
         return leaf.reshape(leaf.shape[0], rows, -1)
 
     def matrices(tree: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(flat, tree)
+        return by_declaration(flat, declared, tree)
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         directions, state = jax.vmap(inner.update)(matrices(updates), state, matrices(params))

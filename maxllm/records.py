@@ -29,19 +29,6 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Metric name -> (sum, count)."""
 
 
-class Slotted(struct.PyTreeNode):
-    """Parameters, and for some of them a slot of zeros whose gradient is the parameter's, in its own type.
-
-    A gradient has the type of what it is a gradient of, and is in the same memory. Float32 parameters have
-    bfloat16 gradients this way, and those in the host's memory have gradients on the device; the slots are
-    never read, so XLA does not make them.
-    """
-
-    params: Params
-    slots: Params
-    """The tree of the parameters that have one."""
-
-
 class LmBatch(struct.PyTreeNode):
     """Next-token prediction: pretraining (weights on all tokens) and SFT (weights on replies)."""
 

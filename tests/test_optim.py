@@ -11,8 +11,9 @@ import torch
 
 from maxllm.config import LoraConfig, OptimizerConfig
 from maxllm.model.llama import Llama
-from maxllm.optim import is_matrix, make_optimizer, schedule
-from maxllm.steps.state import init_adapters
+from maxllm.optim import make_optimizer, schedule
+from maxllm.steps.state import init_params, partition_of
+from maxllm.weights import Declaration, Kind
 
 
 def rate(step, total=110, **changes):
@@ -63,23 +64,26 @@ def test_warmup_longer_than_the_run():
 
 # Which parameters decay
 
+TABLE, NORM = Declaration(Kind.TABLE, ()), Declaration(Kind.NORM, ())
+
 
 def test_decay_skips_norm_scales_alone(tiny_model, params_of):
     """Scanned norm scales are [L, D]: a rule by number of dimensions would take them for matrices."""
-    params = params_of(Llama(tiny_model()))
-    decays = jax.tree_util.tree_map_with_path(is_matrix, params)
-    named = {jax.tree_util.keystr(path): decay for path, decay in jax.tree_util.tree_leaves_with_path(decays)}
-    skipped = [name for name, decay in named.items() if not decay]
+    model = Llama(tiny_model())
+    params, declared = params_of(model), partition_of(model).trained
+    assert jax.tree.structure(params) == jax.tree.structure(declared)
+    named = {jax.tree_util.keystr(path): d for path, d in jax.tree_util.tree_leaves_with_path(declared)}
+    skipped = [name for name, declaration in named.items() if not declaration.kind.decayed]
     assert len(skipped) == 3 and all(name.endswith("['scale']") for name in skipped)
     assert params["decoder"]["layers"]["attention_norm"]["scale"].ndim == 2
 
 
 def test_decay_is_decoupled_and_by_the_rate(tiny_model, params_of):
     """With zero gradients a step is p -= rate * decay * p on matrices, and nothing on scales."""
-    params = params_of(Llama(tiny_model()))
-    optimizer = make_optimizer(
-        OptimizerConfig(learning_rate=0.01, schedule="constant", weight_decay=0.5), steps=10
-    )
+    model = Llama(tiny_model())
+    params = params_of(model)
+    config = OptimizerConfig(learning_rate=0.01, schedule="constant", weight_decay=0.5)
+    optimizer = make_optimizer(config, 10, partition_of(model).trained)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     after = optax.apply_updates(params, updates)
@@ -119,7 +123,7 @@ def test_adamw_equals_torch():
     groups = [{"params": [w], "weight_decay": 0.2}, {"params": [scale], "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.9), eps=1e-3)
 
-    optimizer = make_optimizer(config, steps=6)
+    optimizer = make_optimizer(config, 6, {"w": TABLE, "norm": {"scale": NORM}})
     state, clipped = optimizer.init(params), []
     for step in range(6):
         gradients = {"w": rng.normal(0, 0.5, (4, 3)), "norm": {"scale": rng.normal(0, 0.1, (2, 3))}}
@@ -143,26 +147,20 @@ def test_adamw_equals_torch():
     assert any(clipped) and not all(clipped)
 
 
-def test_biases_are_not_decayed(tiny_model, params_of):
-    """Scanned biases are [L, H, K]: their names keep decay away, boxed with logical axes or not."""
-    from maxllm.model.llama import Llama
-    from maxllm.optim import is_matrix
-    from maxllm.steps.state import init_params
-
+def test_biases_are_not_decayed(tiny_model):
+    """Scanned biases are [L, H, K]: their declaration keeps decay away."""
     model = Llama(tiny_model(attention_bias="qkvo", mlp_bias=True, qk_norm=True))
-    boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    for params in (params_of(model), boxed):
-        decayed = {
-            jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-            for path, _ in jax.tree_util.tree_leaves_with_path(params)
-            if is_matrix(path, None)
-        }
-        layers = "decoder/layers/"
-        assert decayed == {
-            *("decoder/embedding", "lm_head"),
-            *(f"{layers}attention/{name}" for name in ("wq", "wk", "wv", "wo")),
-            *(f"{layers}mlp/{name}" for name in ("w_gate", "w_up", "w_down")),
-        }
+    decayed = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, declaration in jax.tree_util.tree_leaves_with_path(partition_of(model).trained)
+        if declaration.kind.decayed
+    }
+    layers = "decoder/layers/"
+    assert decayed == {
+        *("decoder/embedding", "lm_head"),
+        *(f"{layers}attention/{name}" for name in ("wq", "wk", "wv", "wo")),
+        *(f"{layers}mlp/{name}" for name in ("w_gate", "w_up", "w_down")),
+    }
 
 
 # The other optimizers
@@ -177,6 +175,20 @@ SHAPES = {
     "embedding": (9, 4),
     "final_norm": {"scale": (4,)},
 }
+STACK = ("layers",)
+DECLARED = {
+    "layers": {
+        "attention": {
+            "wq": Declaration(Kind.MATRIX, STACK),
+            "wo": Declaration(Kind.MATRIX, STACK, inputs=2),
+            "q_bias": Declaration(Kind.BIAS, STACK),
+        },
+        "mlp": {"w_up": Declaration(Kind.MATRIX, STACK), "w_down": Declaration(Kind.MATRIX, STACK)},
+        "mlp_norm": {"scale": Declaration(Kind.NORM, STACK)},
+    },
+    "embedding": TABLE,
+    "final_norm": {"scale": NORM},
+}
 AS_MATRIX = {"wq": (4, 10), "wo": (10, 4), "w_up": (4, 7), "w_down": (7, 4)}
 CONSTANT = OptimizerConfig(learning_rate=0.01, schedule="constant", weight_decay=0.2, clip_norm=1e9)
 
@@ -190,9 +202,9 @@ def normal(seed, scale=1.0):
     return jax.tree.unflatten(outline, leaves)
 
 
-def steps_of(config, params, gradients):
+def steps_of(config, params, gradients, declared=DECLARED):
     """Parameters after each step."""
-    optimizer = make_optimizer(config, steps=10)
+    optimizer = make_optimizer(config, 10, declared)
     state = optimizer.init(params)
     step = jax.jit(optimizer.update)
     for gradient in gradients:
@@ -235,7 +247,7 @@ def test_adafactor_equals_torch():
 
 def test_adafactor_keeps_a_row_and_a_column_of_each_matrix():
     """11 + 14 + 14 + 11 numbers of the four matrices of a layer, its bias and scale; and 9 + 4 + 4."""
-    state = make_optimizer(OptimizerConfig(name="adafactor"), 10).init(normal(0))
+    state = make_optimizer(OptimizerConfig(name="adafactor"), 10, DECLARED).init(normal(0))
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float32 and leaf.shape[-1] > 1]
     kept = sum(leaf.size for leaf in moments)
     assert kept == 3 * (11 + 14 + 14 + 11 + 10 + 4) + 9 + 4 + 4
@@ -304,9 +316,10 @@ def test_muon_orthogonalizes_as_torch_does():
 def test_adapters_have_every_optimizer(name, tiny_model):
     """LoRA's matrices are [L, D, R] and [L, R, O]; three steps move them all and stay finite."""
     model = Llama(tiny_model(), LoraConfig(rank=4, targets=("wq", "wo", "w_up")))
-    params = jax.jit(lambda key: nn.unbox(init_adapters(model, key)))(jax.random.key(0))
+    params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
     ones = jax.tree.map(jnp.ones_like, params)
-    *_, after = steps_of(OptimizerConfig(name=name, learning_rate=0.1), params, [ones] * 3)
+    config = OptimizerConfig(name=name, learning_rate=0.1)
+    *_, after = steps_of(config, params, [ones] * 3, partition_of(model).trained)
     for before, now in zip(jax.tree.leaves(params), jax.tree.leaves(after), strict=True):
         assert np.isfinite(now).all() and np.abs(now - before).min() > 0
 
@@ -316,7 +329,8 @@ def test_adapters_have_every_optimizer(name, tiny_model):
 
 def moment_bytes(config, params):
     """Bytes of the optimizer's arrays."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(make_optimizer(config, 10).init(params)) if leaf.ndim)
+    state = make_optimizer(config, 10, DECLARED).init(params)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +350,7 @@ def test_a_bfloat16_second_moment_follows_its_gradients(beta2):
     """After 300 steps of N(0, 1) and 300 of N(0, 0.1^2), sqrt(v) beside that of float32, over 4096
     parameters: within 1 % in the mean, and 1 % from each other, after roundings of up to 0.4 %."""
     optimizers = [
-        optax.chain(make_optimizer(OptimizerConfig(beta2=beta2, moment_dtype=dtype, clip_norm=1e9), 10))
+        make_optimizer(OptimizerConfig(beta2=beta2, moment_dtype=dtype, clip_norm=1e9), 10, {"w": TABLE})
         for dtype in ("float32", "bfloat16")
     ]
     params = {"w": jnp.zeros(4096)}
@@ -361,7 +375,7 @@ def test_why_beta2_has_a_limit():
     the decay is less than half of bfloat16's spacing in the one case, and several of it in the other."""
     for beta2, steps, moved in ((0.999, 1000, False), (0.98, 100, True)):
         config = OptimizerConfig(moment_dtype="bfloat16").model_copy(update={"beta2": beta2})
-        optimizer, params = make_optimizer(config, 10), {"w": jnp.ones(1)}
+        optimizer, params = make_optimizer(config, 10, {"w": TABLE}), {"w": jnp.ones(1)}
         _, state = optimizer.update({"w": jnp.ones(1)}, optimizer.init(params), params)
         before = float(optax.tree.get(state, "nu")["w"][0])
         for _ in range(steps):

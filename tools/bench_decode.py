@@ -27,6 +27,7 @@ from maxllm.hf.export import export
 from maxllm.model.llama import Llama
 from maxllm.run.session import reopen
 from maxllm.stages.shared import policy_params
+from maxllm.weights import Weights
 
 PROMPT = 32
 NEVER = -1
@@ -53,7 +54,7 @@ def ours(run: Path, rows: int) -> Callable[[int], Any]:
     """Our decoding as a function of the number of new tokens."""
     session = reopen(run, ["model.dtype=float32"], ("model.dtype",))
     model = Llama(session.model.model_copy(update={"scan_unroll": session.model.n_layers}))
-    params = policy_params(session, run)
+    weights = Weights(policy_params(session, run))
     prompts = pad_prompts(prompt_ids(session.model.vocab_size, rows), PROMPT, 0)
     compiled: dict[int, Any] = {}
 
@@ -61,9 +62,9 @@ def ours(run: Path, rows: int) -> Callable[[int], Any]:
         if length not in compiled:
             config = GenerationConfig(max_new_tokens=length)
             compiled[length] = jax.jit(
-                lambda params: generate(model, params, prompts, jax.random.key(0), config, (NEVER,), 0)
+                lambda weights: generate(model, weights, prompts, jax.random.key(0), config, (NEVER,), 0)
             )
-        return jax.block_until_ready(compiled[length](params))
+        return jax.block_until_ready(compiled[length](weights))
 
     return decode
 

@@ -6,7 +6,6 @@ from maxllm.config.data import DataConfig as DataConfig
 from maxllm.config.data import TokenizerConfig as TokenizerConfig
 from maxllm.config.dpo import DpoConfig as DpoConfig
 from maxllm.config.generation import GenerationConfig as GenerationConfig
-from maxllm.config.lora import MATRICES as MATRICES
 from maxllm.config.lora import LoraConfig as LoraConfig
 from maxllm.config.mesh import MeshConfig as MeshConfig
 from maxllm.config.mesh import Offload as Offload

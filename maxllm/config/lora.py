@@ -10,9 +10,6 @@ from maxllm.config.section import Section
 
 LoraTarget = Literal["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"]
 
-MATRICES = get_args(LoraTarget)
-"""Names of the layers' matrices: nearly all of a model's parameters."""
-
 
 class LoraConfig(Section):
     """Low-rank adapters: SFT trains them alone, the model stays as it is (Hu et al. 2021)."""

@@ -16,7 +16,8 @@ from flax import struct
 from maxllm.config import GenerationConfig
 from maxllm.generate.sampling import sample
 from maxllm.model.llama import Llama, unstack
-from maxllm.records import Array, Params, PromptBatch, Rollout
+from maxllm.records import Array, PromptBatch, Rollout
+from maxllm.weights import Weights
 
 
 class _Progress(struct.PyTreeNode):
@@ -35,7 +36,7 @@ class _Decoder:
     """The rules of one decoding; `generate` reads as the algorithm."""
 
     model: Llama
-    params: Params
+    weights: Weights
     key: jax.Array
     config: GenerationConfig
     stop_tokens: tuple[int, ...]
@@ -47,7 +48,7 @@ class _Decoder:
     ) -> tuple[jax.Array, Any]:
         """Logits [B, V] of the last slot fed, and the cache with the new keys and values."""
         logits, cache = self.model.apply(
-            {"params": self.params, **cache},
+            {**self.weights.collections(), **cache},
             tokens,
             segments,
             positions,
@@ -83,7 +84,7 @@ class _Decoder:
 
 def generate(
     model: Llama,
-    params: Params,
+    weights: Weights,
     prompts: PromptBatch,
     key: jax.Array,
     config: GenerationConfig,
@@ -95,7 +96,7 @@ def generate(
 
     Args:
       model: with scan_unroll = n_layers, its layers are taken apart first, which is fastest on CPU.
-      params: its parameters.
+      weights: its weights.
       prompts: left-padded, [B, P].
       key: drives the sampling; slot i uses fold_in(key, i).
       config: R = max_new_tokens, and the sampling rule.
@@ -109,8 +110,8 @@ def generate(
     B, P = prompts.tokens_BP.shape
     R = config.max_new_tokens
     if model.config.scan_unroll == model.config.n_layers:
-        model, params = unstack(model, params)
-    decoder = _Decoder(model, params, key, config, stop_tokens, pad, never)
+        model, weights = unstack(model, weights)
+    decoder = _Decoder(model, weights, key, config, stop_tokens, pad, never)
     segments_BP = (jnp.arange(P) >= P - prompts.lengths_B[:, None]).astype(jnp.int32)
     positions_BP = jnp.maximum(jnp.cumsum(segments_BP, axis=1) - 1, 0)
 

@@ -1,7 +1,8 @@
 """LoRA (Hu et al. 2021): y = x W + (alpha / r) x A B, with W frozen and A, B trained.
 
 A is Gaussian and B zero at first, so a fresh adapter changes nothing. The two live in the `lora` collection,
-beside `params`: gradients, optimizer state and checkpoints are of the adapters alone.
+beside `params`; `Weights` carries both. Without the collection adapters are off: that is the model which they
+were trained beside.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from maxllm.config import LoraConfig
-from maxllm.records import Params
+from maxllm.weights import Kind, Weights, declared
 
 
 def adapted(
@@ -39,11 +40,13 @@ def adapted(
     """
     if lora is None or name not in lora.targets:
         return y
+    if not module.is_initializing() and not module.has_variable("lora", f"{name}_a"):
+        return y
     B, T, D = x_BTD.shape
     width = y[0, 0].size
 
     def declare(suffix: str, init: Any, shape: tuple[int, int], names: tuple[str | None, ...]) -> jax.Array:
-        make = nn.with_logical_partitioning(init, names)
+        make = declared(init, Kind.ADAPTER, names)
         variable = module.variable(
             "lora", f"{name}_{suffix}", lambda: make(module.make_rng("params"), shape, jnp.float32)
         )
@@ -56,12 +59,12 @@ def adapted(
     return y + (lora.scale * delta).reshape(y.shape).astype(y.dtype)
 
 
-def merge(params: Params, adapters: Params, lora: LoraConfig) -> Params:
-    """The parameters of a `Llama` without adapters that computes the same: W + (alpha / r) A B."""
-    flat, low = flatten_dict(params, sep="/"), flatten_dict(adapters, sep="/")
+def merge(weights: Weights, lora: LoraConfig) -> Weights:
+    """Weights without adapters that compute the same: W + (alpha / r) A B."""
+    flat, low = flatten_dict(weights.base, sep="/"), flatten_dict(weights.adapters, sep="/")
     for path, a_LDR in low.items():
         if path.endswith("_a"):
             weight = path.removesuffix("_a")
             delta = lora.scale * jnp.einsum("ldr,lro->ldo", a_LDR, low[weight + "_b"])
             flat[weight] = flat[weight] + delta.reshape(flat[weight].shape).astype(flat[weight].dtype)
-    return unflatten_dict(flat, sep="/")
+    return Weights(unflatten_dict(flat, sep="/"))

@@ -9,7 +9,7 @@ from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model import alibi, rope
 from maxllm.model.adapters import adapted
 from maxllm.model.attend import attend
-from maxllm.model.layers import RMSNorm, bias, dtype_of, matmul, matrix
+from maxllm.model.layers import RMSNorm, bias, matmul, matrix
 from maxllm.model.visible import Keys
 
 
@@ -32,12 +32,10 @@ class Attention(nn.Module):
         """[B, T, D] -> [B, T, D]; with a cache_length, keys and values are kept in the `cache` collection."""
         c = self.config
         D, H, G, K = c.d_model, c.n_heads, c.n_kv_heads, c.k_dim
-        dtype = dtype_of(c)
-        wq_DHK = matrix(self, "wq", (D, H, K), ("embed", "heads", "head_dim"), c.init_std, dtype)
-        wk_DGK = matrix(self, "wk", (D, G, K), ("embed", "kv_heads", "head_dim"), c.init_std, dtype)
-        wv_DGK = matrix(self, "wv", (D, G, K), ("embed", "kv_heads", "head_dim"), c.init_std, dtype)
-        residual_std = c.init_std / (2 * c.n_layers) ** 0.5
-        wo_HKD = matrix(self, "wo", (H, K, D), ("heads", "head_dim", "embed"), residual_std, dtype)
+        wq_DHK = matrix(self, c, "wq", (D, H, K), ("embed", "heads", "head_dim"))
+        wk_DGK = matrix(self, c, "wk", (D, G, K), ("embed", "kv_heads", "head_dim"))
+        wv_DGK = matrix(self, c, "wv", (D, G, K), ("embed", "kv_heads", "head_dim"))
+        wo_HKD = matrix(self, c, "wo", (H, K, D), ("heads", "head_dim", "embed"), inputs=2, residual=True)
 
         q_BTHK = self._adapted("wq", x_BTD, matmul(x_BTD, wq_DHK), ("embed", "heads"), deterministic)
         k_BSGK = self._adapted("wk", x_BTD, matmul(x_BTD, wk_DGK), ("embed", "kv_heads"), deterministic)

@@ -3,29 +3,26 @@
 import flax.linen as nn
 import jax
 
-from maxllm.records import Array, Params, Slotted
+from maxllm.records import Array
+from maxllm.weights import Weights
 
 
 def forward(
     model: nn.Module,
-    params: Params,
+    weights: Weights,
     tokens_BT: Array,
     segment_ids_BT: Array,
     positions_BT: Array,
     dropout_key: jax.Array | None = None,
-    adapters: Params | None = None,
     method: str = "__call__",
 ) -> jax.Array:
     """What a `Llama` (logits [B, T, V]) or a `ScalarModel` (numbers [B, T]) says, in float32.
 
-    Without a dropout key, dropout is off. `adapters` are those of a `Llama` that was made with `lora`. With
-    method="hidden", what the head of a `Llama` reads, [B, T, D] in the compute type.
+    Without a dropout key, dropout is off. With method="hidden" it is what the head of a `Llama` reads,
+    [B, T, D] in the compute type.
     """
-    slots = {}
-    if isinstance(params, Slotted):
-        params, slots = params.params, {"slots": params.slots}
     output = model.apply(
-        {"params": params, **slots} if adapters is None else {"params": params, "lora": adapters, **slots},
+        weights.collections(),
         tokens_BT,
         segment_ids_BT,
         positions_BT,

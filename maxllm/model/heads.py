@@ -4,21 +4,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maxllm.config import ModelConfig
+from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model.layers import weight
 from maxllm.model.llama import Decoder
+from maxllm.weights import Kind
 
 
 class ScalarModel(nn.Module):
-    """One float32 number per position. Its `decoder` parameters are those of `Llama`."""
+    """One float32 number per position. Its `decoder` parameters are those of `Llama`, as are its adapters."""
 
     config: ModelConfig
+    lora: LoraConfig | None = None
 
     def setup(self) -> None:
         """Declares the decoder and the head, N(0, 1 / sqrt(D + 1)) (Stiennon et al. 2020)."""
         c = self.config
-        self.decoder = Decoder(c)
-        self.head_D1 = weight(self, "head", (c.d_model, 1), ("table", "norm"), (c.d_model + 1) ** -0.5)
+        self.decoder = Decoder(c, self.lora)
+        std = (c.d_model + 1) ** -0.5
+        self.head_D1 = weight(self, "head", Kind.HEAD, (c.d_model, 1), ("table", "norm"), std)
 
     def __call__(
         self,

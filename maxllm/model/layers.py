@@ -12,6 +12,7 @@ from maxllm.config import LoraConfig, ModelConfig
 from maxllm.model.adapters import adapted
 from maxllm.parallel import residual
 from maxllm.parallel.memory import fetched
+from maxllm.weights import Kind, declared
 
 
 def dtype_of(config: ModelConfig) -> jnp.dtype:
@@ -20,21 +21,45 @@ def dtype_of(config: ModelConfig) -> jnp.dtype:
 
 
 def weight(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float
+    module: nn.Module,
+    name: str,
+    kind: Kind,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    std: float,
+    inputs: int = 1,
 ) -> jax.Array:
-    """Declares a float32 parameter: its shape, logical axes and normal initializer on one line."""
-    initializer = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    """Declares a float32 parameter: its kind, shape, logical axes and normal initializer on one line."""
+    initializer = declared(nn.initializers.normal(std), kind, axes, inputs)
     return cast(jax.Array, module.param(name, initializer, shape, jnp.float32))
 
 
 def matrix(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std: float, dtype: jnp.dtype
+    module: nn.Module,
+    config: ModelConfig,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    inputs: int = 1,
+    residual: bool = False,
 ) -> jax.Array:
-    """Declares a weight as `weight` does, and returns it ready to multiply: in the compute type, and whole
-    but for tensor parallelism."""
-    w = weight(module, name, shape, axes, std)
+    """Declares a layer's matrix, and returns it ready to multiply: in the compute type, and whole but for
+    tensor parallelism.
+
+    Args:
+      module: the layer, or a part of it.
+      config: the model's.
+      name: of the parameter.
+      shape: without the axis L.
+      axes: their logical names, one of them "embed".
+      inputs: how many of them, from the first on, are contracted with activations.
+      residual: it is the last of its branch, and its output is added to the residual stream: these start
+        smaller with depth (GPT-2).
+    """
+    std = config.init_std / (2 * config.n_layers) ** 0.5 if residual else config.init_std
+    w = weight(module, name, Kind.MATRIX, shape, axes, std, inputs)
     slot = module.get_variable("slots", name) if module.has_variable("slots", name) else None
-    return gathered(w, slot, axes, dtype)
+    return gathered(w, slot, axes, dtype_of(config))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -94,9 +119,8 @@ def bfloat16_of(w: jax.Array) -> jax.Array:
 
 
 def bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-    """Declares a float32 bias, 0 at first; its name ends in _bias, which keeps weight decay from it."""
-    assert name.endswith("_bias")
-    initializer = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+    """Declares a float32 bias, 0 at first."""
+    initializer = declared(nn.initializers.zeros, Kind.BIAS, axes)
     return cast(jax.Array, module.param(name, initializer, shape, jnp.float32))
 
 
@@ -124,7 +148,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[..., D] -> [..., D] in the compute type; D is whatever the last axis is."""
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        ones = declared(nn.initializers.ones, Kind.NORM, ("norm",))
         scale_D = cast(jax.Array, self.param("scale", ones, x_BTD.shape[-1:], jnp.float32))
         x_BTD = x_BTD.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_BTD), -1, keepdims=True) + self.config.norm_eps)
@@ -148,12 +172,9 @@ class SwiGLU(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         c = self.config
         D, F = c.d_model, c.d_ff
-        dtype = dtype_of(c)
-        gate_DF = matrix(self, "w_gate", (D, F), ("embed", "mlp"), c.init_std, dtype)
-        up_DF = matrix(self, "w_up", (D, F), ("embed", "mlp"), c.init_std, dtype)
-        # Residual outputs start smaller with depth (GPT-2): wo and w_down, not w_up.
-        residual_std = c.init_std / (2 * c.n_layers) ** 0.5
-        down_FD = matrix(self, "w_down", (F, D), ("mlp", "embed"), residual_std, dtype)
+        gate_DF = matrix(self, c, "w_gate", (D, F), ("embed", "mlp"))
+        up_DF = matrix(self, c, "w_up", (D, F), ("embed", "mlp"))
+        down_FD = matrix(self, c, "w_down", (F, D), ("mlp", "embed"), residual=True)
         gate_BTF, up_BTF = matmul(x_BTD, gate_DF), matmul(x_BTD, up_DF)
         gate_BTF = adapted(self, self.lora, "w_gate", x_BTD, gate_BTF, ("embed", "mlp"), deterministic)
         up_BTF = adapted(self, self.lora, "w_up", x_BTD, up_BTF, ("embed", "mlp"), deterministic)

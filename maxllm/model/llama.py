@@ -23,7 +23,8 @@ from maxllm.model.layers import RMSNorm, SwiGLU, dtype_of, matmul, weight
 from maxllm.model.visible import Keys
 from maxllm.parallel import context, residual
 from maxllm.parallel.pipeline import pipeline, stages_here
-from maxllm.records import Params, Slotted
+from maxllm.records import Params
+from maxllm.weights import LAYERS, Kind, Weights
 
 LAYER_INPUT = "layer_input"
 
@@ -107,7 +108,7 @@ class Decoder(nn.Module):
         """Declares the embedding table, the scanned layers and the final norm."""
         c = self.config
         self.embedding_VD = weight(
-            self, "embedding", (c.vocab_size, c.d_model), ("vocab", "table"), c.init_std
+            self, "embedding", Kind.TABLE, (c.vocab_size, c.d_model), ("vocab", "table"), c.init_std
         )
         layer = layer_class(c)
         self.final_norm = RMSNorm(c)
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
             in_axes=nn.broadcast,
             length=c.n_layers,
             unroll=c.scan_unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            metadata_params={nn.PARTITION_NAME: LAYERS},
         )(c, self.lora)
 
     def __call__(
@@ -214,7 +215,7 @@ class Llama(nn.Module):
         self.decoder = Decoder(c, self.lora, self.unstacked)
         if not c.tie_embeddings:
             self.lm_head_DV = weight(
-                self, "lm_head", (c.d_model, c.vocab_size), ("table", "vocab"), c.init_std
+                self, "lm_head", Kind.TABLE, (c.d_model, c.vocab_size), ("table", "vocab"), c.init_std
             )
 
     def hidden(
@@ -251,22 +252,26 @@ class Llama(nn.Module):
         return nn.with_logical_constraint(logits_BTV, ("batch", "length", "act_vocab"))
 
 
-def head_weight(model: Llama, params: Params) -> jax.Array:
+def head_weight(model: Llama, weights: Weights) -> jax.Array:
     """The output projection, [D, V]."""
-    if isinstance(params, Slotted):
-        params = params.params
-    return params["decoder"]["embedding"].T if model.config.tie_embeddings else params["lm_head"]
+    base = weights.base
+    return base["decoder"]["embedding"].T if model.config.tie_embeddings else base["lm_head"]
 
 
-def unstack(model: Llama, params: Params) -> tuple[Llama, Params]:
-    """The same model with the layers' parameters apart instead of stacked on an axis L.
+def unstack(model: Llama, weights: Weights) -> tuple[Llama, Weights]:
+    """The same model with each layer's weights apart instead of stacked on an axis L.
 
     A scan takes each layer's slice of the stack at every step. XLA's CPU backend copies it, which is nothing
     in training, but in decoding costs more than the matmuls: a step reads every weight once and does little
     else.
     """
-    decoder = dict(params["decoder"])
-    stacked = decoder.pop("layers")
-    for number in range(model.config.n_layers):
-        decoder[f"layer_{number}"] = jax.tree.map(lambda leaf, n=number: leaf[n], stacked)
-    return model.clone(unstacked=True), {**params, "decoder": decoder}
+
+    def apart(tree: Params) -> Params:
+        decoder = dict(tree["decoder"])
+        stacked = decoder.pop("layers")
+        for number in range(model.config.n_layers):
+            decoder[f"layer_{number}"] = jax.tree.map(lambda leaf, n=number: leaf[n], stacked)
+        return {**tree, "decoder": decoder}
+
+    adapters = None if weights.adapters is None else apart(weights.adapters)
+    return model.clone(unstacked=True), Weights(apart(weights.base), adapters)

@@ -4,15 +4,17 @@ DP, FSDP, context and tensor parallelism are sizes of mesh axes, not code: an ax
 dimension whole.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxllm.config import MATRICES, Offload
+from maxllm.config import Offload
 from maxllm.errors import UserError, listed
 from maxllm.parallel.memory import HOST
+from maxllm.weights import LAYERS, Box, Kind
 
 STAGE, CONTEXT, TENSOR = "stage", "context", "tensor"
 """Mesh axes of layers, of a row's positions, and of heads, feed-forward and vocabulary."""
@@ -31,9 +33,6 @@ WHOLE_SHARE = 0.02
 """Of a state's bytes that ZeRO-3 may leave on every device, in arrays of SMALL bytes or more."""
 SMALL = 1 << 16
 
-OPTIMIZER_STATE = "opt_state"
-"""The part of every training state whose arrays are the optimizer's."""
-
 RULES: Rules = (
     # activations
     ("batch", BATCH),
@@ -45,7 +44,7 @@ RULES: Rules = (
     ("act_mlp", TENSOR),
     ("act_vocab", TENSOR),
     # parameters
-    ("layers", STAGE),
+    (LAYERS, STAGE),
     ("vocab", TENSOR),
     ("embed", PARAMETERS),
     ("gradient_embed", PARAMETERS),
@@ -67,49 +66,56 @@ def rules_of(zero: int) -> Rules:
     return tuple((name, None if whole.get(name) else axes) for name, axes in RULES)
 
 
-def abstract_tree(boxed: Any, mesh: Mesh, zero: int = 3, offload: Offload = "none") -> Any:
-    """Shapes with shardings, from the output of `jax.eval_shape` on an initializer.
+def abstract_weights(boxed: Any, mesh: Mesh, zero: int = 3, offload: Offload = "none") -> Any:
+    """Shapes with shardings of weights, and of what else a state has besides its optimizer's arrays.
 
     Args:
-      boxed: tree of ShapeDtypeStruct whose parameters still carry their logical axis names.
+      boxed: tree of ShapeDtypeStruct, from `jax.eval_shape` on an initializer; what has no box is whole.
       mesh: the device mesh.
-      zero: stage of ZeRO: the optimizer's state is split from 1 on, parameters at 3.
-      offload: the optimizer's arrays, or the layers' matrices too, lie in the host's memory.
+      zero: stage of ZeRO: parameters are split at 3.
+      offload: the layers' matrices lie in the host's memory, or do not.
 
     Returns:
       The unboxed tree of `jax.ShapeDtypeStruct(shape, dtype, sharding)`: feed it to `jit`'s shardings, to
       Orbax's restore, to shape checks.
     """
-    specs = jax.tree.map(spec_of, boxed, is_leaf=is_boxed)
-    of_parameters = nn.logical_to_mesh_sharding(specs, mesh, rules_of(zero))
-    of_optimizer = nn.logical_to_mesh_sharding(specs, mesh, rules_of(3 if zero >= 1 else 0))
+    return described(
+        boxed,
+        mesh,
+        rules_of(zero),
+        lambda node, _: offload == "parameters" and isinstance(node, Box) and node.kind is Kind.MATRIX,
+    )
 
-    def describe(path: Any, leaf: Any, parameter: NamedSharding, optimizer: NamedSharding) -> Any:
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        of_state = OPTIMIZER_STATE in names
-        sharding = optimizer if of_state else parameter
-        if (of_state and leaf.ndim and offload != "none") or (
-            names[-1] in MATRICES and offload == "parameters"
-        ):
-            sharding = sharding.with_memory_kind(HOST)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(describe, nn.unbox(boxed), of_parameters, of_optimizer)
+def abstract_moments(boxed: Any, mesh: Mesh, zero: int = 3, offload: Offload = "none") -> Any:
+    """Shapes with shardings of an optimizer's state, as `abstract_weights` has them of weights.
+
+    It is split from ZeRO 1 on, and lies in the host's memory wherever anything does; its counts do not.
+    """
+    rules = rules_of(3 if zero >= 1 else 0)
+    return described(boxed, mesh, rules, lambda _, leaf: offload != "none" and leaf.ndim > 0)
+
+
+def described(boxed: Any, mesh: Mesh, rules: Rules, in_host: Callable[[Any, Any], bool]) -> Any:
+    """Shapes with shardings by the rules; `in_host(box, array)` says what lies in the host's memory."""
+
+    def describe(node: Any) -> Any:
+        axes = node.get_partition_spec() if is_boxed(node) else PartitionSpec()
+        sharding = nn.logical_to_mesh_sharding(axes, mesh, rules)
+
+        def of(leaf: Any) -> jax.ShapeDtypeStruct:
+            here = sharding.with_memory_kind(HOST) if in_host(node, leaf) else sharding
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+        # An optimizer that leaves a parameter to another keeps an empty node in its box.
+        return jax.tree.map(of, node.value if is_boxed(node) else node)
+
+    return jax.tree.map(describe, boxed, is_leaf=is_boxed)
 
 
 def is_boxed(node: Any) -> bool:
     """Whether a node of a tree carries the logical names of its axes."""
     return isinstance(node, nn.meta.AxisMetadata)
-
-
-def spec_of(node: Any) -> Any:
-    """The logical names of a parameter, or of an array like it, as a spec; none for what carries none.
-
-    An optimizer that leaves a parameter to another keeps an empty node in its box, which has no spec.
-    """
-    if not is_boxed(node):
-        return PartitionSpec()
-    return jax.tree.map(lambda _: node.get_partition_spec(), node.value)
 
 
 def check_split(abstract: Any, mesh: Mesh) -> None:

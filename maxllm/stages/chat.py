@@ -18,12 +18,12 @@ from maxllm.data.instruct import pad_prompts
 from maxllm.data.render import render_prompt
 from maxllm.data.tokenizer import document_start
 from maxllm.errors import UserError
-from maxllm.records import Params
 from maxllm.run import session as sessions
 from maxllm.run.checkpoint import find
 from maxllm.run.session import Session, reopen
 from maxllm.stages.registry import stage_of
 from maxllm.stages.shared import policy_params, reply_text, responder, response_ids
+from maxllm.weights import Weights
 
 MAY_SET = ("generation", "run.seed", "run.day", "model.dtype")
 """What may be set otherwise than when the run was trained."""
@@ -46,7 +46,7 @@ class Speaker:
         if reply == "score":
             raise UserError(f"{run_dir} holds a reward model, which gives scores and no text")
         self.check_context()
-        self.params: Params = policy_params(self.session, find(run_dir))
+        self.weights = Weights(policy_params(self.session, find(run_dir)))
         self.chats = reply == "turns"
         self._respond = cache(lambda: responder(self.session, self.session.config.generation))
         self._turn = 0
@@ -116,7 +116,7 @@ class Speaker:
         key = jax.random.fold_in(jax.random.key(self.session.config.run.seed), self._turn)
         self._turn += 1
         rollout = jax.device_get(
-            self._respond()(self.params, pad_prompts([ids] * rows, length, self.session.tokenizer.pad), key)
+            self._respond()(self.weights, pad_prompts([ids] * rows, length, self.session.tokenizer.pad), key)
         )
         return {
             "text": reply_text(self.session.tokenizer, rollout, 0),

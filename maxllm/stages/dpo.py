@@ -17,7 +17,7 @@ from maxllm.config import Config, ModelConfig
 from maxllm.data import loader
 from maxllm.data.instruct import Question, ReplyPair, answer_of, pad_reply_pairs, read_split, reply_pair
 from maxllm.model.llama import Llama
-from maxllm.records import Params, ReplyPairBatch
+from maxllm.records import ReplyPairBatch
 from maxllm.report.charts import COIN, Chart, Level, Line, shares, training_and_heldout
 from maxllm.report.figures import Facts, Row, both, pairs_row, share_row
 from maxllm.report.runs import Run, number
@@ -25,7 +25,7 @@ from maxllm.report.stage import StageReport
 from maxllm.run.loop import Job, mean_over
 from maxllm.run.program import compile_reader
 from maxllm.run.session import Session
-from maxllm.stages.program import Trainer, pair_batch, trainer
+from maxllm.stages.program import Trainer, abstract_base, pair_batch, trainer
 from maxllm.stages.shared import (
     exact_match,
     prompts_of,
@@ -37,8 +37,9 @@ from maxllm.stages.shared import (
 )
 from maxllm.stages.stage import Stage
 from maxllm.steps.dpo import dpo_loss
-from maxllm.steps.state import TrainState, abstract, init_params
+from maxllm.steps.state import TrainState
 from maxllm.steps.update import Loss, eval_step
+from maxllm.weights import Weights
 
 
 def program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
@@ -46,9 +47,18 @@ def program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
     llama = Llama(model)
     B, T = config.batch.rows, config.batch.sequence_length
     batch = ReplyPairBatch(pair_batch(B, T), jax.ShapeDtypeStruct((B, 2), jnp.int32))
-    reference = abstract(partial(init_params, llama), mesh)
     loss = partial(dpo_loss, llama, config.dpo)
-    return trainer(config, model, mesh, llama, loss, batch, sequences=2, references=1, frozen=(reference,))
+    return trainer(
+        config,
+        model,
+        mesh,
+        llama,
+        loss,
+        batch,
+        sequences=2,
+        references=1,
+        frozen=(abstract_base(llama, mesh),),
+    )
 
 
 def job(session: Session) -> Job:
@@ -67,7 +77,7 @@ def job(session: Session) -> Job:
     pairs = pad_reply_pairs([pair for pair, _ in train_rows], length, pad)
     # 2. State: the policy; where it begins is also the reference, which stays.
     compiled = program(config, session.model, session.mesh)
-    reference = start_policy(session)()
+    reference = Weights(start_policy(session)())
     # 3. Held-out figures: the loss's, and right answers, where rows say which these are.
     heldout = pad_reply_pairs([pair for pair, _ in heldout_rows], length, pad)
     figures = heldout_pairs(session, compiled.loss_fn, heldout, reference)
@@ -76,7 +86,7 @@ def job(session: Session) -> Job:
     answers = heldout_answers(session, questions, room)
     return Job(
         program=compiled,
-        fresh=lambda: start_from(reference, compiled.optimizer, compiled.abstract_state),
+        fresh=lambda: start_from(reference.base, compiled.optimizer, compiled.abstract_state),
         batches=loader.Batches(pairs, config.batch.rows, config.run.seed),
         heldout=(heldout, [question.answer for question in questions]),
         evaluate=lambda state: figures(state) | answers(state),
@@ -97,12 +107,12 @@ def pair_and_question(session: Session, row: dict[str, Any]) -> tuple[ReplyPair,
 
 
 def heldout_pairs(
-    session: Session, loss_fn: Callable[..., Loss], rows: ReplyPairBatch, reference: Params
+    session: Session, loss_fn: Callable[..., Loss], rows: ReplyPairBatch, reference: Weights
 ) -> Callable[[TrainState], dict[str, float]]:
     """Loss, share of pairs in the right order, implicit rewards and log-probabilities over held-out pairs."""
     reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
     batches = partial(loader.in_order, rows, session.config.batch.rows)
-    return lambda state: mean_over(batches(), lambda batch: reader(state.params, batch, reference))
+    return lambda state: mean_over(batches(), lambda batch: reader(Weights(state.params), batch, reference))
 
 
 def heldout_answers(
@@ -115,7 +125,8 @@ def heldout_answers(
     prompts = prompts_of(questions, room, session.tokenizer.pad)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        texts = replies(respond, session.tokenizer, state.params, prompts, session.config.batch.rows)
+        weights = Weights(state.params)
+        texts = replies(respond, session.tokenizer, weights, prompts, session.config.batch.rows)
         return {"exact_match": exact_match(texts, questions)}
 
     return evaluate

@@ -23,14 +23,16 @@ from maxllm.hf.peft import export_adapters
 from maxllm.hf.verify import TOLERANCE, has_torch, hf_scores, verify_greedy
 from maxllm.hf.verify_tokenizer import check_tokenization
 from maxllm.model.heads import ScalarModel
+from maxllm.model.llama import Llama
 from maxllm.records import Params
 from maxllm.run.checkpoint import find, load_params
 from maxllm.run.session import Session, reopen
 from maxllm.stages import ppo
 from maxllm.stages.chat import Speaker
 from maxllm.stages.registry import stage_of
-from maxllm.stages.shared import abstract_adapters, abstract_params, policy_params
+from maxllm.stages.shared import abstract_params, policy_params
 from maxllm.steps.reward import score
+from maxllm.weights import Weights
 
 CHECK_TOKENS = 32
 """Greedy tokens compared per prompt."""
@@ -127,7 +129,7 @@ def export_lora(session: Session, run_dir: Path, out_dir: Path, base: str) -> di
     lora = session.config.lora
     if lora is None:
         raise UserError(f"{run_dir} trained no adapters: leave --base away to export the model")
-    adapters = load_params(find(run_dir), abstract_adapters(session, lora))
+    adapters = load_params(find(run_dir), abstract_params(session, Llama(session.model, lora)))
     return export_adapters(adapters, session.model, lora, base, out_dir)
 
 
@@ -192,7 +194,7 @@ def conversation(prompt: str, reply: str) -> list[Message]:
 
 def score_of(model: ScalarModel, params: Params, ids: Sequence[int]) -> float:
     """Our score of a whole conversation."""
-    return float(score(model, params, jnp.array([ids]), jnp.array([len(ids)]))[0])
+    return float(score(model, Weights(params), jnp.array([ids]), jnp.array([len(ids)]))[0])
 
 
 def greedy_check(

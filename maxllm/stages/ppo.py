@@ -40,6 +40,7 @@ from maxllm.run.checkpoint import find, load_params, restore
 from maxllm.run.loop import Job
 from maxllm.run.program import Program, compile_reader, step_alone
 from maxllm.run.session import Session, check_same_model
+from maxllm.stages.program import abstract_base
 from maxllm.stages.shared import (
     abstract_params,
     check_start,
@@ -53,7 +54,8 @@ from maxllm.stages.shared import (
 from maxllm.stages.stage import Stage
 from maxllm.steps import ppo as algorithm
 from maxllm.steps.ppo import Frozen, Ppo, PpoState
-from maxllm.steps.state import abstract, init_params, initializer
+from maxllm.steps.state import abstract, initializer, partition_of
+from maxllm.weights import Weights
 
 LEAST_ADVANTAGE_STD = 1e-4
 """Below it the 1e-8 that whitening adds to the variance is what it divides by."""
@@ -73,7 +75,7 @@ def iteration(
     rollout_key, update_key = jax.random.split(key)
     rollout = generate(
         ppo.policy_model,
-        state.actor.params,
+        Weights(state.actor.params),
         prompts,
         rollout_key,
         generation,
@@ -110,8 +112,8 @@ def job(session: Session) -> Job:
     ppo = algorithm_with(session)
     compiled = program_of(config, session.model, session.mesh, ppo)
     frozen = Frozen(
-        reference=start(),
-        reward=load_params(judge, reward),
+        reference=Weights(start()),
+        reward=Weights(load_params(judge, reward)),
     )
     # 3. Train; the best checkpoint is the one with the highest held-out score.
     return Job(
@@ -155,12 +157,13 @@ def algorithm_of(
 ) -> Ppo:
     """The algorithm as a recipe has it."""
     critic = config.optimizer.model_copy(update={"learning_rate": config.ppo.critic_learning_rate})
+    policy, scalar = Llama(model), ScalarModel(model)
     return Ppo(
         config=config.ppo,
-        policy_model=Llama(model),
-        scalar_model=ScalarModel(model),
-        actor_optimizer=make_optimizer(config.optimizer, config.updates),
-        critic_optimizer=make_optimizer(critic, config.updates),
+        policy_model=policy,
+        scalar_model=scalar,
+        actor_optimizer=make_optimizer(config.optimizer, config.updates, partition_of(policy).trained),
+        critic_optimizer=make_optimizer(critic, config.updates, partition_of(scalar).trained),
         temperature=config.generation.temperature,
         stop_tokens=stop_tokens,
         pad=pad,
@@ -187,9 +190,7 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
     """Rollout, scores and updates: four models in one program."""
     init = partial(init_state, ppo)
     prompt = config.batch.sequence_length - config.generation.max_new_tokens
-    reference, reward = (
-        abstract(partial(init_params, m), mesh) for m in (ppo.policy_model, ppo.scalar_model)
-    )
+    reference, reward = (abstract_base(model, mesh) for model in (ppo.policy_model, ppo.scalar_model))
     state = abstract(init, mesh, config.mesh.zero, config.mesh.offload)
     batch = PromptBatch(
         jax.ShapeDtypeStruct((config.batch.rows, prompt), jnp.int32),
@@ -269,8 +270,8 @@ def fresh_state(ppo: Ppo, frozen: Frozen, abstract_state: PpoState) -> PpoState:
     """Step 0: the actor is a copy of the reference, the critic of the reward model."""
     return PpoState(
         step=jnp.int32(0),
-        actor=start_from(frozen.reference, ppo.actor_optimizer, abstract_state.actor),
-        critic=start_from(frozen.reward, ppo.critic_optimizer, abstract_state.critic),
+        actor=start_from(frozen.reference.base, ppo.actor_optimizer, abstract_state.actor),
+        critic=start_from(frozen.reward.base, ppo.critic_optimizer, abstract_state.critic),
     )
 
 
@@ -310,15 +311,15 @@ def heldout_evaluator(
     config = session.config
     greedy = config.generation.model_copy(update={"temperature": 0.0})
 
-    def judge(params: Params, prompts: PromptBatch, frozen: Frozen, key: jax.Array) -> tuple[Any, ...]:
+    def judge(weights: Weights, prompts: PromptBatch, frozen: Frozen, key: jax.Array) -> tuple[Any, ...]:
         sampled, best = (
-            generate(ppo.policy_model, params, prompts, key, how, ppo.stop_tokens, ppo.pad, ppo.never)
+            generate(ppo.policy_model, weights, prompts, key, how, ppo.stop_tokens, ppo.pad, ppo.never)
             for how in (config.generation, greedy)
         )
         targets_BR = algorithm.response_tokens(sampled)
         logps_BR, ref_logps_BR = (
-            token_logps(algorithm.response_logits(ppo, p, sampled), targets_BR)
-            for p in (params, frozen.reference)
+            token_logps(algorithm.response_logits(ppo, w, sampled), targets_BR)
+            for w in (weights, frozen.reference)
         )
         kl_B = jnp.sum(kl_k1(logps_BR, ref_logps_BR) * sampled.mask_BR, axis=1)
         return sampled, best, algorithm.scores(ppo, frozen.reward, sampled), kl_B
@@ -333,7 +334,9 @@ def heldout_evaluator(
             loader.in_order(prompts_of(questions, length, ppo.pad), config.batch.rows)
         ):
             key = jax.random.fold_in(jax.random.key(config.run.seed), part)
-            sampled, best, scores_B, kl_B = jax.device_get(reader(state.actor.params, batch, frozen, key))
+            sampled, best, scores_B, kl_B = jax.device_get(
+                reader(Weights(state.actor.params), batch, frozen, key)
+            )
             texts += [reply_text(session.tokenizer, sampled, row) for row in range(real)]
             greedy_texts += [reply_text(session.tokenizer, best, row) for row in range(real)]
             for name, values in (("score", scores_B), ("kl", kl_B), ("finished", sampled.finished_B)):

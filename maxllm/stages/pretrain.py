@@ -33,6 +33,7 @@ from maxllm.stages.shared import (
 )
 from maxllm.stages.stage import Stage
 from maxllm.steps.state import TrainState, create
+from maxllm.weights import Weights
 
 BITS = "Bits per byte of unseen text"
 
@@ -84,7 +85,7 @@ def bits_per_byte(
     tokens, size = manifest["heldout"]["tokens"], manifest["heldout"]["bytes"]
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        figures = measure(state.params)
+        figures = measure(Weights(state.params))
         return figures | {"bits_per_byte": figures["loss"] * tokens / math.log(2) / size}
 
     return evaluate

@@ -16,11 +16,12 @@ from maxllm.config import Config, ModelConfig
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.plan.flops import train_flops_per_token
-from maxllm.records import LmBatch, PairBatch, Params
+from maxllm.records import LmBatch, PairBatch
 from maxllm.run.program import Program, step_alone
-from maxllm.steps.language import adapters_loss, language_loss
-from maxllm.steps.state import TrainState, abstract, init_adapters, init_params, initializer
+from maxllm.steps.language import language_loss
+from maxllm.steps.state import abstract, init_params, initializer, partition_of
 from maxllm.steps.update import Loss, train_step
+from maxllm.weights import Partition, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Trainer(Program):
 
     loss_fn: Callable[..., Loss]
     optimizer: optax.GradientTransformation
+    partition: Partition
+    """What of the model's weights is in the state."""
 
 
 def language_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
@@ -37,11 +40,13 @@ def language_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
     B, T = config.batch.rows, config.batch.sequence_length
     ids, weights = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T), jnp.float32)
     batch = LmBatch(ids, ids, weights, ids, ids)
-    if config.lora is None:
-        return trainer(config, model, mesh, llama, partial(language_loss, llama), batch)
-    base = abstract(partial(init_params, Llama(model)), mesh)
-    loss = partial(adapters_loss, llama)
-    return trainer(config, model, mesh, llama, loss, batch, init_trained=init_adapters, frozen=(base,))
+    frozen = () if config.lora is None else (abstract_base(Llama(model), mesh),)
+    return trainer(config, model, mesh, llama, partial(language_loss, llama), batch, frozen=frozen)
+
+
+def abstract_base(model: Any, mesh: Mesh) -> Weights:
+    """Shapes and shardings of a model's weights where they are frozen."""
+    return Weights(abstract(partial(init_params, model), mesh))
 
 
 def pair_batch(B: int, T: int) -> PairBatch:
@@ -64,8 +69,7 @@ def trainer(
     sequences: int = 1,
     head: int | None = None,
     references: int = 0,
-    init_trained: Callable[[Any, jax.Array], Params] = init_params,
-    frozen: tuple[Params, ...] = (),
+    frozen: tuple[Weights, ...] = (),
 ) -> Trainer:
     """One model, one optimizer, one loss.
 
@@ -74,16 +78,17 @@ def trainer(
       shape: the model's configuration.
       mesh: the device mesh.
       model: what is trained, a Flax module.
-      loss_fn: (params, batch, dropout key, *frozen) -> Loss.
+      loss_fn: (weights, batch, dropout key, *others) -> Loss.
       batch: shapes and types of a batch.
       sequences: of batch.sequence_length tokens in each row of the batch.
       head: width of the model's output; None for the vocabulary.
       references: models of the same shape that are run beside it.
-      init_trained: (model, key) -> what the optimizer moves.
-      frozen: abstract trees that the loss reads and that stay.
+      frozen: abstract weights that stay: the part of the model that is not trained, if there is one, and then
+        what the loss reads besides.
     """
-    optimizer = make_optimizer(config.optimizer, config.updates)
-    init: Callable[[jax.Array], TrainState] = initializer(model, optimizer, init_trained)
+    partition = partition_of(model)
+    optimizer = make_optimizer(config.optimizer, config.updates, partition.trained)
+    init = initializer(model, optimizer)
     step = partial(
         train_step,
         loss_fn=loss_fn,
@@ -91,6 +96,7 @@ def trainer(
         seed=config.run.seed,
         microbatches=config.batch.microbatches,
         gradient_dtype=jnp.dtype(config.optimizer.gradient_dtype),
+        partition=partition,
     )
     state = abstract(init, mesh, config.mesh.zero, config.mesh.offload)
     tokens = sequences * config.batch.rows * config.batch.sequence_length
@@ -107,4 +113,5 @@ def trainer(
         head=head,
         loss_fn=loss_fn,
         optimizer=optimizer,
+        partition=partition,
     )

@@ -29,6 +29,7 @@ from maxllm.stages.stage import Stage
 from maxllm.steps.reward import reward_loss
 from maxllm.steps.state import TrainState, abstract, create, init_params
 from maxllm.steps.update import Loss, eval_step
+from maxllm.weights import Weights
 
 
 def program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
@@ -83,7 +84,7 @@ def heldout_pairs_evaluator(
     """Loss, pair accuracy and mean scores over held-out pairs."""
     reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
     batches = partial(loader.in_order, pairs, session.config.batch.rows)
-    return lambda state: mean_over(batches(), lambda batch: reader(state.params, batch))
+    return lambda state: mean_over(batches(), lambda batch: reader(Weights(state.params), batch))
 
 
 # --- what a report tells ----------------------------------------------------------------------------------

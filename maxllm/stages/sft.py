@@ -6,9 +6,8 @@ maxllm sft configs/sft/tiny_tasks_cpu.yaml lora.rank=8 run.dir=runs/tiny/sft-lor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -25,19 +24,18 @@ from maxllm.data.pack import Piece
 from maxllm.data.render import render_prompt
 from maxllm.data.sources import Tally
 from maxllm.errors import UserError
-from maxllm.model.adapters import merge
-from maxllm.records import Params
 from maxllm.report.charts import Chart, Line, shares, training_and_heldout
 from maxllm.report.figures import Facts, Row, both, share_row
 from maxllm.report.runs import Run
 from maxllm.report.stage import StageReport
 from maxllm.run.loop import Job
 from maxllm.run.session import Session, say
-from maxllm.stages.program import Trainer, language_program
+from maxllm.stages.program import language_program
 from maxllm.stages.shared import (
     exact_match,
     heldout_language,
     language_job,
+    merging,
     prompts_of,
     replies,
     responder,
@@ -47,6 +45,7 @@ from maxllm.stages.shared import (
 )
 from maxllm.stages.stage import Stage
 from maxllm.steps.state import TrainState, create
+from maxllm.weights import Weights
 
 
 def job(session: Session) -> Job:
@@ -59,7 +58,8 @@ def job(session: Session) -> Job:
     heldout = pack_conversations([talk.piece for talk in heldout_talks], length, pad)
     # 2. State: all parameters, or adapters beside parameters that stay.
     program = language_program(config, session.model, session.mesh)
-    trained = all_parameters(session, program) if config.lora is None else adapters(session, program)
+    start, partition = start_policy(session), program.partition
+    frozen = (Weights(start()),) if partition.keeps else ()
     # 3. Held-out figures: loss on the replies, and greedy exact match.
     loss_of = heldout_language(session, heldout)
     respond = responder(session, config.generation)
@@ -67,16 +67,23 @@ def job(session: Session) -> Job:
     questions = last_questions(session, heldout_talks, room)
     prompts = prompts_of(questions, room, pad)
 
+    def fresh() -> TrainState:
+        if frozen:
+            return create(program.init, program.abstract_state, jax.random.key(config.run.seed))
+        return start_from(start(), program.optimizer, program.abstract_state)
+
+    merged = merging(config.lora)
+
     def evaluate(state: TrainState) -> dict[str, float]:
-        params = trained.whole(state.params)
-        texts = replies(respond, session.tokenizer, params, prompts, config.batch.rows)
-        return loss_of(params) | {"exact_match": exact_match(texts, questions)}
+        weights = merged(partition.joined(state.params, *frozen))
+        texts = replies(respond, session.tokenizer, weights, prompts, config.batch.rows)
+        return loss_of(weights) | {"exact_match": exact_match(texts, questions)}
 
     return language_job(
         session,
         program,
-        fresh=trained.fresh,
-        frozen=trained.frozen,
+        fresh=fresh,
+        frozen=frozen,
         rows=rows,
         heldout=(heldout, prompts, [question.answer for question in questions]),
         evaluate=evaluate,
@@ -86,39 +93,6 @@ def job(session: Session) -> Job:
             "heldout_conversations": len(heldout_talks),
             "sources": told(session, tallies),
         },
-    )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What of the model is trained."""
-
-    fresh: Callable[[], TrainState]
-    frozen: tuple[Params, ...]
-    """What the step reads besides."""
-    whole: Callable[[Params], Params]
-    """All parameters of the model, from the trained ones."""
-
-
-def all_parameters(session: Session, program: Trainer) -> Trained:
-    """The whole model."""
-    start = start_policy(session)
-    return Trained(
-        fresh=lambda: start_from(start(), program.optimizer, program.abstract_state),
-        frozen=(),
-        whole=lambda params: params,
-    )
-
-
-def adapters(session: Session, program: Trainer) -> Trained:
-    """LoRA: fresh adapters; the model itself stays as it is."""
-    config = session.config
-    assert config.lora is not None, "the recipe asks for adapters"
-    base = start_policy(session)()
-    return Trained(
-        fresh=lambda: create(program.init, program.abstract_state, jax.random.key(config.run.seed)),
-        frozen=(base,),
-        whole=partial(jax.jit(partial(merge, lora=config.lora)), base),
     )
 
 

@@ -31,8 +31,9 @@ from maxllm.run.record import read_summary
 from maxllm.run.session import Session, run_config, say
 from maxllm.stages.program import Trainer
 from maxllm.steps.language import language_loss
-from maxllm.steps.state import TrainState, abstract, init_adapters, init_params
+from maxllm.steps.state import TrainState, abstract, init_params
 from maxllm.steps.update import eval_step
+from maxllm.weights import Weights
 
 
 def told(session: Session, tallies: Sequence[Tally]) -> list[dict[str, Any]]:
@@ -54,7 +55,7 @@ def start_from(
 
 
 def abstract_params(session: Session, model: Any) -> Params:
-    """Shapes and shardings of a model's parameters."""
+    """Shapes and shardings of what a checkpoint holds of a model: its adapters, if it has any."""
     return abstract(partial(init_params, model), session.mesh)
 
 
@@ -69,13 +70,13 @@ def policy_params(session: Session, checkpoint: Path) -> Params:
     if config.lora is None:
         return load_params(checkpoint, abstract_params(session, Llama(session.model)))
     base = policy_params(session, parent_of(run_dir, config, "policy"))
-    adapters = load_params(checkpoint, abstract_adapters(session, config.lora))
-    return jax.jit(partial(merge, lora=config.lora))(base, adapters)
+    adapters = load_params(checkpoint, abstract_params(session, Llama(session.model, config.lora)))
+    return merging(config.lora)(Weights(base, adapters)).base
 
 
-def abstract_adapters(session: Session, lora: LoraConfig) -> Params:
-    """Shapes and shardings of a model's adapters."""
-    return abstract(partial(init_adapters, Llama(session.model, lora)), session.mesh)
+def merging(lora: LoraConfig | None) -> Callable[[Weights], Weights]:
+    """A compiled function that gives weights without adapters that compute the same."""
+    return (lambda weights: weights) if lora is None else jax.jit(partial(merge, lora=lora))
 
 
 def start_policy(session: Session) -> Callable[[], Params]:
@@ -86,9 +87,7 @@ def start_policy(session: Session) -> Callable[[], Params]:
     """
     checkpoint = session.parent("policy")
     lora = run_config(run_dir_of(checkpoint)).lora
-    model = Llama(session.model)
-    wanted = abstract_params(session, model) if lora is None else abstract_adapters(session, lora)
-    check_start(session, checkpoint, wanted)
+    check_start(session, checkpoint, abstract_params(session, Llama(session.model, lora)))
     return partial(policy_params, session, checkpoint)
 
 
@@ -116,7 +115,7 @@ def language_job(
     evaluate: Callable[[TrainState], dict[str, float]],
     best: tuple[str, Any],
     facts: dict[str, Any],
-    frozen: tuple[Params, ...] = (),
+    frozen: tuple[Weights, ...] = (),
 ) -> Job:
     """The loop's job for next-token prediction, in pretraining and SFT."""
     config = session.config
@@ -132,23 +131,23 @@ def language_job(
     )
 
 
-def heldout_language(session: Session, rows: LmBatch) -> Callable[[Params], dict[str, float]]:
+def heldout_language(session: Session, rows: LmBatch) -> Callable[[Weights], dict[str, float]]:
     """Loss (nats per weighted target) and next-token accuracy over held-out rows."""
     loss_fn = partial(language_loss, Llama(session.model))
     reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
     batches = partial(loader.in_order, rows, session.config.batch.rows)
-    return lambda params: mean_over(batches(), lambda batch: reader(params, batch))
+    return lambda weights: mean_over(batches(), lambda batch: reader(weights, batch))
 
 
 def responder(session: Session, config: GenerationConfig) -> Callable[..., Rollout]:
-    """Compiled `(params, PromptBatch, key) -> Rollout` for this session's policy."""
+    """Compiled `(weights, PromptBatch, key) -> Rollout` for this session's policy."""
     unroll = session.model.n_layers if jax.default_backend() == "cpu" else session.model.scan_unroll
     model = Llama(session.model.model_copy(update={"scan_unroll": unroll}))
     stop_tokens, pad = session.tokenizer.stop_tokens, session.tokenizer.pad
     never = without_piece(session.tokenizer, session.model.vocab_size)
 
-    def respond(params: Params, prompts: Any, key: jax.Array) -> Rollout:
-        return generate(model, params, prompts, key, config, stop_tokens, pad, never)
+    def respond(weights: Weights, prompts: Any, key: jax.Array) -> Rollout:
+        return generate(model, weights, prompts, key, config, stop_tokens, pad, never)
 
     return compile_reader(session.mesh, respond)
 
@@ -161,7 +160,7 @@ def prompts_of(questions: Sequence[Question], length: int, pad: int) -> PromptBa
 def replies(
     respond: Callable[..., Rollout],
     tokenizer: Tokenizer,
-    params: Params,
+    weights: Weights,
     prompts: Any,
     rows: int,
     seed: int = 0,
@@ -169,7 +168,7 @@ def replies(
     """Replies as text to all prompts (a PromptBatch [N, P]), `rows` at a time."""
     texts: list[str] = []
     for number, (batch, real) in enumerate(loader.in_order(prompts, rows)):
-        rollout = jax.device_get(respond(params, batch, jax.random.fold_in(jax.random.key(seed), number)))
+        rollout = jax.device_get(respond(weights, batch, jax.random.fold_in(jax.random.key(seed), number)))
         texts += [reply_text(tokenizer, rollout, row) for row in range(real)]
     return texts
 

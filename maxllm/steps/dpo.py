@@ -13,14 +13,15 @@ from maxllm.config import DpoConfig
 from maxllm.losses import preference
 from maxllm.model.forward import forward
 from maxllm.model.llama import Llama, head_weight
-from maxllm.records import Params, ReplyPairBatch
+from maxllm.records import ReplyPairBatch
 from maxllm.steps.head import head_logps
 from maxllm.steps.reward import right_padded
 from maxllm.steps.update import Loss
+from maxllm.weights import Weights
 
 
 def reply_logps(
-    model: Llama, params: Params, batch: ReplyPairBatch, key: jax.Array | None
+    model: Llama, weights: Weights, batch: ReplyPairBatch, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """log p(completion | prompt), summed over its tokens, and how many these are, both [B, C] float32.
 
@@ -29,8 +30,8 @@ def reply_logps(
     """
     B, C, T = batch.pairs.tokens_BCT.shape
     tokens_BT, lengths_B = batch.pairs.tokens_BCT.reshape(B * C, T), batch.pairs.lengths_BC.reshape(B * C)
-    x_BTD = forward(model, params, *right_padded(tokens_BT, lengths_B), key, method="hidden")
-    logps_BT = head_logps(x_BTD, head_weight(model, params), jnp.roll(tokens_BT, -1, axis=1))
+    x_BTD = forward(model, weights, *right_padded(tokens_BT, lengths_B), key, method="hidden")
+    logps_BT = head_logps(x_BTD, head_weight(model, weights), jnp.roll(tokens_BT, -1, axis=1))
     target_T = jnp.arange(T) + 1  # the slot of what is predicted
     counts_BT = (target_T >= batch.starts_BC.reshape(B * C, 1)) & (target_T < lengths_B[:, None])
     logps_B = jnp.sum(jnp.where(counts_BT, logps_BT, 0.0), axis=1)
@@ -40,13 +41,25 @@ def reply_logps(
 def dpo_loss(
     model: Llama,
     config: DpoConfig,
-    params: Params,
+    weights: Weights,
     batch: ReplyPairBatch,
     key: jax.Array | None,
-    reference: Params,
+    reference: Weights | None = None,
 ) -> Loss:
-    """Loss of the pairs, averaged over prompts. `reference` stays, and is without dropout."""
-    logps_BC, tokens_BC = reply_logps(model, params, batch, key)
+    """Loss of the pairs, averaged over prompts.
+
+    Args:
+      model: the policy's.
+      config: the recipe's section.
+      weights: the policy's.
+      batch: the pairs.
+      key: of the policy's dropout; None switches it off. The reference is without dropout.
+      reference: stays as it is. Where adapters are trained there is no need of one: it is the policy with
+        its adapters off.
+    """
+    if reference is None:
+        reference = weights.replace(adapters=None, slots=None)
+    logps_BC, tokens_BC = reply_logps(model, weights, batch, key)
     ratios_BC = logps_BC - jax.lax.stop_gradient(reply_logps(model, reference, batch, None)[0])
     delta_B = ratios_BC[:, 0] - ratios_BC[:, 1]
     if config.loss == "ipo":

@@ -22,8 +22,9 @@ from maxllm.model.forward import forward
 from maxllm.model.llama import Llama
 from maxllm.records import Array, Experience, Metrics, Params, Rollout
 from maxllm.steps.reward import score
-from maxllm.steps.state import TrainState
+from maxllm.steps.state import TrainState, partition_of
 from maxllm.steps.update import Loss, update
+from maxllm.weights import Weights
 
 
 class PpoState(struct.PyTreeNode):
@@ -47,9 +48,9 @@ class PpoState(struct.PyTreeNode):
 class Frozen(struct.PyTreeNode):
     """What PPO reads and never changes."""
 
-    reference: Params
+    reference: Weights
     """The SFT policy that the KL is measured against."""
-    reward: Params
+    reward: Weights
     """The reward model."""
 
 
@@ -73,16 +74,16 @@ class Ppo:
     """Ids that are not sampled, because no token has them; the policy is a distribution over the others."""
 
 
-def at_responses(model: nn.Module, params: Params, rollout: Rollout) -> jax.Array:
+def at_responses(model: nn.Module, weights: Weights, rollout: Rollout) -> jax.Array:
     """A model's outputs where each response token was chosen, that is, one slot before it: [B, R, ...]."""
     R = rollout.mask_BR.shape[1]
-    outputs = forward(model, params, rollout.tokens_BT, rollout.segment_ids_BT, rollout.positions_BT)
+    outputs = forward(model, weights, rollout.tokens_BT, rollout.segment_ids_BT, rollout.positions_BT)
     return outputs[:, -R - 1 : -1]
 
 
-def response_logits(ppo: Ppo, params: Params, rollout: Rollout) -> jax.Array:
+def response_logits(ppo: Ppo, weights: Weights, rollout: Rollout) -> jax.Array:
     """Logits that predicted each response token, divided by the temperature, [B, R, V] float32."""
-    logits_BRV = token.without(at_responses(ppo.policy_model, params, rollout), ppo.never)
+    logits_BRV = token.without(at_responses(ppo.policy_model, weights, rollout), ppo.never)
     return logits_BRV / ppo.temperature
 
 
@@ -91,7 +92,7 @@ def response_tokens(rollout: Rollout) -> Array:
     return rollout.tokens_BT[:, -rollout.mask_BR.shape[1] :]
 
 
-def scores(ppo: Ppo, reward_params: Params, rollout: Rollout) -> jax.Array:
+def scores(ppo: Ppo, reward: Weights, rollout: Rollout) -> jax.Array:
     """The reward model's score of prompt + response, [B] float32.
 
     Rows are turned to right padding first, the layout the reward model is trained in.
@@ -101,7 +102,7 @@ def scores(ppo: Ppo, reward_params: Params, rollout: Rollout) -> jax.Array:
     slots_T = jnp.arange(rollout.tokens_BT.shape[1])
     source_BT = (slots_T + first_B[:, None]) % rollout.tokens_BT.shape[1]
     tokens_BT = jnp.take_along_axis(rollout.tokens_BT, source_BT, axis=1)
-    return score(ppo.scalar_model, reward_params, tokens_BT, lengths_B)
+    return score(ppo.scalar_model, reward, tokens_BT, lengths_B)
 
 
 def experience(ppo: Ppo, state: PpoState, frozen: Frozen, rollout: Rollout) -> tuple[Experience, Metrics]:
@@ -113,13 +114,13 @@ def experience(ppo: Ppo, state: PpoState, frozen: Frozen, rollout: Rollout) -> t
     scores_B = scores_B - config.missing_eos_penalty * unfinished_B
 
     targets_BR = response_tokens(rollout)
-    logits_BRV = response_logits(ppo, state.actor.params, rollout)
+    logits_BRV = response_logits(ppo, Weights(state.actor.params), rollout)
     ref_logits_BRV = response_logits(ppo, frozen.reference, rollout)
     logps_BR, ref_logps_BR = (
         token.token_logps(logits_BRV, targets_BR),
         token.token_logps(ref_logits_BRV, targets_BR),
     )
-    values_BR = at_responses(ppo.scalar_model, state.critic.params, rollout)
+    values_BR = at_responses(ppo.scalar_model, Weights(state.critic.params), rollout)
 
     rewards_BR = policy.shaped_rewards(scores_B, logps_BR, ref_logps_BR, mask_BR, config.kl_coef)
     advantages_BR, returns_BR = policy.gae(rewards_BR, values_BR, mask_BR, config.gamma, config.gae_lambda)
@@ -139,10 +140,10 @@ def experience(ppo: Ppo, state: PpoState, frozen: Frozen, rollout: Rollout) -> t
     return Experience(rollout, logps_BR, values_BR, whitened_BR, returns_BR), metrics
 
 
-def actor_loss(ppo: Ppo, params: Params, batch: Experience, key: jax.Array) -> Loss:
+def actor_loss(ppo: Ppo, weights: Weights, batch: Experience, key: jax.Array) -> Loss:
     """Clipped policy loss over response tokens."""
     mask_BR = batch.rollout.mask_BR
-    logits_BRV = response_logits(ppo, params, batch.rollout)
+    logits_BRV = response_logits(ppo, weights, batch.rollout)
     logps_BR = token.token_logps(logits_BRV, response_tokens(batch.rollout))
     losses_BR, clipped_BR, ratio_BR = policy.policy_loss(
         logps_BR, batch.old_logps_BR, batch.advantages_BR, ppo.config.clip
@@ -160,10 +161,10 @@ def actor_loss(ppo: Ppo, params: Params, batch: Experience, key: jax.Array) -> L
     )
 
 
-def critic_loss(ppo: Ppo, params: Params, batch: Experience, key: jax.Array) -> Loss:
+def critic_loss(ppo: Ppo, weights: Weights, batch: Experience, key: jax.Array) -> Loss:
     """Clipped value loss over response tokens."""
     mask_BR = batch.rollout.mask_BR
-    values_BR = at_responses(ppo.scalar_model, params, batch.rollout)
+    values_BR = at_responses(ppo.scalar_model, weights, batch.rollout)
     losses_BR = policy.value_loss(values_BR, batch.old_values_BR, batch.returns_BR, ppo.config.value_clip)
     return Loss(jnp.sum(losses_BR * mask_BR), jnp.sum(mask_BR), {})
 
@@ -176,16 +177,18 @@ def update_minibatch(
         state.actor,
         batch,
         key,
-        loss_fn=lambda params, part, key: actor_loss(ppo, params, part, key),
+        loss_fn=lambda weights, part, key: actor_loss(ppo, weights, part, key),
         optimizer=ppo.actor_optimizer,
+        partition=partition_of(ppo.policy_model),
         microbatches=ppo.microbatches,
     )
     critic, critic_metrics = update(
         state.critic,
         batch,
         key,
-        loss_fn=lambda params, part, key: critic_loss(ppo, params, part, key),
+        loss_fn=lambda weights, part, key: critic_loss(ppo, weights, part, key),
         optimizer=ppo.critic_optimizer,
+        partition=partition_of(ppo.scalar_model),
         microbatches=ppo.microbatches,
     )
     metrics = {name: actor_metrics[name] for name in ("clip_fraction", "approx_kl", "ratio")}

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from maxllm.config import RewardConfig
 from maxllm.losses import preference
 from maxllm.model.forward import forward
-from maxllm.records import PairBatch, Params
+from maxllm.records import PairBatch
 from maxllm.steps.update import Loss
+from maxllm.weights import Weights
 
 
 def right_padded(tokens_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -21,19 +22,23 @@ def right_padded(tokens_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array,
 
 
 def score(
-    model: nn.Module, params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, key: jax.Array | None = None
+    model: nn.Module,
+    weights: Weights,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Score of right-padded sequences, read at their last real token, [B] float32."""
-    scores_BT = forward(model, params, *right_padded(tokens_BT, lengths_B), key)
+    scores_BT = forward(model, weights, *right_padded(tokens_BT, lengths_B), key)
     return jnp.take_along_axis(scores_BT, jnp.maximum(lengths_B - 1, 0)[:, None], axis=1)[:, 0]
 
 
 def reward_loss(
-    model: nn.Module, config: RewardConfig, params: Params, batch: PairBatch, key: jax.Array | None
+    model: nn.Module, config: RewardConfig, weights: Weights, batch: PairBatch, key: jax.Array | None
 ) -> Loss:
     """Pairwise loss, averaged over prompts. All completions of a prompt go through one forward pass."""
     B, C, T = batch.tokens_BCT.shape
-    flat_B = score(model, params, batch.tokens_BCT.reshape(B * C, T), batch.lengths_BC.reshape(B * C), key)
+    flat_B = score(model, weights, batch.tokens_BCT.reshape(B * C, T), batch.lengths_BC.reshape(B * C), key)
     scores_BC = flat_B.reshape(B, C)
     losses_B = preference.pairwise(scores_BC, config.margin, config.centering)
     first_is_best_B = jnp.all(scores_BC[:, :1] > scores_BC[:, 1:], axis=1).astype(jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from maxllm.config import Offload
 from maxllm.parallel import sharding
 from maxllm.records import Params
+from maxllm.weights import Partition, Weights
 
 
 class TrainState(struct.PyTreeNode):
@@ -23,6 +25,7 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array
     """int32, steps taken; it advances also when an update is skipped."""
     params: Params
+    """The trained part of the weights; see `Partition`."""
     opt_state: optax.OptState
 
     def detach(self) -> tuple[Params, TrainState]:
@@ -34,35 +37,54 @@ class TrainState(struct.PyTreeNode):
         return self.replace(params=params)
 
 
+def init_weights(model: nn.Module, key: jax.Array) -> Weights:
+    """Fresh weights, still boxed; with adapters where the model has `lora`."""
+    tokens_BT = jnp.zeros((1, 2), jnp.int32)
+    variables = model.init(key, tokens_BT, jnp.ones_like(tokens_BT), tokens_BT)
+    return Weights(variables["params"], variables.get("lora"))
+
+
+@cache
+def partition_of(model: nn.Module) -> Partition:
+    """What of a model is trained, from its weights' own declarations."""
+    return Partition.of(jax.eval_shape(lambda key: init_weights(model, key), jax.random.key(0)))
+
+
 def init_params(model: nn.Module, key: jax.Array) -> Params:
-    """Fresh parameters, still boxed with their logical axis names."""
-    tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    return model.init(key, tokens_BT, jnp.ones_like(tokens_BT), tokens_BT)["params"]
-
-
-def init_adapters(model: nn.Module, key: jax.Array) -> Params:
-    """Fresh LoRA adapters of a `Llama` that has them, still boxed with their logical axis names."""
-    tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    return model.init(key, tokens_BT, jnp.ones_like(tokens_BT), tokens_BT)["lora"]
+    """The trained part of fresh weights, still boxed: all parameters, or a model's adapters."""
+    return partition_of(model).split(init_weights(model, key))[0]
 
 
 def initializer(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    init_trained: Callable[[nn.Module, jax.Array], Params] = init_params,
+    model: nn.Module, optimizer: optax.GradientTransformation
 ) -> Callable[[jax.Array], TrainState]:
-    """A pure function key -> boxed TrainState of what is trained: the parameters, or `init_adapters`."""
+    """A pure function key -> boxed TrainState."""
 
     def init(key: jax.Array) -> TrainState:
-        params = init_trained(model, key)
+        params = init_params(model, key)
         return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
 
     return init
 
 
 def abstract(init: Callable[[jax.Array], Any], mesh: Mesh, zero: int = 3, offload: Offload = "none") -> Any:
-    """Shapes, types and shardings of what `init` makes, without making it."""
-    return sharding.abstract_tree(jax.eval_shape(init, jax.random.key(0)), mesh, zero, offload)
+    """Shapes, types and shardings of what `init` makes, without making it; of every `TrainState` in it the
+    optimizer's arrays go by rules of their own."""
+
+    def describe(node: Any) -> Any:
+        if not isinstance(node, TrainState):
+            return sharding.abstract_weights(node, mesh, zero, offload)
+        return node.replace(
+            step=sharding.abstract_weights(node.step, mesh),
+            params=sharding.abstract_weights(node.params, mesh, zero, offload),
+            opt_state=sharding.abstract_moments(node.opt_state, mesh, zero, offload),
+        )
+
+    return jax.tree.map(
+        describe,
+        jax.eval_shape(init, jax.random.key(0)),
+        is_leaf=lambda node: isinstance(node, TrainState) or sharding.is_boxed(node),
+    )
 
 
 def create(init: Callable[[jax.Array], Any], abstract_state: Any, key: jax.Array) -> Any:

@@ -13,11 +13,11 @@ import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from maxllm.config import MATRICES
 from maxllm.parallel.memory import in_host, in_turns
 from maxllm.parallel.pipeline import deal
-from maxllm.records import Metrics, Params, Slotted
+from maxllm.records import Metrics, Params
 from maxllm.steps.state import TrainState
+from maxllm.weights import EVERYTHING, Kind, Partition, Weights
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -32,8 +32,8 @@ class Loss(struct.PyTreeNode):
     metrics: Metrics
 
 
-LossFn = Callable[[Params, Any, jax.Array], Loss]
-"""(params, batch, dropout key) -> Loss."""
+LossFn = Callable[[Weights, Any, jax.Array], Loss]
+"""(weights, batch, dropout key) -> Loss."""
 
 
 def split(batch: Any, microbatches: int) -> Any:
@@ -51,18 +51,30 @@ def accumulate(
     key: jax.Array,
     microbatches: int,
     dtype: jnp.dtype = FLOAT32,
+    partition: Partition = EVERYTHING,
+    kept: Weights | None = None,
 ) -> tuple[Params, Loss]:
     """Gradient of sum(losses) / sum(weights) over all microbatches, and the summed Loss.
 
-    The gradients of the layers' matrices are in `dtype` as they are made; what is summed and returned is
-    float32.
+    Args:
+      loss_fn: the loss of a microbatch.
+      params: the trained part of the weights, of which the gradient is.
+      batch: arrays [B, …].
+      key: dropout's.
+      microbatches: the batch is split into as many.
+      dtype: the gradients of the layers' matrices have it as they are made; what is summed and returned is
+        float32.
+      partition: what `params` are of all weights.
+      kept: the other part.
     """
 
-    def total_and_loss(params: Params, part: Any, key: jax.Array) -> tuple[jax.Array, Loss]:
-        loss = loss_fn(params, part, key)
+    def total_and_loss(
+        params: Params, slots: Params | None, part: Any, key: jax.Array
+    ) -> tuple[jax.Array, Loss]:
+        loss = loss_fn(partition.joined(params, kept).replace(slots=slots), part, key)
         return loss.total, loss
 
-    gradient_fn = partial(slotted_gradient, total_and_loss, dtype)
+    gradient_fn = partial(slotted_gradient, total_and_loss, dtype, partition.trained)
     if microbatches == 1:
         sums, loss = gradient_fn(params, batch, key)
     else:
@@ -87,21 +99,25 @@ def accumulate(
 def slotted_gradient(
     function: Callable[..., tuple[jax.Array, Loss]],
     dtype: jnp.dtype,
+    declared: Any,
     params: Params,
     batch: Any,
     key: jax.Array,
 ) -> tuple[Params, Loss]:
-    """`jax.grad(function, has_aux=True)`, where the layers' matrices have gradients of type `dtype`, which
-    are on the device wherever the matrices are."""
+    """The gradient of `function(params, slots, batch, key)`, and what the function returns besides.
+
+    The gradients of the layers' matrices are of type `dtype`, and on the device wherever the matrices are.
+    """
     if dtype == FLOAT32 and not in_host(params):
-        return jax.grad(function, has_aux=True)(params, batch, key)
-    flat = flatten_dict(params)
-    matrices = {path: leaf for path, leaf in flat.items() if path[-1] in MATRICES}
+        return jax.grad(function, has_aux=True)(params, None, batch, key)
+    assert declared is not None, "whoever wants such gradients says which of the parameters are matrices"
+    flat, declarations = flatten_dict(params), flatten_dict(declared)
+    matrices = {path: leaf for path, leaf in flat.items() if declarations[path].kind is Kind.MATRIX}
     others = {path: leaf for path, leaf in flat.items() if path not in matrices}
     slots = {path: jnp.zeros(leaf.shape, dtype) for path, leaf in matrices.items()}
 
     def of_slots(slots: Any, others: Any) -> tuple[jax.Array, Loss]:
-        return function(Slotted(unflatten_dict(matrices | others), unflatten_dict(slots)), batch, key)
+        return function(unflatten_dict(matrices | others), unflatten_dict(slots), batch, key)
 
     (first, second), loss = jax.grad(of_slots, (0, 1), has_aux=True)(slots, others)
     return unflatten_dict(first | second), loss
@@ -116,12 +132,16 @@ def update(
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
     gradient_dtype: jnp.dtype = FLOAT32,
+    partition: Partition = EVERYTHING,
+    kept: Weights | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step. A non-finite loss or gradient leaves parameters and optimizer as they were.
 
     Metrics: those of the loss, `loss`, `gradient_norm` before clipping, and `skipped` (1 if not finite).
     """
-    gradients, loss = accumulate(loss_fn, state.params, batch, key, microbatches, gradient_dtype)
+    gradients, loss = accumulate(
+        loss_fn, state.params, batch, key, microbatches, gradient_dtype, partition, kept
+    )
     chex.assert_trees_all_equal_shapes(gradients, state.params)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
@@ -146,37 +166,43 @@ def update(
 def train_step(
     state: TrainState,
     batch: Any,
-    *frozen: Params,
+    *frozen: Weights,
     loss_fn: Callable[..., Loss],
     optimizer: optax.GradientTransformation,
     seed: int,
     microbatches: int,
     gradient_dtype: jnp.dtype = FLOAT32,
+    partition: Partition = EVERYTHING,
 ) -> tuple[TrainState, Metrics]:
     """The step of every stage that trains one model on a batch: pretrain, SFT (LoRA too), reward, DPO.
 
     Args:
       state: what is trained.
       batch: arrays [B, …].
-      *frozen: parameters that the loss reads and nobody changes.
-      loss_fn: (params, batch, dropout key, *frozen) -> Loss.
+      *frozen: weights that nobody changes: the part that `partition` keeps, if it keeps one, and then what
+        the loss reads besides.
+      loss_fn: (weights, batch, dropout key, *others) -> Loss.
       optimizer: its state is in `state`.
       seed: the dropout key is a function of it and of the step.
       microbatches: the batch is split into as many.
       gradient_dtype: of the layers' matrices; see `accumulate`.
+      partition: what of the weights is in `state`.
     """
+    kept, others = (frozen[0], frozen[1:]) if partition.keeps else (None, frozen)
     return update(
         state,
         batch,
         jax.random.fold_in(jax.random.key(seed), state.step),
-        loss_fn=lambda params, part, key: loss_fn(params, part, key, *frozen),
+        loss_fn=lambda weights, part, key: loss_fn(weights, part, key, *others),
         optimizer=optimizer,
         microbatches=microbatches,
         gradient_dtype=gradient_dtype,
+        partition=partition,
+        kept=kept,
     )
 
 
-def eval_step(params: Params, batch: Any, *frozen: Params, loss_fn: Callable[..., Loss]) -> Metrics:
+def eval_step(weights: Weights, batch: Any, *others: Weights, loss_fn: Callable[..., Loss]) -> Metrics:
     """The loss without dropout, and the metrics that come with it, as (sum, count)."""
-    loss = loss_fn(params, batch, None, *frozen)
+    loss = loss_fn(weights, batch, None, *others)
     return loss.metrics | {"loss": (loss.total, loss.weight)}

@@ -8,6 +8,7 @@ from maxllm.data.pack import OPEN_ROWS, Piece, chunks, pack
 from maxllm.model.llama import Llama
 from maxllm.records import LmBatch
 from maxllm.steps.language import language_loss
+from maxllm.weights import Weights
 
 LENGTH, PAD = 16, 5
 
@@ -118,9 +119,9 @@ def test_packed_loss_equals_unpacked_loss(tiny_model, params_of):
     single: LmBatch = jax.tree.map(lambda *x: np.concatenate(x), *rows)
     assert len(many.tokens_BT) < 0.7 * len(single.tokens_BT)
 
-    loss = jax.jit(lambda params, batch: language_loss(model, params, batch, None))
-    params = params_of(model)
-    packed_loss, single_loss = loss(params, many), loss(params, single)
+    loss = jax.jit(lambda weights, batch: language_loss(model, weights, batch, None))
+    weights_of_model = Weights(params_of(model))
+    packed_loss, single_loss = loss(weights_of_model, many), loss(weights_of_model, single)
     assert float(packed_loss.weight) == float(single_loss.weight) == sum(sum(w[1:]) for w in weights)
     np.testing.assert_allclose(packed_loss.total, single_loss.total, rtol=1e-5)
     np.testing.assert_array_equal(packed_loss.metrics["accuracy"], single_loss.metrics["accuracy"])

@@ -18,6 +18,7 @@ from maxllm.generate.sampling import restrict, sample
 from maxllm.model.forward import forward
 from maxllm.model.llama import Llama
 from maxllm.records import PromptBatch
+from maxllm.weights import Weights
 
 V, P, R, PAD = 64, 9, 8, 5
 LENGTHS = (9, 1, 4, 7, 2)
@@ -35,13 +36,13 @@ def lm(request, tiny_model, params_of):
         "alibi": {"position": "alibi"},
     }[request.param]
     model = Llama(tiny_model(**changes))
-    return model, params_of(model)
+    return model, Weights(params_of(model))
 
 
 @pytest.fixture(scope="module")
 def grouped(tiny_model, params_of):
     model = Llama(tiny_model())
-    return model, params_of(model)
+    return model, Weights(params_of(model))
 
 
 def prompts_of(lengths=LENGTHS, width=P, seed=0):
@@ -59,8 +60,8 @@ def decoder(model, stop, **settings):
 
 
 def respond(lm, prompts, stop=NEVER, key=0, **settings):
-    model, params = lm
-    rollout = decoder(model, stop, **settings)(params=params, prompts=prompts, key=jax.random.key(key))
+    model, weights = lm
+    rollout = decoder(model, stop, **settings)(weights=weights, prompts=prompts, key=jax.random.key(key))
     return jax.device_get(rollout)
 
 
@@ -71,11 +72,11 @@ def whole(model):
 
 def bare_logits(lm, ids):
     """Logits of one sequence without left padding, [len, V]; right-padded to one width to compile once."""
-    model, params = lm
+    model, weights = lm
     tokens = np.zeros((1, P + R), np.int32)
     tokens[0, : len(ids)] = ids
     segments = (np.arange(P + R) < len(ids)).astype(np.int32)[None]
-    return np.asarray(whole(model)(params, tokens, segments, np.arange(P + R, dtype=np.int32)[None]))[
+    return np.asarray(whole(model)(weights, tokens, segments, np.arange(P + R, dtype=np.int32)[None]))[
         0, : len(ids)
     ]
 
@@ -174,11 +175,11 @@ def test_a_first_token_that_stops_is_a_response_of_one(grouped, stopped):
 def test_a_sampled_pad_is_a_token_like_any_other(grouped, stopped):
     """PAD may be drawn: what ends a row is a stop token, and the mask says so, not the id."""
     prompts = stopped.prompts
-    model, params = grouped
+    model, weights = grouped
     drawn = int(stopped.free[0, 2])  # let the pad id be one that the model likes to say
     config = GenerationConfig(max_new_tokens=R)
     rollout = jax.jit(partial(generate, model, config=config, stop_tokens=NEVER, pad=drawn))(
-        params=params, prompts=prompts, key=jax.random.key(0)
+        weights=weights, prompts=prompts, key=jax.random.key(0)
     )
     np.testing.assert_array_equal(rollout.tokens_BT[:, P:], stopped.free)
     assert np.asarray(rollout.mask_BR).all()
@@ -186,11 +187,11 @@ def test_a_sampled_pad_is_a_token_like_any_other(grouped, stopped):
 
 def test_rollout_arrays_feed_a_full_forward(grouped, stopped):
     """Segments and positions: a forward pass over the whole rollout gives every row its own bare logits."""
-    model, params = grouped
+    model, weights = grouped
     rollout = stopped.rollout
     lengths = np.array(LENGTHS) + rollout.mask_BR.sum(1).astype(int)
     np.testing.assert_array_equal(rollout.segment_ids_BT.sum(1), lengths)
-    logits = whole(model)(params, rollout.tokens_BT, rollout.segment_ids_BT, rollout.positions_BT)
+    logits = whole(model)(weights, rollout.tokens_BT, rollout.segment_ids_BT, rollout.positions_BT)
     for row, n in enumerate(LENGTHS):
         here = slice(P - n, P - n + lengths[row])
         assert rollout.segment_ids_BT[row, here].all()

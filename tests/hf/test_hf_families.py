@@ -152,6 +152,7 @@ def test_decoding_with_a_cache_equals_the_whole_row(option: str, tmp_path: Path)
     from maxllm.config import GenerationConfig
     from maxllm.data.instruct import pad_prompts
     from maxllm.generate.decode import generate
+    from maxllm.weights import Weights
 
     theirs = their_model(option, "float32", tmp_path)
     params, config = read_folder(tmp_path)
@@ -159,7 +160,13 @@ def test_decoding_with_a_cache_equals_the_whole_row(option: str, tmp_path: Path)
     prompts = [list(range(3, 14)), [7, 5]]
     decode = jax.jit(
         lambda params, batch: generate(
-            Llama(config), params, batch, jax.random.key(0), GenerationConfig(max_new_tokens=12), (119,), 0
+            Llama(config),
+            Weights(params),
+            batch,
+            jax.random.key(0),
+            GenerationConfig(max_new_tokens=12),
+            (119,),
+            0,
         )
     )
     rollout = decode(params, pad_prompts(prompts, 11, 0))

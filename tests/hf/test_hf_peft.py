@@ -18,7 +18,8 @@ from maxllm.hf.peft import export_adapters
 from maxllm.hf.write import write_weights
 from maxllm.model.forward import forward
 from maxllm.model.llama import Llama
-from maxllm.steps.state import init_adapters
+from maxllm.steps.state import init_params
+from maxllm.weights import Weights
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -34,7 +35,7 @@ def test_peft_computes_what_we_do(targets: tuple[str, ...], changes: dict, tmp_p
     config, lora = tiny(**changes), LoraConfig(rank=4, alpha=6, targets=targets)
     params = random_params(config)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda key: nn.unbox(init_adapters(Llama(config, lora), key)), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: nn.unbox(init_params(Llama(config, lora), key)), jax.random.key(0))
     adapters = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
     (tmp_path / "base").mkdir()
     write_weights(tmp_path / "base", params, config)
@@ -45,8 +46,8 @@ def test_peft_computes_what_we_do(targets: tuple[str, ...], changes: dict, tmp_p
 
     tokens = rng.integers(6, TINY.vocab_size, (2, 20))
     ones, positions = np.ones_like(tokens), np.tile(np.arange(20), (2, 1))
-    ours = forward(Llama(config, lora), params, tokens, ones, positions, adapters=adapters)
-    plain = forward(Llama(config), params, tokens, ones, positions)
+    ours = forward(Llama(config, lora), Weights(params, adapters), tokens, ones, positions)
+    plain = forward(Llama(config), Weights(params), tokens, ones, positions)
     assert np.abs(ours - plain).max() > 0.5
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     beside = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()

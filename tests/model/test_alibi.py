@@ -17,6 +17,7 @@ from maxllm.model.llama import Llama
 from maxllm.model.visible import Keys
 from maxllm.parallel import context
 from maxllm.parallel.mesh import make_mesh
+from maxllm.weights import Weights
 
 B, T, H, G, K = 2, 24, 6, 3, 8
 SEGMENTS = np.repeat([1, 2, 3, 0], [9, 4, 8, 3])
@@ -89,20 +90,20 @@ def test_places_in_balanced_order(arrays):
 @pytest.fixture(scope="module")
 def lm(tiny_model, params_of):
     model = Llama(tiny_model(position="alibi"))
-    return model, params_of(model)
+    return model, Weights(params_of(model))
 
 
 def test_a_document_does_not_see_its_place_in_the_row(lm):
     """Logits of two packed documents are those of each alone, though no position but the slot is read."""
-    model, params = lm
+    model, weights = lm
     tokens = np.random.default_rng(1).integers(6, 64, (1, 16)).astype(np.int32)
     segments = np.repeat([1, 2], [7, 9])[None].astype(np.int32)
     nowhere = np.zeros((1, 16), np.int32)
-    packed = forward(model, params, tokens, segments, nowhere)
-    alone = forward(model, params, tokens[:, 7:], segments[:, 7:], nowhere[:, 7:])
+    packed = forward(model, weights, tokens, segments, nowhere)
+    alone = forward(model, weights, tokens[:, 7:], segments[:, 7:], nowhere[:, 7:])
     np.testing.assert_allclose(packed[:, 7:], alone, atol=1e-5)
-    moved = forward(model, params, tokens[:, ::-1], segments * 0 + 1, nowhere)
-    other = forward(model, params, np.roll(tokens[:, ::-1], 1, axis=1), segments * 0 + 1, nowhere)
+    moved = forward(model, weights, tokens[:, ::-1], segments * 0 + 1, nowhere)
+    other = forward(model, weights, np.roll(tokens[:, ::-1], 1, axis=1), segments * 0 + 1, nowhere)
     assert np.abs(moved[:, -1] - other[:, -1]).max() > 1e-2  # order matters all the same
 
 

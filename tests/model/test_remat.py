@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from maxllm.model.llama import Llama
 from maxllm.records import LmBatch
 from maxllm.steps.language import language_loss
+from maxllm.weights import Weights
 
 ALL = ("q", "k", "v", "gate", "up")
 
@@ -35,7 +36,9 @@ def test_gradients_do_not_depend_on_remat(tiny_model, params_of, changes):
 
     def gradients(**changes):
         model = Llama(tiny_model(**changes))
-        return jax.jit(jax.grad(lambda params: language_loss(model, params, batch, None).total))(params)
+        return jax.jit(jax.grad(lambda params: language_loss(model, Weights(params), batch, None).total))(
+            params
+        )
 
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
     jax.tree.map(close, gradients(**changes), gradients())

@@ -102,10 +102,12 @@ def test_what_a_layer_keeps_is_what_vjp_keeps():
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_the_optimizers_bytes_are_those_of_its_state(name, tiny_model, params_of):
     from maxllm.model.llama import Llama
+    from maxllm.steps.state import partition_of
 
     config = recipe.load_recipe(SEVEN, [f"optimizer.name={name}", "mesh.fsdp=1", "mesh.data=8"])
     model = tiny_model()
-    state = jax.eval_shape(make_optimizer(config.optimizer, 10).init, params_of(Llama(model)))
+    optimizer = make_optimizer(config.optimizer, 10, partition_of(Llama(model)).trained)
+    state = jax.eval_shape(optimizer.init, params_of(Llama(model)))
     # Placeholders of one number, counts and coefficients are not in the estimate.
     large = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.shape[-1] > 3]
     layout = layout_of(config.mesh, hardware_of("v5p-16"))

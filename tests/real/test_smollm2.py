@@ -29,8 +29,9 @@ from maxllm.model.forward import forward  # noqa: E402
 from maxllm.model.llama import Llama  # noqa: E402
 from maxllm.run.checkpoint import find, load_params  # noqa: E402
 from maxllm.run.session import reopen  # noqa: E402
-from maxllm.stages.shared import abstract_adapters  # noqa: E402
+from maxllm.stages.shared import abstract_params  # noqa: E402
 from maxllm.steps.state import init_params  # noqa: E402
+from maxllm.weights import Weights  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = (
@@ -136,7 +137,7 @@ def test_chat_prompts_and_64_greedy_tokens(run: Path, gguf: Path, ours: Any, the
     config = GenerationConfig(max_new_tokens=64)
     decode = jax.jit(
         lambda params, batch: generate(
-            model, params, batch, jax.random.key(0), config, tokenizer.stop_tokens, tokenizer.pad
+            model, Weights(params), batch, jax.random.key(0), config, tokenizer.stop_tokens, tokenizer.pad
         )
     )
 
@@ -200,7 +201,7 @@ def test_twenty_steps_of_lora_load_in_peft(run: Path, ours: Any, tmp_path: Path)
 
     session = reopen(tmp_path / "lora")
     assert session.config.lora is not None
-    wanted = abstract_adapters(session, session.config.lora)
+    wanted = abstract_params(session, Llama(model.config, session.config.lora))
     adapters = jax.device_get(load_params(find(tmp_path / "lora"), wanted))
     beside = jax.jit(partial(forward, Llama(model.config, session.config.lora)))
     theirs = {}
@@ -209,8 +210,9 @@ def test_twenty_steps_of_lora_load_in_peft(run: Path, ours: Any, tmp_path: Path)
         theirs[dtype] = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").to(dtype).eval()
     for question in QUESTIONS:
         ids = np.array([render_prompt(tokenizer, [{"role": "user", "content": question}])])
-        found = beside(params, ids, np.ones_like(ids), np.arange(ids.shape[1])[None], adapters=adapters)
-        plain = forward(model, params, ids, np.ones_like(ids), np.arange(ids.shape[1])[None])
+        inputs = ids, np.ones_like(ids), np.arange(ids.shape[1])[None]
+        found = beside(Weights(params, adapters), *inputs)
+        plain = forward(model, Weights(params), *inputs)
         with torch.no_grad():
             near, truth = (theirs[dtype](torch.tensor(ids)).logits.numpy() for dtype in theirs)
         cost = np.abs(near - truth).max()

@@ -18,6 +18,7 @@ from maxllm.steps.dpo import dpo_loss, reply_logps
 from maxllm.steps.head import head_logps
 from maxllm.steps.state import TrainState
 from maxllm.steps.update import eval_step, train_step
+from maxllm.weights import Weights
 
 T, V = 16, 64
 SGD = optax.sgd(0.1)
@@ -32,9 +33,9 @@ order: some tens of 6e-8 x 12."""
 
 @pytest.fixture(scope="module")
 def policy(tiny_model, params_of):
-    """A model, its parameters, and other ones, which are the reference's."""
+    """A model, its weights, and other ones, which are the reference's."""
     model = Llama(tiny_model())
-    return model, params_of(model, 1), params_of(model, 2)
+    return model, Weights(params_of(model, 1)), Weights(params_of(model, 2))
 
 
 def pairs(weights=(1, 1, 1, 1), seed=0, pad=5):
@@ -62,9 +63,9 @@ def jitted(function, **settings):
 
 
 def evaluate(policy, batch, config=CONFIG):
-    model, params, reference = policy
+    model, weights, reference = policy
     step = jitted(eval_step, loss_fn=partial(dpo_loss, model, config))
-    return {name: float(total) for name, (total, _) in step(params, batch, reference).items()}
+    return {name: float(total) for name, (total, _) in step(weights, batch, reference).items()}
 
 
 @cache
@@ -76,8 +77,8 @@ def stepper(model, config, microbatches):
 
 def trained(policy, batch, config=CONFIG, microbatches=1, steps=1):
     """(state after, metrics of the last step)."""
-    model, params, reference = policy
-    state = TrainState(jnp.int32(0), params, SGD.init(params))
+    model, weights, reference = policy
+    state = TrainState(jnp.int32(0), weights.base, SGD.init(weights.base))
     for _ in range(steps):
         state, metrics = stepper(model, config, microbatches)(state, batch, reference)
     return state, metrics
@@ -95,18 +96,18 @@ def said(batch):
     return found
 
 
-def from_logits(model, params, batch, said_BTV):
+def from_logits(model, weights, batch, said_BTV):
     """log p of every completion, [2 B]."""
     tokens_BT = batch.pairs.tokens_BCT.reshape(-1, T)
     inside_BT = (np.arange(T) < batch.pairs.lengths_BC.reshape(-1, 1)).astype(np.int32)
     positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), tokens_BT.shape)
-    logits_BTV = forward(model, params, tokens_BT, inside_BT, positions_BT)
+    logits_BTV = forward(model, weights, tokens_BT, inside_BT, positions_BT)
     return jnp.sum(jax.nn.log_softmax(logits_BTV) * said_BTV, (1, 2))
 
 
-def logps_of(model, params, batch):
+def logps_of(model, weights, batch):
     """[B, 2], to be calculated with in float64."""
-    logps_B = jitted(from_logits, model=model)(params=params, batch=batch, said_BTV=said(batch))
+    logps_B = jitted(from_logits, model=model)(weights=weights, batch=batch, said_BTV=said(batch))
     return np.asarray(logps_B, np.float64).reshape(-1, 2)
 
 
@@ -114,7 +115,7 @@ def weighted_gradient(model, params, batch, coefficients):
     """Gradient of the sum of log-probabilities with these coefficients, [B, 2]."""
 
     def total(params, coefficients_B):
-        return jnp.sum(from_logits(model, params, batch, said(batch)) * coefficients_B)
+        return jnp.sum(from_logits(model, Weights(params), batch, said(batch)) * coefficients_B)
 
     return jax.jit(jax.grad(total))(params, coefficients.reshape(-1).astype(np.float32))
 
@@ -131,9 +132,9 @@ def sigmoid(x):
 def test_loss_and_gradients_by_the_formula(policy, config):
     """dL/dlog p is by hand, in float64. IPO's loss and gradient are up to 30 times its log-probabilities, and
     so are their errors."""
-    model, params, reference = policy
+    model, weights, reference = policy
     batch, beta, s = pairs(), config.beta, config.label_smoothing
-    logps = logps_of(model, params, batch)
+    logps = logps_of(model, weights, batch)
     ratios = logps - logps_of(model, reference, batch)
     delta = ratios[:, 0] - ratios[:, 1]
     if config.loss == "ipo":
@@ -148,16 +149,16 @@ def test_loss_and_gradients_by_the_formula(policy, config):
     state, metrics = trained(policy, batch, config)
     atol = TOLERANCE * (30 if config.loss == "ipo" else 1)
     np.testing.assert_allclose(metrics["loss"][0] / 4, losses.mean(), rtol=0, atol=atol)
-    got = jax.tree.map(lambda before, after: (before - after) / 0.1, params, state.params)
-    wanted = weighted_gradient(model, params, batch, coefficients)
+    got = jax.tree.map(lambda before, after: (before - after) / 0.1, weights.base, state.params)
+    wanted = weighted_gradient(model, weights.base, batch, coefficients)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=atol), got, wanted)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted)) > 0.05
 
 
 def test_metrics_follow_from_the_log_probabilities(policy):
-    model, params, reference = policy
+    model, weights, reference = policy
     batch = pairs()
-    logps = logps_of(model, params, batch)
+    logps = logps_of(model, weights, batch)
     rewards = 0.3 * (logps - logps_of(model, reference, batch))
     right = (rewards[:, 0] > rewards[:, 1]).sum()
     assert 0 < right < 4
@@ -174,8 +175,8 @@ def test_metrics_follow_from_the_log_probabilities(policy):
 
 def test_a_policy_that_is_the_reference_has_no_margin(policy):
     """log 2 to float32's rounding, of a sum of four; equal is not right."""
-    model, params, _ = policy
-    got = evaluate((model, params, params), pairs())
+    model, weights, _ = policy
+    got = evaluate((model, weights, weights), pairs())
     np.testing.assert_allclose(got["loss"], 4 * np.log(2), rtol=1e-6)
     assert got["margin"] == got["accuracy"] == got["reward_chosen"] == got["reward_rejected"] == 0
 
@@ -190,16 +191,16 @@ def test_exchanging_the_two_turns_the_sign(policy):
 
 def test_prompts_and_padding_do_not_count(policy):
     """Only as many tokens count as the completion has, its last one too; what stands behind it does not."""
-    model, params, _ = policy
+    model, weights, _ = policy
     batch, logps = pairs(), jitted(reply_logps, model=policy[0])
-    found, tokens = logps(params=params, batch=batch, key=None)
+    found, tokens = logps(weights=weights, batch=batch, key=None)
     np.testing.assert_array_equal(tokens, [[5, 12], [7, 1], [3, 3], [2, 8]])
-    noise, _ = logps(params=params, batch=pairs(pad=40), key=None)
+    noise, _ = logps(weights=weights, batch=pairs(pad=40), key=None)
     np.testing.assert_array_equal(noise, found)
     later = ReplyPairBatch(batch.pairs, batch.pairs.lengths_BC - 1)
-    last, one = logps(params=params, batch=later, key=None)
+    last, one = logps(weights=weights, batch=later, key=None)
     assert np.all(np.asarray(one) == 1) and np.all(np.asarray(last) < 0)
-    np.testing.assert_allclose(last, logps_of(model, params, later), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(last, logps_of(model, weights, later), rtol=0, atol=TOLERANCE)
 
 
 def test_filler_rows_weigh_nothing(policy):
@@ -232,14 +233,14 @@ def test_microbatches_do_not_change_the_update(policy):
 
 
 def test_the_reference_is_read_and_has_no_gradient(policy):
-    model, params, reference = policy
+    model, weights, reference = policy
     batch = pairs()
 
-    def total(params, reference):
-        return dpo_loss(model, CONFIG, params, batch, None, reference).total
+    def total(weights, reference):
+        return dpo_loss(model, CONFIG, weights, batch, None, reference).total
 
     gradients = jax.jit(jax.grad(total, (0, 1)))
-    (ours, theirs), (others, _) = gradients(params, reference), gradients(params, params)
+    (ours, theirs), (others, _) = gradients(weights, reference), gradients(weights, weights)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(theirs))
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(ours)) > 0.1
     different = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ours, others)
@@ -249,9 +250,9 @@ def test_the_reference_is_read_and_has_no_gradient(policy):
 def test_the_reference_is_without_dropout(tiny_model, params_of):
     """Where both have the same parameters, the reward is beta times what dropout changes of log p."""
     model = Llama(tiny_model(residual_dropout=0.5))
-    params, loss = params_of(model, 1), jitted(dpo_loss, model=model, config=CONFIG)
+    weights, loss = Weights(params_of(model, 1)), jitted(dpo_loss, model=model, config=CONFIG)
     dropped, whole = (
-        loss(params=params, batch=pairs(), key=key, reference=params).metrics
+        loss(weights=weights, batch=pairs(), key=key, reference=weights).metrics
         for key in (jax.random.key(0), None)
     )
     difference = dropped["logp_chosen"][0] - whole["logp_chosen"][0]
@@ -260,9 +261,9 @@ def test_the_reference_is_without_dropout(tiny_model, params_of):
 
 
 def test_training_separates_the_pairs(policy):
-    model, params, _ = policy
-    state, _ = trained((model, params, params), pairs(), steps=10)
-    after = evaluate((model, state.params, params), pairs())
+    model, weights, _ = policy
+    state, _ = trained((model, weights, weights), pairs(), steps=10)
+    after = evaluate((model, Weights(state.params), weights), pairs())
     assert after["loss"] < 0.7 * 4 * np.log(2)
     assert after["accuracy"] == 4
 

@@ -27,6 +27,7 @@ from maxllm.stages.ppo import iteration
 from maxllm.steps import ppo as algorithm
 from maxllm.steps.ppo import Frozen, Ppo, PpoState
 from maxllm.steps.state import TrainState
+from maxllm.weights import Weights
 
 B, P, R, V = 8, 6, 8, 16
 TEMPERATURE = 0.7
@@ -55,12 +56,12 @@ def world(tiny_model, params_of):
     ppo = Ppo(CONFIG, model, scalar, sgd, sgd, TEMPERATURE, (EOS, IM_END), PAD)
     actor, other = params_of(model), params_of(model, 1)
     reference = jax.tree.map(lambda a, b: 0.8 * a + 0.2 * b, actor, other)
-    frozen = Frozen(reference, params_of(scalar, 2))
+    frozen = Frozen(Weights(reference), Weights(params_of(scalar, 2)))
     state = PpoState(jnp.int32(0), trainable(actor, sgd), trainable(params_of(scalar, 3), sgd))
     decoding = GenerationConfig(max_new_tokens=R, temperature=TEMPERATURE)
     respond = jax.jit(partial(generate, model, config=decoding, stop_tokens=(EOS, IM_END), pad=PAD))
     prompts = left_padded([6, 1, 3, 6, 2, 5, 4, 1])
-    rollout = respond(params=actor, prompts=prompts, key=jax.random.key(4))
+    rollout = respond(weights=Weights(actor), prompts=prompts, key=jax.random.key(4))
     lengths = np.asarray(rollout.mask_BR).sum(1)
     assert 0 < np.asarray(rollout.finished_B).sum() < B and len(set(lengths)) > 3, "a rollout worth testing"
     judge = jax.jit(partial(algorithm.experience, ppo))
@@ -85,7 +86,7 @@ def off(world):
 
 
 def recomputed_logps(world, params):
-    logits = algorithm.response_logits(world.ppo, params, world.rollout)
+    logits = algorithm.response_logits(world.ppo, Weights(params), world.rollout)
     return token_logps(logits, algorithm.response_tokens(world.rollout))
 
 
@@ -121,7 +122,7 @@ def test_first_minibatch_is_on_policy(world, first_update):
 
 def test_kl_to_an_equal_reference_is_zero(world, off):
     """The sums over all tokens of two forward passes, which a compiler may round apart."""
-    same = Frozen(world.state.actor.params, world.frozen.reward)
+    same = Frozen(Weights(world.state.actor.params), world.frozen.reward)
     batch, metrics = world.judge(world.state, same, world.rollout)
     tokens = np.asarray(world.rollout.mask_BR).sum()
     for name in ("kl", "kl_k3"):
@@ -144,17 +145,17 @@ def twin(world):
         tokens[b, : len(row)], segments[b, : len(row)] = row, 1
     positions = np.broadcast_to(np.arange(P + R, dtype=np.int32), tokens.shape)
 
-    def run(model, params):
-        return np.asarray(jax.jit(partial(forward, model))(params, tokens, segments, positions), np.float64)
+    def run(model, weights):
+        return np.asarray(jax.jit(partial(forward, model))(weights, tokens, segments, positions), np.float64)
 
-    def logps(params, b):
-        z = logits[id(params)][b, prompts[b] - 1 : prompts[b] - 1 + lengths[b]] / TEMPERATURE
+    def logps(weights, b):
+        z = logits[id(weights)][b, prompts[b] - 1 : prompts[b] - 1 + lengths[b]] / TEMPERATURE
         every = z - np.log(np.exp(z).sum(-1, keepdims=True))
         return every[np.arange(lengths[b]), rows[b][prompts[b] :]], every
 
-    actor, reference = world.state.actor.params, world.frozen.reference
-    logits = {id(params): run(world.model, params) for params in (actor, reference)}
-    values = run(world.scalar, world.state.critic.params)
+    actor, reference = Weights(world.state.actor.params), world.frozen.reference
+    logits = {id(weights): run(world.model, weights) for weights in (actor, reference)}
+    values = run(world.scalar, Weights(world.state.critic.params))
     scores = run(world.scalar, world.frozen.reward)
     out = {"advantages": [], "returns": [], "values": [], "logps": [], "kl": 0.0, "k3": 0.0, "entropy": 0.0}
     out["score"] = [scores[b, len(rows[b]) - 1] for b in range(B)]
@@ -227,7 +228,7 @@ def test_actor_loss_off_policy_equals_numpy(world, expected):
     loss = jax.jit(partial(algorithm.actor_loss, world.ppo))(
         world.frozen.reference, world.batch, jax.random.key(0)
     )
-    moved = world.state.replace(actor=trainable(world.frozen.reference, world.sgd))
+    moved = world.state.replace(actor=trainable(world.frozen.reference.base, world.sgd))
     logps = world.judge(moved, world.frozen, world.rollout)[0].old_logps_BR
     delta = masked(logps, world.rollout).astype(np.float64) - expected["logps"]
     advantage, ratio = masked(world.batch.advantages_BR, world.rollout), np.exp(delta)
@@ -357,10 +358,10 @@ def test_the_policy_is_over_the_ids_that_have_a_token(world, off):
     decoding = GenerationConfig(max_new_tokens=R, temperature=TEMPERATURE)
     settings = {"config": decoding, "stop_tokens": (EOS, IM_END), "pad": PAD, "never": never}
     respond = jax.jit(partial(generate, world.model, **settings))
-    rollout = respond(params=world.actor, prompts=world.prompts, key=jax.random.key(4))
+    rollout = respond(weights=Weights(world.actor), prompts=world.prompts, key=jax.random.key(4))
     tokens = masked(algorithm.response_tokens(rollout), rollout)
     assert tokens.max() < V - 5
-    recompute = jax.jit(lambda params: algorithm.response_logits(ppo, params, rollout))
-    logps = token_logps(recompute(world.actor), algorithm.response_tokens(rollout))
+    recompute = jax.jit(lambda weights: algorithm.response_logits(ppo, weights, rollout))
+    logps = token_logps(recompute(Weights(world.actor)), algorithm.response_tokens(rollout))
     np.testing.assert_allclose(masked(logps, rollout), masked(rollout.logps_BR, rollout), rtol=0, atol=off)
     assert np.abs(masked(logps, rollout)).max() < 1e3

@@ -17,6 +17,7 @@ from maxllm.steps import reward
 from maxllm.steps.ppo import Ppo, scores
 from maxllm.steps.state import TrainState
 from maxllm.steps.update import eval_step, train_step
+from maxllm.weights import Weights
 
 T, V = 16, 64
 PLAIN, SGD = RewardConfig(), optax.sgd(0.1)
@@ -26,9 +27,9 @@ TOLERANCE = 2 * rounding.of_sum(48, magnitude=2.0)
 
 @pytest.fixture(scope="module")
 def scored(tiny_model, params_of):
-    """A scalar model and its parameters."""
+    """A scalar model and its weights."""
     model = ScalarModel(tiny_model())
-    return model, params_of(model, 1)
+    return model, Weights(params_of(model, 1))
 
 
 @cache
@@ -37,13 +38,13 @@ def jitted(function, **settings):
     return jax.jit(partial(function, **settings))
 
 
-def score(model, params, tokens, lengths):
-    return np.asarray(jitted(reward.score, model=model)(params=params, tokens_BT=tokens, lengths_B=lengths))
+def score(model, weights, tokens, lengths):
+    return np.asarray(jitted(reward.score, model=model)(weights=weights, tokens_BT=tokens, lengths_B=lengths))
 
 
 def evaluate(scored, batch, config=PLAIN):
-    model, params = scored
-    return jitted(eval_step, loss_fn=partial(reward.reward_loss, model, config))(params, batch)
+    model, weights = scored
+    return jitted(eval_step, loss_fn=partial(reward.reward_loss, model, config))(weights, batch)
 
 
 def sequences(*lengths, seed=0):
@@ -58,9 +59,9 @@ def right_padded(rows, length=T, pad=5):
     return tokens, np.array([len(row) for row in rows], np.int32)
 
 
-def alone(model, params, row):
+def alone(model, weights, row):
     """The score of one sequence by itself, without any padding."""
-    return float(score(model, params, row[None], np.array([len(row)]))[0])
+    return float(score(model, weights, row[None], np.array([len(row)]))[0])
 
 
 def pairs(lengths, weights=None, seed=0):
@@ -98,11 +99,11 @@ def test_a_stop_token_in_the_middle_is_not_the_end(scored):
 
 
 def test_loss_and_accuracy_follow_from_the_scores(scored):
-    model, params = scored
+    model, weights = scored
     batch = pairs(LENGTHS)
     s = np.array(
         [
-            [alone(model, params, batch.tokens_BCT[b, c, : batch.lengths_BC[b, c]]) for c in (0, 1)]
+            [alone(model, weights, batch.tokens_BCT[b, c, : batch.lengths_BC[b, c]]) for c in (0, 1)]
             for b in range(4)
         ]
     )
@@ -138,10 +139,10 @@ def test_equal_scores_are_not_right(scored):
 
 
 def trained(scored, batch, microbatches=1, steps=1):
-    model, params = scored
+    model, weights = scored
     loss_fn = partial(reward.reward_loss, model, PLAIN)
     step = jitted(train_step, loss_fn=loss_fn, optimizer=SGD, seed=0, microbatches=microbatches)
-    state = TrainState(jnp.int32(0), params, SGD.init(params))
+    state = TrainState(jnp.int32(0), weights.base, SGD.init(weights.base))
     for _ in range(steps):
         state, metrics = step(state, batch)
     return state, metrics
@@ -172,14 +173,14 @@ def test_microbatches_do_not_change_the_update(scored):
 def test_training_separates_the_pairs(scored):
     batch = pairs(LENGTHS)
     state, _ = trained(scored, batch, steps=10)
-    before, after = evaluate(scored, batch), evaluate((scored[0], state.params), batch)
+    before, after = evaluate(scored, batch), evaluate((scored[0], Weights(state.params)), batch)
     assert float(after["loss"][0]) < 0.5 * float(before["loss"][0])
     assert float(after["accuracy"][0]) == 4
 
 
 def test_left_padded_rollouts_score_as_they_do_alone(scored, tiny_model):
     """PPO hands over left-padded prompts with responses that end early; the score is the text's."""
-    model, params = scored
+    model, weights = scored
     ppo = Ppo(PpoConfig(), Llama(tiny_model()), model, SGD, SGD, temperature=1.0, stop_tokens=(2, 4), pad=5)
     P, R = 9, 7
     shapes = [(9, 7), (1, 3), (6, 3), (8, 1), (9, 3)]  # prompt and response tokens
@@ -190,7 +191,7 @@ def test_left_padded_rollouts_score_as_they_do_alone(scored, tiny_model):
     positions = np.maximum(np.cumsum(segments, 1) - 1, 0) * segments
     mask = segments[:, P:].astype(np.float32)
     rollout = Rollout(tokens, segments, positions, mask * 0, mask, np.ones(5, bool))
-    got = jax.jit(partial(scores, ppo))(params, rollout)
-    np.testing.assert_allclose(got, [alone(model, params, row) for row in rows], rtol=0, atol=TOLERANCE)
-    padded = score(model, params, *right_padded(rows, P + R))
+    got = jax.jit(partial(scores, ppo))(weights, rollout)
+    np.testing.assert_allclose(got, [alone(model, weights, row) for row in rows], rtol=0, atol=TOLERANCE)
+    padded = score(model, weights, *right_padded(rows, P + R))
     np.testing.assert_allclose(got, padded, rtol=0, atol=1e-6)  # the same arrays, in fact

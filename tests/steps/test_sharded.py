@@ -34,8 +34,9 @@ from maxllm.stages.ppo import init_state, iteration
 from maxllm.steps.dpo import dpo_loss
 from maxllm.steps.language import language_loss
 from maxllm.steps.ppo import Frozen, Ppo
-from maxllm.steps.state import abstract, create, init_params, initializer
+from maxllm.steps.state import abstract, create, init_params, initializer, partition_of
 from maxllm.steps.update import eval_step, train_step
+from maxllm.weights import Weights
 
 B, T, V = 8, 16, 64
 RATE = 0.1
@@ -162,7 +163,7 @@ def run_dpo(config):
     step = partial(train_step, loss_fn=loss_fn, optimizer=SGD, seed=0, microbatches=1)
 
     def reference(key):
-        return init_params(model, jax.random.fold_in(key, 7))
+        return Weights(init_params(model, jax.random.fold_in(key, 7)))
 
     @cache
     def run(shape, zero=3):
@@ -193,7 +194,9 @@ def run_ppo(config):
 
     def frozen(key):
         key = jax.random.fold_in(key, 7)  # neither the actor's nor the critic's parameters
-        return Frozen(init_params(ppo.policy_model, key), init_params(ppo.scalar_model, key))
+        return Frozen(
+            Weights(init_params(ppo.policy_model, key)), Weights(init_params(ppo.scalar_model, key))
+        )
 
     def run(shape, microbatches):
         parts = replace(ppo, microbatches=microbatches)
@@ -302,8 +305,8 @@ def test_what_a_stage_of_zero_splits(config, adam_init, zero, split):
 def test_other_optimizers(config, name):
     """Adafactor's rows and columns are means over split axes, Muon's iterations contract them; its moments
     lie as parameters do."""
-    optimizer = make_optimizer(OptimizerConfig(name=name, learning_rate=0.05, schedule="constant"), 10)
-    model = Llama(config)
+    model, recipe = Llama(config), OptimizerConfig(name=name, learning_rate=0.05, schedule="constant")
+    optimizer = make_optimizer(recipe, 10, partition_of(model).trained)
     init = initializer(model, optimizer)
     loss_fn = partial(language_loss, model)
     step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, seed=0, microbatches=1)
@@ -329,8 +332,14 @@ def test_what_lies_in_the_hosts_memory(config, shape, offload):
     """SGD with momentum, 1 and 1/2: three steps' gradients are added with weights of at most 1 3/4."""
     optimizer, model = optax.sgd(1.0, momentum=0.5), Llama(config)
     init = initializer(model, optimizer)
-    loss_fn = partial(language_loss, model)
-    step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, seed=0, microbatches=1)
+    step = partial(
+        train_step,
+        loss_fn=partial(language_loss, model),
+        optimizer=optimizer,
+        seed=0,
+        microbatches=1,
+        partition=partition_of(model),
+    )
     one, many = (
         take_steps(mesh_of(where), init, step, lm_batch(), count=3, **changes)
         for where, changes in ((ONE, {}), (shape, {"offload": offload}))
@@ -351,8 +360,9 @@ def test_what_lies_in_the_hosts_memory(config, shape, offload):
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_optimizers_do_the_same_one_parameter_at_a_time(config, name):
     """The same operations on the same numbers, fused otherwise."""
-    optimizer = make_optimizer(OptimizerConfig(name=name, learning_rate=0.05, schedule="constant"), 10)
     model, mesh = Llama(config), mesh_of((1, 8, 1, 1, 1))
+    recipe = OptimizerConfig(name=name, learning_rate=0.05, schedule="constant")
+    optimizer = make_optimizer(recipe, 10, partition_of(model).trained)
     init = initializer(model, optimizer)
     step = partial(
         train_step, loss_fn=partial(language_loss, model), optimizer=optimizer, seed=0, microbatches=1
@@ -458,8 +468,8 @@ def test_compile_reader_answers_on_a_mesh(config, run_lm):
     before, _, (wanted, *_) = run_lm(ONE)
     model, mesh = Llama(config), mesh_of((2, 2, 1, 1, 2))
     shardings = sharding.shardings_of(abstract(partial(init_params, model), mesh))
-    params = jax.device_put(before.params, shardings)
-    got = compile_reader(mesh, partial(eval_step, loss_fn=partial(language_loss, model)))(params, lm_batch())
+    weights = Weights(jax.device_put(before.params, shardings))
+    got = compile_reader(mesh, partial(eval_step, loss_fn=partial(language_loss, model)))(weights, lm_batch())
     for name in ("loss", "accuracy"):
         np.testing.assert_allclose(got[name], wanted[name], rtol=TOLERANCE, err_msg=name)
 

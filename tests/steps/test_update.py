@@ -16,12 +16,14 @@ from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.records import LmBatch
 from maxllm.steps.language import language_loss
-from maxllm.steps.state import TrainState, init_params
-from maxllm.steps.update import MATRICES, Loss, accumulate, eval_step, split, train_step, update
+from maxllm.steps.state import TrainState, init_params, partition_of
+from maxllm.steps.update import Loss, accumulate, eval_step, split, train_step, update
+from maxllm.weights import Declaration, Kind, Weights
 
 B, T, V = 8, 16, 64
 
 
+TABLE = Declaration(Kind.TABLE, (None,))
 OPTIMIZER = optax.sgd(1.0, momentum=0.9)
 """With rate 1 the first update is the gradient itself; the momentum is a state to keep."""
 
@@ -121,9 +123,9 @@ def test_split_deals_every_row_out_once():
 
 
 def test_every_microbatch_draws_its_own_dropout():
-    def loss_fn(params, part, key):
+    def loss_fn(weights, part, key):
         draw = jax.random.uniform(key)
-        return Loss(jnp.sum(params["w"]) * 0, jnp.float32(1), {"draw": (draw, draw**2)})
+        return Loss(jnp.sum(weights.base["w"]) * 0, jnp.float32(1), {"draw": (draw, draw**2)})
 
     _, loss = accumulate(loss_fn, {"w": jnp.ones(2)}, jnp.zeros(4), jax.random.key(0), 4)
     total, squares = map(float, loss.metrics["draw"])
@@ -151,15 +153,15 @@ def test_padding_rows_leave_gradients_finite_and_unchanged(state, step_of):
 # Not finite, no update
 
 
-def weighted_square(params, part, key):
+def weighted_square(weights, part, key):
     """sum(x w^2) + the third column, which reaches the total and not the gradient."""
-    total = jnp.sum(part[:, :2] * jnp.square(params["w"])) + jnp.sum(part[:, 2])
+    total = jnp.sum(part[:, :2] * jnp.square(weights.base["w"])) + jnp.sum(part[:, 2])
     return Loss(total, jnp.float32(part.shape[0]), {})
 
 
-def square_root(params, part, key):
+def square_root(weights, part, key):
     """sqrt(sum(x w^2)): at x = 0 the value is 0 and the gradient 0 / 0."""
-    return Loss(jnp.sqrt(jnp.sum(part[:, :2] * jnp.square(params["w"]))), jnp.float32(1), {})
+    return Loss(jnp.sqrt(jnp.sum(part[:, :2] * jnp.square(weights.base["w"]))), jnp.float32(1), {})
 
 
 GOOD = jnp.array([[1.0, 2.0, 0.0], [3.0, 4.0, 0.0]])
@@ -175,7 +177,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_not_finite_means_no_update(case, microbatches):
     loss_fn, bad, (loss_is_finite, gradient_is_finite) = BAD[case]
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup_steps=4), 10)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup_steps=4), 10, {"w": TABLE})
     key = jax.random.key(0)
     step = jax.jit(
         partial(update, key=key, loss_fn=loss_fn, optimizer=optimizer, microbatches=microbatches),
@@ -231,7 +233,7 @@ def test_evaluation_has_no_dropout(state, tiny_model):
     batch = uneven_batch()
     plain, dropping = Llama(tiny_model()), Llama(tiny_model(residual_dropout=0.5, embedding_dropout=0.5))
     losses = [
-        jax.jit(partial(eval_step, loss_fn=partial(language_loss, model)))(state.params, batch)
+        jax.jit(partial(eval_step, loss_fn=partial(language_loss, model)))(Weights(state.params), batch)
         for model in (plain, dropping)
     ]
     assert_identical(*losses)
@@ -247,12 +249,15 @@ def test_bfloat16_gradients_are_the_float32_ones_rounded(tiny_model):
     positions = jnp.broadcast_to(jnp.arange(8), (4, 8))
     batch = LmBatch(tokens[:, :-1], tokens[:, 1:], ones.astype(jnp.float32), ones, positions)
 
-    def loss_fn(params, part, _):
-        return language_loss(model, params, part, None)
+    def loss_fn(weights, part, _):
+        return language_loss(model, weights, part, None)
 
     def gradients(dtype, parts):
-        run = jax.jit(lambda params: accumulate(loss_fn, params, batch, jax.random.key(0), parts, dtype)[0])
-        return run(params)
+        settings = {"microbatches": parts, "dtype": dtype, "partition": partition_of(model)}
+        run = jax.jit(partial(accumulate, loss_fn, batch=batch, key=jax.random.key(0), **settings))
+        return run(params=params)[0]
+
+    kinds = {path: leaf.kind for path, leaf in flatten_dict(partition_of(model).trained).items()}
 
     for microbatches in (1, 2):
         exact = flatten_dict(gradients(jnp.dtype("float32"), microbatches))
@@ -260,7 +265,7 @@ def test_bfloat16_gradients_are_the_float32_ones_rounded(tiny_model):
         assert rounded.keys() == exact.keys()
         for path, gradient in rounded.items():
             assert gradient.dtype == jnp.float32
-            if path[-1] in MATRICES:
+            if kinds[path] is Kind.MATRIX:
                 largest = float(jnp.abs(exact[path]).max())
                 # Each part and their sum are rounded, by 2^-9 of numbers that may be twice the largest.
                 np.testing.assert_allclose(gradient, exact[path], rtol=2**-8, atol=3 * 2**-8 * largest)

@@ -1,0 +1,158 @@
+"""A model's weights as one value, what each of them is, and which of them a stage trains.
+
+A weight says what it is where the model declares it: its `Kind` is in the box that carries the logical names
+of its axes. `jax.eval_shape` of an initializer gives a tree of such boxes, so optimizer, memory and update
+read `declarations` of it instead of comparing names.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from maxllm.records import Params
+
+LAYERS = "layers"
+"""Logical name of the axis L on which the layers' weights are stacked."""
+
+
+class Weights(struct.PyTreeNode):
+    """Everything that a model computes with, as `forward`, `generate` and losses take it."""
+
+    base: Params
+    """The model's own parameters."""
+    adapters: Params | None = None
+    """LoRA's matrices; None switches them off, which leaves the model that they were trained beside."""
+    slots: Params | None = None
+    """Zeros for some parameters of `base`, whose gradients are the parameters', in a type of their own.
+
+    A gradient has the type of what it is a gradient of, and is in the same memory. Float32 parameters have
+    bfloat16 gradients this way, and those in the host's memory have gradients on the device; slots are never
+    read, so XLA does not make them.
+    """
+
+    def collections(self) -> dict[str, Params]:
+        """The collections of variables that `model.apply` reads."""
+        named = {"params": self.base, "lora": self.adapters, "slots": self.slots}
+        return {name: tree for name, tree in named.items() if tree is not None}
+
+
+# --- what a weight is --------------------------------------------------------------------------------------
+
+
+class Kind(enum.Enum):
+    """What a weight is to the model."""
+
+    MATRIX = "matrix"
+    """A layer's matrix. Nearly all of a model's parameters are in these, so they alone can wait in the host's
+    memory and have gradients of another type."""
+    NORM = "norm"
+    """The scales of a norm."""
+    BIAS = "bias"
+    TABLE = "table"
+    """The embedding table and the output projection."""
+    HEAD = "head"
+    """A head that starts afresh in the stage that trains it, so it is trained even where adapters are."""
+    ADAPTER = "adapter"
+
+    @property
+    def decayed(self) -> bool:
+        """Whether weight decay pulls it towards zero."""
+        return self not in (Kind.NORM, Kind.BIAS)
+
+
+class Box(nn.LogicallyPartitioned):
+    """A fresh weight with the logical names of its axes and its kind, as initializers return it."""
+
+    kind: Kind = struct.field(default=Kind.MATRIX, pytree_node=False, kw_only=True)
+    inputs: int = struct.field(default=1, pytree_node=False, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a box says of its weight besides the numbers."""
+
+    kind: Kind
+    axes: tuple[str | None, ...]
+    """Logical names."""
+    inputs: int = 1
+    """How many of a layer's axes are contracted with activations; the others are made."""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the first axis is L."""
+        return LAYERS in self.axes
+
+
+def declared(
+    init: Callable[..., jax.Array], kind: Kind, axes: tuple[str | None, ...], inputs: int = 1
+) -> Callable[..., Box]:
+    """An initializer whose weights say what they are."""
+    return lambda *args: Box(init(*args), axes, kind=kind, inputs=inputs)
+
+
+def declarations(boxed: Any) -> Any:
+    """The same tree with a `Declaration` in place of every box."""
+    return jax.tree.map(
+        lambda box: Declaration(box.kind, box.names, box.inputs),
+        boxed,
+        is_leaf=lambda node: isinstance(node, Box),
+    )
+
+
+# --- what is trained ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What of a model's weights a stage trains: all of them, or adapters and new heads beside a frozen base.
+
+    The trained part is one tree of parameters: gradients, optimizer and checkpoints have its structure.
+    """
+
+    trained: Any = None
+    """Declarations of the trained part; None where nobody asks what its weights are."""
+    heads: frozenset[tuple[str, ...]] | None = None
+    """Paths of what is trained of the base beside adapters; None where there are no adapters."""
+
+    @classmethod
+    def of(cls, boxed: Weights) -> Partition:
+        """Decides it for a model's boxed weights: where there are adapters, the base stays."""
+        whole = declarations(boxed)
+        if whole.adapters is None:
+            return cls(whole.base)
+        heads = {path for path, leaf in flatten_dict(whole.base).items() if leaf.kind is Kind.HEAD}
+        partition = cls(heads=frozenset(heads))
+        return cls(partition.split(whole)[0], partition.heads)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether some of the weights stay."""
+        return self.heads is not None
+
+    def split(self, weights: Weights) -> tuple[Params, Weights | None]:
+        """(what is trained, what stays)."""
+        if self.heads is None:
+            return weights.base, None
+        base, trained = flatten_dict(weights.base), flatten_dict(weights.adapters)
+        trained |= {path: base.pop(path) for path in self.heads}
+        return unflatten_dict(trained), Weights(unflatten_dict(base))
+
+    def joined(self, trained: Params, kept: Weights | None = None) -> Weights:
+        """Undoes `split`."""
+        if self.heads is None or kept is None:
+            return Weights(trained)
+        base, adapters = flatten_dict(kept.base), flatten_dict(trained)
+        base |= {path: adapters.pop(path) for path in self.heads}
+        return Weights(unflatten_dict(base), unflatten_dict(adapters))
+
+
+EVERYTHING = Partition()
+"""All weights are trained, in float32 and on the device."""
