@@ -30,14 +30,31 @@ from maxllm.parallel import processes, sharding
 from maxllm.parallel.compiler import compiler_options
 from maxllm.parallel.memory import check_offload, fetched
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
-from maxllm.run.checkpoint import remove_unfinished
+from maxllm.run.changes import flat, is_of, record_changes
+from maxllm.run.checkpoint import latest_step, remove_unfinished
 from maxllm.run.parents import Role, parent_of
 from maxllm.run.record import console
 
 CONFIG, LOCK = "config.yaml", ".lock"
 HF_CONFIG, HF_GENERATION = "hf_config.json", "hf_generation_config.json"
 
-MAY_CHANGE = {"mesh"} | {
+HOW_IT_COMPUTES = {"mesh", "batch.microbatches"} | {
+    f"model.{name}"
+    for name in (
+        "attention",
+        "context_attention",
+        "remat",
+        "keep",
+        "keep_in_host",
+        "pipeline_microbatches",
+        "pipeline_rounds",
+        "scan_unroll",
+    )
+}
+"""Sections and settings that change nothing but rounding, and with dropout, which numbers it drops. A resumed
+run may change them, and records that it did."""
+
+MAY_CHANGE = HOW_IT_COMPUTES | {
     f"run.{name}"
     for name in (
         "dir",
@@ -49,7 +66,7 @@ MAY_CHANGE = {"mesh"} | {
         "max_nonfinite_steps",
     )
 }
-"""Settings that a resumed run may change: they alter neither its data nor its arithmetic."""
+"""Those that a resumed run may change: besides, what says when something is told or saved."""
 
 PATHS = {"start.policy", "start.reward", "tokenizer.path", "data.prepared_dir"}
 """Settings that may be spelled differently, as long as they mean the same place."""
@@ -186,20 +203,8 @@ def check_same_model(model: ModelConfig, run_dir: Path) -> None:
       UserError: naming the first setting in which the model of `run_dir` is another.
     """
     other = run_config(run_dir).model
-    free = {
-        "dtype",
-        "attention",
-        "context_attention",
-        "remat",
-        "keep",
-        "keep_in_host",
-        "pipeline_microbatches",
-        "pipeline_rounds",
-        "scan_unroll",
-        "embedding_dropout",
-        "attention_dropout",
-        "residual_dropout",
-    }
+    free = {name.removeprefix("model.") for name in HOW_IT_COMPUTES}
+    free |= {"dtype", "embedding_dropout", "attention_dropout", "residual_dropout"}
     for name in sorted(set(ModelConfig.model_fields) - free):
         ours, theirs = getattr(model, name), getattr(other, name)
         if ours != theirs:
@@ -219,18 +224,21 @@ def run_config(run_dir: Path) -> Config:
     return recipe.validate(recipe.read_yaml(run_dir / CONFIG))
 
 
-def check_same_recipe(run_dir: Path, config: Config) -> None:
+def check_same_recipe(run_dir: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """A folder that holds a run already must hold one of the same recipe.
 
+    Returns:
+      {setting: (former value, value now)} of those that say how the run computes and differ.
+
     Raises:
-      UserError: naming the first setting that differs.
+      UserError: naming the first other setting that differs.
     """
     if not (run_dir / CONFIG).is_file():
-        return
+        return {}
     # Read as a recipe: a setting that is newer than the run has its default.
     former, now = (flat(yaml.safe_load(recipe.dump(each))) for each in (run_config(run_dir), config))
     for key in sorted(former.keys() | now.keys()):
-        fixed = not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+        fixed = not is_of(key, MAY_CHANGE)
         if key in PATHS and former.get(key) and now.get(key):
             fixed = not same_place(former, now, key)
         if fixed and former.get(key) != now.get(key):
@@ -238,6 +246,11 @@ def check_same_recipe(run_dir: Path, config: Config) -> None:
                 f"{run_dir} holds a run with {key}={former.get(key)}, not {now.get(key)}; "
                 "give another run.dir, or remove that folder"
             )
+    return {
+        key: (former.get(key), now.get(key))
+        for key in sorted(former.keys() | now.keys())
+        if is_of(key, HOW_IT_COMPUTES) and former.get(key) != now.get(key)
+    }
 
 
 @contextmanager
@@ -256,11 +269,13 @@ def open_run_dir(session: Session) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is training in {session.run_dir}") from None
-        check_same_recipe(session.run_dir, session.config)  # it may have come since the session was opened
+        # Looked at again: the folder may have been filled since the session was opened.
+        changes = check_same_recipe(session.run_dir, session.config)
         remove_unfinished(session.run_dir)  # first of all: it may be what fills the disk
         for name, content in session.tokenizer.files.items():
             write_bytes(session.run_dir / name, content)
         write_hf(session.run_dir, session.hf_config, session.hf_generation)
+        record_changes(session.run_dir, latest_step(session.run_dir), changes, partial(say, session))
         write_text(session.run_dir / CONFIG, recipe.dump(session.config))
         yield
 
@@ -270,14 +285,6 @@ def same_place(former: dict[str, Any], now: dict[str, Any], key: str) -> bool:
     if Path(former[key]).resolve() == Path(now[key]).resolve():
         return True
     return os.path.relpath(former[key], former["run.dir"]) == os.path.relpath(now[key], now["run.dir"])
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested mappings."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def compile_step(
@@ -359,7 +366,7 @@ def reopen(run_dir: Path, overrides: Sequence[str] = (), may_change: Sequence[st
     allowed = ("mesh", *may_change)
     for word in overrides:
         key = word.partition("=")[0]
-        if not any(key == name or key.startswith(f"{name}.") for name in allowed):
+        if not is_of(key, allowed):
             raise UserError(f"{key} is part of what {run_dir} is; here one may set {', '.join(allowed)}")
     words = [*overrides, f"run.dir={run_dir}"]
     processes.initialize()
