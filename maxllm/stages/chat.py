@@ -18,6 +18,7 @@ from maxllm.data.instruct import pad_prompts
 from maxllm.data.render import render_prompt
 from maxllm.data.tokenizer import document_start
 from maxllm.errors import UserError
+from maxllm.parallel.sharding import row_shards
 from maxllm.records import Params
 from maxllm.run import session as sessions
 from maxllm.run.checkpoint import find
@@ -110,7 +111,7 @@ class Speaker:
                 f"beside generation.max_new_tokens={reply}; generation.context=… sets a longer one"
             )
         length = min(max(SHORTEST_PROMPT, 1 << (len(ids) - 1).bit_length()), self.room)
-        rows = self.session.mesh.shape["data"] * self.session.mesh.shape["fsdp"]
+        rows = row_shards(self.session.mesh)
         key = jax.random.fold_in(jax.random.key(self.session.config.run.seed), self._turn)
         self._turn += 1
         rollout = jax.device_get(

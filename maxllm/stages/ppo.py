@@ -29,6 +29,7 @@ from maxllm.losses.token import token_logps
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
+from maxllm.parallel.mesh import check_batch_divides
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Metrics, Params, PromptBatch
 from maxllm.run.checkpoint import find, load_params, restore
@@ -95,7 +96,7 @@ def job(session: Session) -> Job:
     judge = session.parent("reward")
     check_start(session, judge, reward)
     check_reward_fits(session)
-    check_minibatches_divide(session)
+    check_batch_divides(session.mesh, config.batch, session.model, config.ppo.minibatches)
     # 1. Data: prompts. Answers, where rows have them, are for the held-out check; training never sees them.
     length = config.batch.sequence_length - config.generation.max_new_tokens
     train_questions, heldout, tallies = read_split(
@@ -217,22 +218,6 @@ def check_sampling(generation: GenerationConfig) -> None:
         raise UserError(
             "generation.top_k and generation.top_p would sample from another distribution than the one PPO "
             "updates; leave them at 0 and 1"
-        )
-
-
-def check_minibatches_divide(session: Session) -> None:
-    """The rows of an update must split evenly over the devices.
-
-    Raises:
-      UserError: naming the numbers.
-    """
-    batch, minibatches = session.config.batch, session.config.ppo.minibatches
-    rows = batch.rows // (minibatches * batch.microbatches)
-    split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
-    if rows % split:
-        raise UserError(
-            f"batch.rows={batch.rows} in ppo.minibatches={minibatches} x batch.microbatches="
-            f"{batch.microbatches} is {rows} rows at a time, which mesh data x fsdp = {split} does not divide"
         )
 
 

@@ -15,8 +15,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from maxllm.data.bpe import STOP_KEY, FastTokenizer
 from maxllm.errors import UserError
 from maxllm.hf.export import export
+from maxllm.hf.verify import has_torch
 from maxllm.model.llama import Llama
 from maxllm.stages import chat, convert
+from maxllm.stages import export as stage
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -112,3 +114,13 @@ def test_scaling_stretches_the_context(run_dir: Path, tmp_path: Path, kind: str)
     speaker = chat.Speaker(tmp_path / "run", SHORT)
     assert (speaker.session.model.max_seq_len, speaker.context, speaker.room) == (128, 512, 504)
     chat.generate(tmp_path / "run", ["x" * 196], SHORT)
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 2), (1, 4, 2)], ids=str)
+def test_stages_of_a_pipeline_take_rows_too(run_dir: Path, tmp_path: Path, layout: tuple[int, ...]) -> None:
+    """Greedily the same replies as without stages, from chat and in the check of an export."""
+    words = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "stage"), layout, strict=True)]
+    plain = chat.generate(run_dir, ["a"], SHORT)
+    assert chat.generate(run_dir, ["a"], [*SHORT, *words]) == plain
+    written = stage.run(run_dir, tmp_path / "hf", ("a",), overrides=words)
+    assert written["greedy_prompts"] == (1 if has_torch() else 0)
