@@ -27,29 +27,34 @@ CONTINUES = {"quickstart", "export", "convert", *TRAINERS}
 
 def entry() -> NoReturn:
     """The `maxllm` command. Outside a training loop, which has its own handlers, a signal ends it at once."""
-    if {"quickstart", *TRAINERS} & set(sys.argv):
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    options = parse(None)
+    if options.verb in {"quickstart", *TRAINERS}:
         restart_with_huge_pages()
-    if CONTINUES & set(sys.argv):
+    if options.verb in CONTINUES:
         code, sentence = 75, "interrupted; the same command continues from what was saved"
     else:
         code, sentence = 130, "interrupted"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: leave(code, sentence))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    code = main()
-    if code in (1, 2):
+    done = run(options)
+    if done in (1, 2):
         # Reads and writes under way in libraries' threads would print tracebacks while Python shuts down.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+        os._exit(done)
+    sys.exit(done)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the words of a command and runs its verb; returns the exit code."""
+    return run(parse(arguments))
+
+
+def run(options: argparse.Namespace) -> int:
     """Runs one verb; returns the exit code."""
-    options = parse(arguments)
     quiet_libraries()
     try:
         VERBS[options.verb](options)
