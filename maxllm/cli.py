@@ -216,7 +216,8 @@ def generate(options: argparse.Namespace) -> None:
     """maxllm generate"""
     from maxllm.stages import chat as stage
 
-    replies = stage.generate(options.run_dir, [utf8(prompt) for prompt in options.prompt], options.overrides)
+    prompts = [utf8(prompt) for prompt in options.prompt]
+    replies = stage.generate(options.run_dir, prompts, options.overrides, options.checkpoint)
     if options.json:
         print(json.dumps(replies, ensure_ascii=False))
         return
@@ -228,7 +229,7 @@ def chat(options: argparse.Namespace) -> None:
     """maxllm chat"""
     from maxllm.stages import chat as stage
 
-    stage.converse(options.run_dir, typed_lines(), print, options.overrides)
+    stage.converse(options.run_dir, typed_lines(), print, options.overrides, options.checkpoint)
 
 
 def typed_lines() -> Iterator[str]:
@@ -264,7 +265,8 @@ def evaluate(options: argparse.Namespace) -> None:
     """maxllm evaluate"""
     from maxllm.stages import evaluate as stage
 
-    show(options, stage.run(options.run_dir, options.overrides), "maxllm evaluate")
+    figures = stage.run(options.run_dir, options.overrides, options.checkpoint)
+    show(options, figures, "maxllm evaluate")
 
 
 def export(options: argparse.Namespace) -> None:
@@ -279,6 +281,7 @@ def export(options: argparse.Namespace) -> None:
         base=options.base,
         critic=options.critic,
         push=options.push,
+        which=options.checkpoint,
     )
     show(options, result, "maxllm export")
     checked = (

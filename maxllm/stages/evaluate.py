@@ -1,6 +1,7 @@
-"""Evaluate: the held-out figures of a run's newest checkpoint, computed afresh.
+"""Evaluate: the held-out figures of a run's newest checkpoint, or of another one, computed afresh.
 
 maxllm evaluate runs/tiny/sft --json
+maxllm evaluate runs/tiny/sft --checkpoint best
 maxllm evaluate runs/tiny/sft 'data.heldout_sources=["my_questions.jsonl"]'
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 
 from maxllm.errors import UserError
 from maxllm.parallel.mesh import check_batch_divides
-from maxllm.run.checkpoint import find, restore
+from maxllm.run.checkpoint import Which, find, restore
 from maxllm.run.loop import Job
 from maxllm.run.session import Session, check_replies_fit, reopen, run_config
 from maxllm.stages import dpo, ppo, pretrain, reward, sft
@@ -26,8 +27,8 @@ JOBS: dict[str, Callable[[Session], Job]] = {
 }
 
 
-def run(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Restores the newest checkpoint and evaluates it as training does.
+def run(run_dir: Path, overrides: Sequence[str] = (), which: Which = "latest") -> dict[str, Any]:
+    """Restores a checkpoint and evaluates it as training does.
 
     Pretrain's held-out text was packed by `prepare`: another one is another data.prepared_dir.
     """
@@ -38,7 +39,7 @@ def run(run_dir: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     session = reopen(run_dir, overrides, ("generation", "batch.rows", data))
     check_replies_fit(session.config)
     check_batch_divides(session.mesh, session.config.batch, session.model)
-    checkpoint = find(run_dir)
+    checkpoint = find(run_dir, which)
     job = JOBS[stage](session)
     figures = job.evaluate(restore(checkpoint, job.abstract_state))
     return {"run": str(run_dir), "stage": stage, "step": int(checkpoint.name), **figures}

@@ -32,8 +32,9 @@ from maxllm.optim import make_optimizer
 from maxllm.parallel.mesh import check_batch_divides
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Metrics, Params, PromptBatch
-from maxllm.run.checkpoint import find, load_params, restore
+from maxllm.run.checkpoint import load_params, restore
 from maxllm.run.loop import Job, finished, train
+from maxllm.run.parents import run_dir_of
 from maxllm.run.session import Session, check_same_model, compile_reader, open_session
 from maxllm.stages.program import Program
 from maxllm.stages.shared import (
@@ -193,17 +194,18 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
     )
 
 
-def critic_params(session: Session, run_dir: Path) -> Params:
-    """The critic of a run's newest checkpoint, for export.
+def critic_params(session: Session, checkpoint: Path) -> Params:
+    """The critic in a checkpoint of a run of PPO, for export.
 
     Raises:
-      UserError: it is not a run of PPO, or has no checkpoint.
+      UserError: it is a checkpoint of another stage.
     """
     if session.config.stage != "ppo":
-        raise UserError(f"{run_dir} is a {session.config.stage} run: only ppo trains a critic")
+        stage = session.config.stage
+        raise UserError(f"{session.run_dir} is a {stage} run: only ppo trains a critic")
     ppo = algorithm_with(session)
     init = partial(init_state, ppo)
-    return restore(find(run_dir), abstract(init, session.mesh)).critic.params
+    return restore(checkpoint, abstract(init, session.mesh)).critic.params
 
 
 def check_sampling(generation: GenerationConfig) -> None:
@@ -257,7 +259,7 @@ def check_reward_fits(session: Session) -> None:
     Raises:
       UserError: it was trained with another tokenizer, or with other settings that shapes do not show.
     """
-    reward_dir = Path(session.config.start.reward or "")
+    reward_dir = run_dir_of(session.parent("reward"))
     if load_tokenizer(reward_dir).fingerprint != session.tokenizer.fingerprint:
         raise UserError(f"{reward_dir} was trained with another tokenizer than {session.config.start.policy}")
     check_same_model(session.model, reward_dir)
