@@ -27,29 +27,34 @@ CONTINUES = {"quickstart", "export", "convert", *RECIPE_VERBS}
 
 def entry() -> NoReturn:
     """The `maxllm` command. Outside a training loop, which has its own handlers, a signal ends it at once."""
-    if {"quickstart", *RECIPE_VERBS} & set(sys.argv):
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    options = parse(None)
+    if options.verb in {"quickstart", *RECIPE_VERBS}:
         restart_with_huge_pages()
-    if CONTINUES & set(sys.argv):
+    if options.verb in CONTINUES:
         code, sentence = 75, "interrupted; the same command continues from what was saved"
     else:
         code, sentence = 130, "interrupted"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: leave(code, sentence))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    code = main()
-    if code in (1, 2):
+    done = run(options)
+    if done in (1, 2):
         # Reads and writes under way in libraries' threads would print tracebacks while Python shuts down.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+        os._exit(done)
+    sys.exit(done)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the words of a command and runs its verb; returns the exit code."""
+    return run(parse(arguments))
+
+
+def run(options: argparse.Namespace) -> int:
     """Runs one verb; returns the exit code."""
-    options = parse(arguments)
     quiet_libraries()
     try:
         VERBS[options.verb](options)
@@ -205,7 +210,8 @@ def generate(options: argparse.Namespace) -> None:
     """maxllm generate"""
     from maxllm.stages import chat as stage
 
-    replies = stage.generate(options.run_dir, [utf8(prompt) for prompt in options.prompt], options.overrides)
+    prompts = [utf8(prompt) for prompt in options.prompt]
+    replies = stage.generate(options.run_dir, prompts, options.overrides, options.checkpoint)
     if options.json:
         print(json.dumps(replies, ensure_ascii=False))
         return
@@ -217,7 +223,7 @@ def chat(options: argparse.Namespace) -> None:
     """maxllm chat"""
     from maxllm.stages import chat as stage
 
-    stage.converse(options.run_dir, typed_lines(), print, options.overrides)
+    stage.converse(options.run_dir, typed_lines(), print, options.overrides, options.checkpoint)
 
 
 def typed_lines() -> Iterator[str]:
@@ -253,7 +259,8 @@ def evaluate(options: argparse.Namespace) -> None:
     """maxllm evaluate"""
     from maxllm.stages import evaluate as stage
 
-    show(options, stage.run(options.run_dir, options.overrides), "maxllm evaluate")
+    figures = stage.run(options.run_dir, options.overrides, options.checkpoint)
+    show(options, figures, "maxllm evaluate")
 
 
 def export(options: argparse.Namespace) -> None:
@@ -268,6 +275,7 @@ def export(options: argparse.Namespace) -> None:
         base=options.base,
         critic=options.critic,
         push=options.push,
+        which=options.checkpoint,
     )
     show(options, result, "maxllm export")
     checked = (

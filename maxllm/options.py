@@ -90,6 +90,30 @@ def add_push(verb: Any) -> None:
     verb.add_argument("--push", metavar="OWNER/NAME", help="put the folder on the Hugging Face hub, private")
 
 
+def add_checkpoint(verb: Any) -> None:
+    """--checkpoint for verbs that read a run folder."""
+    verb.add_argument(
+        "--checkpoint",
+        type=checkpoint,
+        default="latest",
+        metavar="WHICH",
+        help="best, latest (the default) or the number of a step",
+    )
+
+
+def checkpoint(word: str) -> str | int:
+    """Which checkpoint a word means.
+
+    Raises:
+      ArgumentTypeError: it means none.
+    """
+    if word in ("best", "latest"):
+        return word
+    if word.isdecimal():
+        return int(word)
+    raise argparse.ArgumentTypeError(f"{word} is none of best, latest and the number of a step")
+
+
 def add_quickstart(verbs: Any) -> None:
     """quickstart."""
     verb = add_verb(
@@ -167,6 +191,7 @@ def add_readers(verbs: Any) -> None:
     verb = add_verb(verbs, "generate", "complete prompts with the model of a run")
     verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of pretrain, sft or ppo")
     add_overrides(verb, "generation.temperature=0.8")
+    add_checkpoint(verb)
     verb.add_argument(
         "--prompt", action="append", required=True, help="a prompt; give it again for more than one"
     )
@@ -175,16 +200,19 @@ def add_readers(verbs: Any) -> None:
     verb = add_verb(verbs, "chat", "talk to the model of a run, line by line")
     verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of sft or ppo")
     add_overrides(verb, "generation.temperature=0.7")
+    add_checkpoint(verb)
 
-    verb = add_verb(verbs, "evaluate", "compute the held-out figures of a run's newest checkpoint")
+    verb = add_verb(verbs, "evaluate", "compute the held-out figures of a run")
     verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of any stage")
     add_overrides(verb, "'data.heldout_sources=[\"mine.jsonl\"]' (pretrain: data.prepared_dir=…)")
+    add_checkpoint(verb)
     add_json(verb)
 
     verb = add_verb(verbs, "export", "write a Hugging Face folder, checked against transformers")
     verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of any stage that trains")
     verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     add_overrides(verb, "mesh.fsdp=4")
+    add_checkpoint(verb)
     verb.add_argument(
         "--base", metavar="MODEL", help="of a LoRA run: write the adapters alone, for PEFT to load onto MODEL"
     )

@@ -1,10 +1,13 @@
 """The command line: help, versions, and bad input that needs no trained run."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from maxllm import cli
 
 VERBS = (
     "quickstart",
@@ -47,6 +50,32 @@ def test_nothing_heavy_is_imported_by_the_command_line() -> None:
 
 def test_version() -> None:
     assert maxllm("--version").stdout.startswith("maxllm 0.")
+
+
+@pytest.mark.parametrize(
+    ("words", "begins_again", "code"),
+    [
+        (("sft", "sft/tiny_tasks_cpu"), True, 75),
+        (("quickstart",), True, 75),
+        (("export", "run", "out"), False, 75),
+        (("generate", "run", "--prompt", "sft"), False, 130),
+        (("chat", "ppo"), False, 130),
+        (("report", "export"), False, 130),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_what_a_command_is_its_verb_decides(monkeypatch, words, begins_again, code) -> None:
+    """Whether it begins again with huge pages, and how it ends when it is interrupted; no other word does."""
+    begun, handlers, ended = [], {}, []
+    monkeypatch.setattr(sys, "argv", ["maxllm", *words])
+    monkeypatch.setattr(cli, "restart_with_huge_pages", lambda: begun.append(True))
+    monkeypatch.setattr(cli.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(cli, "leave", lambda code, sentence: ended.append(code))
+    monkeypatch.setitem(cli.VERBS, words[0], lambda options: None)
+    with pytest.raises(SystemExit):
+        cli.entry()
+    handlers[signal.SIGTERM]()
+    assert (begun == [True], ended) == (begins_again, [code])
 
 
 def test_print_config_is_a_recipe(tmp_path: Path) -> None:

@@ -66,16 +66,19 @@ def across_slices(config: MeshConfig, sizes: list[int], devices: Sequence[jax.De
     return np.concatenate(laid_out, axis)
 
 
-def check_batch_divides(mesh: Mesh, batch: BatchConfig, model: ModelConfig) -> None:
-    """The rows of a batch must split evenly.
+def check_batch_divides(mesh: Mesh, batch: BatchConfig, model: ModelConfig, minibatches: int = 1) -> None:
+    """The rows of a batch, or of each of PPO's minibatches, must split evenly.
 
     Raises:
       UserError: naming the numbers.
     """
-    rows, split = batch.rows // batch.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, split = batch.rows // (minibatches * batch.microbatches), mesh.shape["data"] * mesh.shape["fsdp"]
+    given = f"{batch.microbatches} microbatches"
+    if minibatches > 1:
+        given = f"ppo.minibatches={minibatches} x batch.microbatches={batch.microbatches}"
     if rows % split:
         raise UserError(
-            f"batch.rows={batch.rows} in {batch.microbatches} microbatches is {rows} rows at a time, "
+            f"batch.rows={batch.rows} in {given} is {rows} rows at a time, "
             f"which mesh data x fsdp = {split} does not divide"
         )
     stages = mesh.shape["stage"]

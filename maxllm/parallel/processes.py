@@ -7,6 +7,7 @@ Cloud TPU and Slurm, what `jax.distributed.initialize()` finds by itself when MA
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -57,13 +58,17 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether a flag is set in any process; every process must ask at the same point."""
-    if jax.process_count() == 1:
-        return flag
+def gathered(numbers: Sequence[float]) -> np.ndarray:
+    """The numbers of every process, float32 [processes, numbers]; all must ask at the same point."""
     from jax.experimental import multihost_utils
 
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    own = np.array(numbers, np.float32)
+    return np.asarray(multihost_utils.process_allgather(own)).reshape(jax.process_count(), len(numbers))
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether a flag is set in any process; every process must ask at the same point."""
+    return flag if jax.process_count() == 1 else bool(gathered([float(flag)]).any())
 
 
 def agreed(number: int) -> int:

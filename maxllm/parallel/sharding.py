@@ -4,6 +4,7 @@ DP, FSDP, context and tensor parallelism are sizes of mesh axes, not code: an ax
 dimension whole.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +158,11 @@ def shardings_of(abstract: Any) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over BATCH, every other dimension whole: the model splits positions where it needs to."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Parts that `batch_sharding` splits the rows of a batch into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

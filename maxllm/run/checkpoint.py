@@ -27,7 +27,7 @@ import xxhash
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
-from maxllm.errors import RunFailed, UserError
+from maxllm.errors import RunFailed, UserError, listed
 from maxllm.files import read_json
 from maxllm.parallel import processes
 from maxllm.records import Params
@@ -43,7 +43,8 @@ from maxllm.run.hashes import (
 
 FOLDER = "checkpoints"
 
-Which = Literal["latest", "best"]
+Which = Literal["latest", "best"] | int
+"""Which checkpoint of a run: its newest, its best, or that of a step."""
 
 UNRANKED = -math.inf
 """The rank of a state that was not evaluated, or whose figure was no number: it is never the best."""
@@ -217,14 +218,22 @@ def hash_of_rank(rank: float) -> str:
 
 
 def find(run_dir: Path, which: Which = "latest") -> Path:
-    """The folder of a run's newest or best checkpoint.
+    """The folder of a run's newest or best checkpoint, or of that of a step.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, with those that are there.
     """
-    step = latest_step(run_dir) if which == "latest" else best_step(run_dir)
+    there = steps_of(run_dir)
+    if not there:
+        raise UserError(f"{run_dir} holds no checkpoint; train that stage first")
+    if isinstance(which, int):
+        step = which if which in there else None
+    else:
+        step = there[-1] if which == "latest" else best_step(run_dir)
     if step is None:
-        raise UserError(f"{run_dir} holds no {which} checkpoint; train that stage first")
+        missing = f"checkpoint of step {which}" if isinstance(which, int) else f"{which} checkpoint"
+        steps = listed([str(number) for number in there], limit=20)
+        raise UserError(f"{run_dir} holds no {missing}: it holds steps {steps}")
     return (run_dir / FOLDER).absolute() / str(step)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,15 +14,22 @@ import jax
 from maxllm.errors import leave
 from maxllm.parallel import processes
 
-AGREE_EVERY = 10
-"""Steps between two moments at which several processes agree whether to stop."""
+AGREE_SECONDS = 1.0
+"""About as long several processes go on without asking each other whether to stop: little of the half minute
+or so that a preempted machine is given."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop."""
+    """Whether this process was asked to stop, and when it asks the others of its run whether they were."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._every = 1
+        self._restart()
+
+    def _restart(self) -> None:
+        """Begins to count steps, and their seconds, from this agreement to the next."""
+        self._steps, self._began = 0, time.perf_counter()
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler; a second Ctrl-C stops at once, without saving."""
@@ -34,11 +42,24 @@ class StopRequest:
     def anywhere(self, step: int) -> bool:
         """Whether any process was asked: all must stop at the same step to save together.
 
-        Several processes ask each other only every AGREE_EVERY steps, because asking waits for the devices.
+        Every process calls this after every step, and with 0 outside of them, which always asks. Several
+        processes ask each other only once in a number of steps, because asking waits for the devices. With
+        its answer each tells how long its steps took, and from the slowest one's seconds all derive the same
+        number of steps until they ask again: about AGREE_SECONDS of them, at least 1, and at most twice as
+        many as before, for the first steps after a pause tell little of the next.
         """
         if jax.process_count() == 1:
             return self.asked
-        return step % AGREE_EVERY == 0 and processes.anywhere(self.asked)
+        self._steps += 1
+        if step and self._steps < self._every:
+            return False
+        seconds = (time.perf_counter() - self._began) / self._steps
+        answers = processes.gathered([float(self.asked), seconds])
+        if step:
+            slowest = max(float(answers[:, 1].max()), 1e-9)
+            self._every = min(2 * self._every, max(1, int(AGREE_SECONDS / slowest)))
+        self._restart()
+        return bool(answers[:, 0].any())
 
 
 @contextmanager

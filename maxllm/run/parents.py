@@ -21,7 +21,8 @@ from maxllm.run.checkpoint import FOLDER, find, latest_step, steps_of
 from maxllm.run.hashes import content_hash
 
 PARENTS = "parents.json"
-"""In a run's folder: {role: {"run", "step", "hash"}}."""
+"""In a run's folder: {role: {"run", "path", "step", "hash"}}; `run` is for people, `path` leads from the
+run's folder to its parent's."""
 
 DEPENDENTS = "dependents"
 """In a parent's folder: a file for each run that began from one of its checkpoints."""
@@ -57,6 +58,14 @@ def parent_of(run_dir: Path, config: Config, role: Role) -> Path:
             "file back, or give another run.dir"
         )
     step, former = recorded["step"], recorded["hash"]
+    # Where the recipe says, which is true in the folder that training was started in; or where it lay from
+    # the run's own folder, which stays true when both move together.
+    places = [folder, *([moved_along(run_dir, recorded)] if "path" in recorded else [])]
+    for place in places:
+        checkpoint = (place / FOLDER).absolute() / str(step)
+        if step in steps_of(place) and content_hash(checkpoint / "params") == former:
+            return checkpoint
+    folder = next((place for place in places if steps_of(place)), folder)
     began = f"{run_dir} began from step {step} of {recorded['run']} (content {former})"
     if step not in steps_of(folder):
         there = ", ".join(str(number) for number in steps_of(folder)[-5:])
@@ -64,18 +73,20 @@ def parent_of(run_dir: Path, config: Config, role: Role) -> Path:
             f"{began}; {folder} holds {f'steps {there}' if there else 'no checkpoint'} now: put that "
             "checkpoint back, or give another run.dir"
         )
-    checkpoint = (folder / FOLDER).absolute() / str(step)
-    now = content_hash(checkpoint / "params")
-    if now != former:
-        raise UserError(
-            f"{began}; step {step} of {folder} has the content {now} now: put the former back, or give "
-            "another run.dir"
-        )
-    return checkpoint
+    now = content_hash((folder / FOLDER).absolute() / str(step) / "params")
+    raise UserError(
+        f"{began}; step {step} of {folder} has the content {now} now: put the former back, or give "
+        "another run.dir"
+    )
+
+
+def moved_along(run_dir: Path, recorded: Mapping[str, str | int]) -> Path:
+    """The folder of a recorded parent, seen from the folder of the run that began from it."""
+    return Path(os.path.normpath(run_dir.resolve() / str(recorded["path"])))
 
 
 def read_parents(run_dir: Path) -> dict[str, dict[str, str | int]]:
-    """{role: {"run", "step", "hash"}} of a run that has begun; nothing where there is no such record."""
+    """{role: {"run", "path", "step", "hash"}} of a run that has begun; nothing where no record is."""
     return read_json(run_dir / PARENTS) if (run_dir / PARENTS).is_file() else {}
 
 
@@ -88,7 +99,7 @@ def check_parents(run_dir: Path, parents: Mapping[Role, Path]) -> None:
     if latest_step(run_dir) is None:
         return
     for role, former in read_parents(run_dir).items():
-        now = entry_of(parents[role])  # type: ignore[index]
+        now = entry_of(parents[role], run_dir)  # type: ignore[index]
         if former["hash"] != now["hash"]:
             raise UserError(
                 f"{run_dir} began from step {former['step']} of {former['run']} (content {former['hash']}), "
@@ -104,15 +115,17 @@ def record_parents(run_dir: Path, parents: Mapping[Role, Path], say: Callable[[s
       parents: the checkpoints it begins from, or has begun from.
       say: told where a parent cannot be marked.
     """
-    write_json(run_dir / PARENTS, {role: entry_of(checkpoint) for role, checkpoint in parents.items()})
+    entries = {role: entry_of(checkpoint, run_dir) for role, checkpoint in parents.items()}
+    write_json(run_dir / PARENTS, entries)
     for checkpoint in parents.values():
         mark_in_use(checkpoint, run_dir, say)
 
 
-def entry_of(checkpoint: Path) -> dict[str, str | int]:
-    """What is recorded of a parent."""
+def entry_of(checkpoint: Path, run_dir: Path) -> dict[str, str | int]:
+    """What a run's folder records of a parent's checkpoint."""
     return {
         "run": shown(run_dir_of(checkpoint)),
+        "path": os.path.relpath(run_dir_of(checkpoint).resolve(), run_dir.resolve()),
         "step": int(checkpoint.name),
         "hash": content_hash(checkpoint / "params"),
     }

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from maxllm.model.attend import resolve
 from maxllm.parallel import processes
 from maxllm.parallel.memory import check_offload
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
-from maxllm.run.checkpoint import remove_unfinished
+from maxllm.run.changes import flat, is_of, record_changes
+from maxllm.run.checkpoint import latest_step, remove_unfinished
 from maxllm.run.parents import Role, parent_of
 from maxllm.run.record import console
 
@@ -194,14 +196,17 @@ def run_config(run_dir: Path) -> Config:
     return recipe.validate(recipe.read_yaml(run_dir / CONFIG))
 
 
-def check_same_recipe(run_dir: Path, config: Config) -> None:
+def check_same_recipe(run_dir: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """A folder that holds a run already must hold one of the same recipe.
 
+    Returns:
+      {setting: (former value, value now)} of those that say how the run computes and differ.
+
     Raises:
-      UserError: naming the first setting that differs.
+      UserError: naming the first other setting that differs.
     """
     if not (run_dir / CONFIG).is_file():
-        return
+        return {}
     # Read as a recipe: a setting that is newer than the run has its default.
     former, now = (flat(yaml.safe_load(recipe.dump(each))) for each in (run_config(run_dir), config))
     for key in sorted(former.keys() | now.keys()):
@@ -213,6 +218,11 @@ def check_same_recipe(run_dir: Path, config: Config) -> None:
                 f"{run_dir} holds a run with {key}={former.get(key)}, not {now.get(key)}; "
                 "give another run.dir, or remove that folder"
             )
+    return {
+        key: (former.get(key), now.get(key))
+        for key in sorted(former.keys() | now.keys())
+        if EFFECTS[key] is Effect.COMPUTATION and former.get(key) != now.get(key)
+    }
 
 
 @contextmanager
@@ -231,11 +241,13 @@ def open_run_dir(session: Session) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is training in {session.run_dir}") from None
-        check_same_recipe(session.run_dir, session.config)  # it may have come since the session was opened
+        # Looked at again: the folder may have been filled since the session was opened.
+        changes = check_same_recipe(session.run_dir, session.config)
         remove_unfinished(session.run_dir)  # first of all: it may be what fills the disk
         for name, content in session.tokenizer.files.items():
             write_bytes(session.run_dir / name, content)
         write_hf(session.run_dir, session.hf_config, session.hf_generation)
+        record_changes(session.run_dir, latest_step(session.run_dir), changes, partial(say, session))
         write_text(session.run_dir / CONFIG, recipe.dump(session.config))
         yield
 
@@ -245,14 +257,6 @@ def same_place(former: dict[str, Any], now: dict[str, Any], key: str) -> bool:
     if Path(former[key]).resolve() == Path(now[key]).resolve():
         return True
     return os.path.relpath(former[key], former["run.dir"]) == os.path.relpath(now[key], now["run.dir"])
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested mappings."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def reopen(run_dir: Path, overrides: Sequence[str] = (), may_change: Sequence[str] = ()) -> Session:
@@ -273,7 +277,7 @@ def reopen(run_dir: Path, overrides: Sequence[str] = (), may_change: Sequence[st
     allowed = ("mesh", *may_change)
     for word in overrides:
         key = word.partition("=")[0]
-        if not any(key == name or key.startswith(f"{name}.") for name in allowed):
+        if not is_of(key, allowed):
             raise UserError(f"{key} is part of what {run_dir} is; here one may set {', '.join(allowed)}")
     words = [*overrides, f"run.dir={run_dir}"]
     processes.initialize()

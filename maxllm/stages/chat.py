@@ -18,8 +18,9 @@ from maxllm.data.instruct import pad_prompts
 from maxllm.data.render import render_prompt
 from maxllm.data.tokenizer import document_start
 from maxllm.errors import UserError
+from maxllm.parallel.sharding import row_shards
 from maxllm.run import session as sessions
-from maxllm.run.checkpoint import find
+from maxllm.run.checkpoint import Which, find
 from maxllm.run.session import Session, reopen
 from maxllm.stages.registry import stage_of
 from maxllm.stages.shared import policy_params, reply_text, responder, response_ids
@@ -35,8 +36,8 @@ SHORTEST_PROMPT = 16
 class Speaker:
     """A policy ready to answer."""
 
-    def __init__(self, run_dir: Path, overrides: Sequence[str] = ()) -> None:
-        """Loads the newest parameters of a run; `overrides` may change what MAY_SET names.
+    def __init__(self, run_dir: Path, overrides: Sequence[str] = (), which: Which = "latest") -> None:
+        """Loads the parameters of one of a run's checkpoints; `overrides` may change what MAY_SET names.
 
         Raises:
           UserError: it is a reward model, or replies as long as the context leave no room for a prompt.
@@ -46,7 +47,7 @@ class Speaker:
         if reply == "score":
             raise UserError(f"{run_dir} holds a reward model, which gives scores and no text")
         self.check_context()
-        self.weights = Weights(policy_params(self.session, find(run_dir)))
+        self.weights = Weights(policy_params(self.session, find(run_dir, which)))
         self.chats = reply == "turns"
         self._respond = cache(lambda: responder(self.session, self.session.config.generation))
         self._turn = 0
@@ -112,7 +113,7 @@ class Speaker:
                 f"beside generation.max_new_tokens={reply}; generation.context=… sets a longer one"
             )
         length = min(max(SHORTEST_PROMPT, 1 << (len(ids) - 1).bit_length()), self.room)
-        rows = self.session.mesh.shape["data"] * self.session.mesh.shape["fsdp"]
+        rows = row_shards(self.session.mesh)
         key = jax.random.fold_in(jax.random.key(self.session.config.run.seed), self._turn)
         self._turn += 1
         rollout = jax.device_get(
@@ -125,14 +126,20 @@ class Speaker:
         }
 
 
-def generate(run_dir: Path, prompts: Sequence[str], overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+def generate(
+    run_dir: Path, prompts: Sequence[str], overrides: Sequence[str] = (), which: Which = "latest"
+) -> list[dict[str, Any]]:
     """A reply to each prompt."""
-    speaker = Speaker(run_dir, overrides)
+    speaker = Speaker(run_dir, overrides, which)
     return [{"prompt": prompt, **speaker.reply(speaker.prompt_ids(prompt))} for prompt in prompts]
 
 
 def converse(
-    run_dir: Path, lines: Iterable[str], say: Callable[[str], None], overrides: Sequence[str] = ()
+    run_dir: Path,
+    lines: Iterable[str],
+    say: Callable[[str], None],
+    overrides: Sequence[str] = (),
+    which: Which = "latest",
 ) -> None:
     """Answers each line in turn, with all that was said before in view.
 
@@ -140,7 +147,7 @@ def converse(
     line cannot be answered (the chat template refuses it, or it is too long by itself), `say` tells why, and
     the conversation goes on without it.
     """
-    speaker = Speaker(run_dir, overrides)
+    speaker = Speaker(run_dir, overrides, which)
     if not speaker.chats:
         raise UserError(f"{run_dir} holds a pretrained model, which has not learned to chat; use generate")
     messages: list[Message] = []

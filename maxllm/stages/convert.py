@@ -205,7 +205,9 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
     """A run's newest model as a Hugging Face folder, in the type it came in (trained ones: float32)."""
     session = reopen(run_dir)
     if stage_of(session.config.stage).replies(session) == "score":
-        written = export_scorer(session, run_dir, target, CHECK_PROMPTS, verify, dtype=dtype or "float32")
+        written = export_scorer(
+            session, find(run_dir), target, CHECK_PROMPTS, verify, dtype=dtype or "float32"
+        )
         # The one logit of a classifier with one label is its score.
         logits = {
             "max_abs_logit_diff": written["max_abs_score_diff"],

@@ -25,7 +25,8 @@ from maxllm.hf.verify_tokenizer import check_tokenization
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.records import Params
-from maxllm.run.checkpoint import find, load_params
+from maxllm.run.checkpoint import Which, find, load_params
+from maxllm.run.parents import run_dir_of
 from maxllm.run.session import Session, reopen
 from maxllm.stages import ppo
 from maxllm.stages.chat import Speaker
@@ -49,8 +50,10 @@ def run(
     base: str | None = None,
     critic: bool = False,
     push: str | None = None,
+    which: Which = "latest",
 ) -> dict[str, Any]:
-    """Writes what a run trained as a folder, and where `push` names a repository of the hub, puts it there.
+    """Writes what a run trained, in its newest checkpoint or another one, as a folder, and where `push` names
+    a repository of the hub, puts it there.
 
     A policy is written by `export_policy`; a reward model, or with `critic` the value model of a PPO run, by
     `export_scorer`. The adapters of a LoRA run are merged into the model, unless `base` names what PEFT shall
@@ -60,24 +63,25 @@ def run(
       What the three return; `pushed`: the address of the hub's commit.
 
     Raises:
-      UserError: the run has no adapters or no critic, or the hub does not take the folder.
+      UserError: the run has no adapters, critic or checkpoint, or the hub does not take the folder.
       RunFailed: ours and `transformers` do not agree; nothing is left at out_dir.
     """
     session = reopen(run_dir, overrides)
     if base is not None and critic:
         raise UserError("--base writes adapters, --critic a value model: give one of them")
+    checkpoint = find(run_dir, which)
     if base is not None:
-        written = export_lora(session, run_dir, out_dir, base)
+        written = export_lora(session, checkpoint, out_dir, base)
     elif critic or stage_of(session.config.stage).replies(session) == "score":
-        written = export_scorer(session, run_dir, out_dir, prompts, verify, critic=critic)
+        written = export_scorer(session, checkpoint, out_dir, prompts, verify, critic=critic)
     else:
-        written = export_policy(session, run_dir, out_dir, prompts, verify, overrides)
+        written = export_policy(session, checkpoint, out_dir, prompts, verify, overrides)
     return written | ({"pushed": upload(out_dir, push)} if push else {})
 
 
 def export_policy(
     session: Session,
-    run_dir: Path,
+    checkpoint: Path,
     out_dir: Path,
     prompts: Sequence[str],
     verify: bool,
@@ -92,14 +96,15 @@ def export_policy(
     Raises:
       RunFailed: the two do not agree; nothing is left at out_dir.
     """
-    params = policy_params(session, find(run_dir))
+    run_dir = session.run_dir
+    params = policy_params(session, checkpoint)
     check: dict[str, Any] | None = None
 
     def compare(folder: Path) -> None:
         nonlocal check
         if verify:
             check_tokenization(session.tokenizer, folder)
-        check = greedy_check(run_dir, folder, prompts, overrides) if verify else None
+        check = greedy_check(checkpoint, folder, prompts, overrides) if verify else None
         if check is not None and not check["identical"]:
             raise RunFailed(f"{run_dir} does not decode in transformers as here: {check['first_difference']}")
 
@@ -120,7 +125,7 @@ def export_policy(
     }
 
 
-def export_lora(session: Session, run_dir: Path, out_dir: Path, base: str) -> dict[str, Any]:
+def export_lora(session: Session, checkpoint: Path, out_dir: Path, base: str) -> dict[str, Any]:
     """The adapters of a run as a PEFT folder.
 
     Raises:
@@ -128,14 +133,14 @@ def export_lora(session: Session, run_dir: Path, out_dir: Path, base: str) -> di
     """
     lora = session.config.lora
     if lora is None:
-        raise UserError(f"{run_dir} trained no adapters: leave --base away to export the model")
-    adapters = load_params(find(run_dir), abstract_params(session, Llama(session.model, lora)))
+        raise UserError(f"{session.run_dir} trained no adapters: leave --base away to export the model")
+    adapters = load_params(checkpoint, abstract_params(session, Llama(session.model, lora)))
     return export_adapters(adapters, session.model, lora, base, out_dir)
 
 
 def export_scorer(
     session: Session,
-    run_dir: Path,
+    checkpoint: Path,
     out_dir: Path,
     prompts: Sequence[str],
     verify: bool,
@@ -154,9 +159,9 @@ def export_scorer(
     """
     model = ScalarModel(session.model.model_copy(update={"dtype": "float32"}))
     if critic:
-        params, what = ppo.critic_params(session, run_dir), "The critic (value model) of `maxllm ppo`."
+        params, what = ppo.critic_params(session, checkpoint), "The critic (value model) of `maxllm ppo`."
     else:
-        params = load_params(find(run_dir), abstract_params(session, model))
+        params = load_params(checkpoint, abstract_params(session, model))
         what = "A reward model trained with `maxllm reward`."
     difference: float | None = None
 
@@ -171,7 +176,7 @@ def export_scorer(
         scores = zip((score_of(model, params, ids) for ids in talks), hf_scores(folder, talks), strict=True)
         difference = max(abs(ours - theirs) for ours, theirs in scores)
         if not difference <= TOLERANCE[dtype]:
-            raise RunFailed(f"{run_dir} scores otherwise in transformers: by up to {difference:.3g}")
+            raise RunFailed(f"{session.run_dir} scores otherwise in transformers: by up to {difference:.3g}")
 
     written = hf.export(
         params,
@@ -198,16 +203,17 @@ def score_of(model: ScalarModel, params: Params, ids: Sequence[int]) -> float:
 
 
 def greedy_check(
-    run_dir: Path, folder: Path, prompts: Sequence[str], overrides: Sequence[str]
+    checkpoint: Path, folder: Path, prompts: Sequence[str], overrides: Sequence[str]
 ) -> dict[str, Any] | None:
     """Greedy replies of the checkpoint against those of the exported folder; None where torch is missing.
 
     Both compute in float32: in bfloat16 two right implementations differ by more than many a tie is wide.
     """
+    run_dir = run_dir_of(checkpoint)
     session = reopen(run_dir, overrides)
     tokens = min(CHECK_TOKENS, session.model.context // 2)
     settings = ["model.dtype=float32", "generation.temperature=0", f"generation.max_new_tokens={tokens}"]
-    speaker = Speaker(run_dir, [*overrides, *settings])
+    speaker = Speaker(run_dir, [*overrides, *settings], int(checkpoint.name))
     # A model of short context is asked the beginnings of the prompts.
     ids = [speaker.prompt_ids(prompt)[: speaker.room] for prompt in prompts]
     ours = [speaker.reply(prompt)["tokens"] for prompt in ids]

@@ -29,6 +29,7 @@ from maxllm.losses.token import token_logps
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
+from maxllm.parallel.mesh import check_batch_divides
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Metrics, Params, PromptBatch
 from maxllm.report.charts import Chart, Line, shares, training_and_heldout
@@ -36,8 +37,9 @@ from maxllm.report.figures import NO_VERDICT, Facts, Row, both, compared, share_
 from maxllm.report.runs import Run, number
 from maxllm.report.stage import StageReport, Verdicts
 from maxllm.report.wording import bits, count
-from maxllm.run.checkpoint import find, load_params, restore
+from maxllm.run.checkpoint import load_params, restore
 from maxllm.run.loop import Job
+from maxllm.run.parents import run_dir_of
 from maxllm.run.program import Program, compile_reader, step_alone
 from maxllm.run.session import Session, check_same_model
 from maxllm.stages.program import abstract_base
@@ -97,7 +99,7 @@ def job(session: Session) -> Job:
     judge = session.parent("reward")
     check_start(session, judge, reward)
     check_reward_fits(session)
-    check_minibatches_divide(session)
+    check_batch_divides(session.mesh, config.batch, session.model, config.ppo.minibatches)
     # 1. Data: prompts. Answers, where rows have them, are for the held-out check; training never sees them.
     length = config.batch.sequence_length - config.generation.max_new_tokens
     train_questions, heldout, tallies = read_split(
@@ -183,6 +185,7 @@ def program(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
       UserError: its sampling is not one that PPO can learn from.
     """
     check_sampling(config.generation)
+    check_batch_divides(mesh, config.batch, model, config.ppo.minibatches)
     return program_of(config, model, mesh, algorithm_of(config, model, STOP, PAD))
 
 
@@ -213,17 +216,18 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
     )
 
 
-def critic_params(session: Session, run_dir: Path) -> Params:
-    """The critic of a run's newest checkpoint, for export.
+def critic_params(session: Session, checkpoint: Path) -> Params:
+    """The critic in a checkpoint of a run of PPO, for export.
 
     Raises:
-      UserError: it is not a run of PPO, or has no checkpoint.
+      UserError: it is a checkpoint of another stage.
     """
     if session.config.stage != "ppo":
-        raise UserError(f"{run_dir} is a {session.config.stage} run: only ppo trains a critic")
+        stage = session.config.stage
+        raise UserError(f"{session.run_dir} is a {stage} run: only ppo trains a critic")
     ppo = algorithm_with(session)
     init = partial(init_state, ppo)
-    return restore(find(run_dir), abstract(init, session.mesh)).critic.params
+    return restore(checkpoint, abstract(init, session.mesh)).critic.params
 
 
 def check_sampling(generation: GenerationConfig) -> None:
@@ -238,22 +242,6 @@ def check_sampling(generation: GenerationConfig) -> None:
         raise UserError(
             "generation.top_k and generation.top_p would sample from another distribution than the one PPO "
             "updates; leave them at 0 and 1"
-        )
-
-
-def check_minibatches_divide(session: Session) -> None:
-    """The rows of an update must split evenly over the devices.
-
-    Raises:
-      UserError: naming the numbers.
-    """
-    batch, minibatches = session.config.batch, session.config.ppo.minibatches
-    rows = batch.rows // (minibatches * batch.microbatches)
-    split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
-    if rows % split:
-        raise UserError(
-            f"batch.rows={batch.rows} in ppo.minibatches={minibatches} x batch.microbatches="
-            f"{batch.microbatches} is {rows} rows at a time, which mesh data x fsdp = {split} does not divide"
         )
 
 
@@ -293,7 +281,7 @@ def check_reward_fits(session: Session) -> None:
     Raises:
       UserError: it was trained with another tokenizer, or with other settings that shapes do not show.
     """
-    reward_dir = Path(session.config.start.reward or "")
+    reward_dir = run_dir_of(session.parent("reward"))
     if load_tokenizer(reward_dir).fingerprint != session.tokenizer.fingerprint:
         raise UserError(f"{reward_dir} was trained with another tokenizer than {session.config.start.policy}")
     check_same_model(session.model, reward_dir)

@@ -33,8 +33,8 @@ from maxllm.data.spool import Spool
 from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start
 from maxllm.errors import UserError
 from maxllm.files import read_json, whole_folder, write_bytes, write_json
+from maxllm.run.changes import flat
 from maxllm.run.record import console, progress
-from maxllm.run.session import flat
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")

@@ -161,6 +161,56 @@ def test_a_run_whose_process_is_killed_says_so(recipe_words: list[str], tmp_path
     assert "cannot be written" not in text and "Traceback" not in text
 
 
+SLOW = """#!{python}
+# maxllm with steps of a second and more, of which process 1 is asked to stop during the third.
+import os, signal, sys, time
+from maxllm import cli
+from maxllm.run import loop
+
+compile_step = loop.compile_step
+
+def slow(*args, **options):
+    step, seconds = compile_step(*args, **options)
+    done = 0
+
+    def call(*args):
+        nonlocal done
+        done += 1
+        time.sleep(1.0)
+        if done == 3 and os.environ["MAXLLM_PROCESS_ID"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    return call, seconds
+
+loop.compile_step = slow
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash 5.1 and setsid")
+def test_long_steps_stop_after_the_one_in_which_a_process_was_asked(
+    recipe_words: list[str], tmp_path: Path
+) -> None:
+    """SIGTERM to one of two processes, as a preempted machine gets it: both save at the end of that step."""
+    program = tmp_path / "slow.py"
+    program.write_text(SLOW.replace("{python}", sys.executable))
+    program.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    few = {"MAXLLM": str(program), "DEVICES_PER_PROCESS": "2", "PYTHONPATH": str(ROOT)}
+    script = ["bash", str(ROOT / "launch" / "local_multiprocess.sh"), "2", "pretrain", *recipe_words]
+    result = subprocess.run(
+        [*script, f"run.dir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        env=environment | few,
+        timeout=300,
+    )
+    assert result.returncode == 75, result.stderr
+    assert result.stderr.count("stopped after step 3 of 6 and saved") == 2
+    assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
+
+
 def test_wrong_usage_is_explained() -> None:
     result = subprocess.run(
         ["bash", str(ROOT / "launch" / "local_multiprocess.sh"), "x"], capture_output=True

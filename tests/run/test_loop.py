@@ -1,5 +1,6 @@
 """The training loop on a state of one array, with evaluations whose figures are written down here."""
 
+import json
 import math
 
 import jax
@@ -161,6 +162,42 @@ def test_a_run_that_another_process_began_meanwhile_is_continued(build, capsys):
     object.__setattr__(good, "fresh", slow)
     loop.train(calm, good)
     assert "continues from the checkpoint of step 6" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_other_settings_of_how_it_computes_and_records_them(build, capsys):
+    words = ("run.eval_every=4", "run.checkpoint_every=6", "batch.microbatches=2", "model.remat=full")
+    session, job = build({8: RuntimeError("killed")}, *words)
+    with pytest.raises(RuntimeError):
+        loop.train(session, job)
+    assert not (session.run_dir / "changes.jsonl").exists()
+    session, job = build({}, *words[:2], "batch.microbatches=4", "model.remat=full", "model.keep=['q']")
+    capsys.readouterr()
+    loop.train(session, job)
+    lines = (session.run_dir / "changes.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 6, "setting": "batch.microbatches", "from": 2, "to": 4},
+        {"step": 6, "setting": "model.keep", "from": [], "to": ["q"]},
+    ]
+    assert "from step 6 on with batch.microbatches=4 instead of 2" in capsys.readouterr().err
+
+
+def test_what_would_change_more_than_rounding_is_still_another_run(build):
+    session, job = build({8: RuntimeError("killed")}, "run.eval_every=4", "run.checkpoint_every=6")
+    with pytest.raises(RuntimeError):
+        loop.train(session, job)
+    session, job = build({}, "run.eval_every=4", "run.checkpoint_every=6", "model.dtype=bfloat16")
+    with pytest.raises(UserError, match=r"model\.dtype=float32, not bfloat16"):
+        loop.train(session, job)
+
+
+def test_a_run_that_begins_anew_has_changed_nothing(build):
+    """It was stopped before its first checkpoint."""
+    session, job = build({4: RuntimeError("killed")}, "run.eval_every=4")
+    with pytest.raises(RuntimeError):
+        loop.train(session, job)
+    session, job = build({}, "run.eval_every=4", "model.remat=full")
+    loop.train(session, job)
+    assert not (session.run_dir / "changes.jsonl").exists()
 
 
 @pytest.mark.parametrize("what", ["training", "held-out"])

@@ -124,6 +124,26 @@ def test_folders_that_move_together_still_know_each_other(family, tmp_path):
     assert list(in_use(moved / "parent")) == [41]
 
 
+def test_a_parent_is_found_from_wherever_the_folders_are_opened(family, tmp_path, monkeypatch):
+    """The recipe names it from the folder that training was started in; both moved since, and where they are
+    opened, another run has the parent's name."""
+    parent, child, _ = family
+    monkeypatch.chdir(tmp_path)
+    config = recipe.load_recipe("sft/tiny_tasks_cpu", ["start.policy=parent", "run.dir=child"])
+    begin(child, config)
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.mkdir(parents=True)
+    for folder in (parent, child):
+        folder.rename(moved / folder.name)
+    began = moved / "parent" / "checkpoints" / "41"
+    for place in (moved, tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(place)
+        assert parent_of(moved / "child", config, "policy") == began
+    save(tmp_path / "parent", 41, start=1.0)
+    monkeypatch.chdir(tmp_path)
+    assert parent_of(moved / "child", config, "policy") == began
+
+
 def test_a_parent_that_cannot_be_written_to_is_told(family, monkeypatch):
     _, child, config = family
 
@@ -149,3 +169,14 @@ def test_the_values_of_the_recorded_checkpoint_are_read(family):
     )
     save_params(parent.parent / "alone", {"w": jnp.ones(3)})
     assert find(parent.parent / "alone").name == "0"
+
+
+def test_a_checkpoint_is_found_by_its_step(family):
+    parent, _, _ = family
+    assert find(parent, 20).name == "20"
+    with pytest.raises(UserError, match=r"parent holds no checkpoint of step 30: it holds steps 20, 41$"):
+        find(parent, 30)
+    with pytest.raises(UserError, match=r"holds no best checkpoint: it holds steps 20, 41$"):
+        find(parent, "best")
+    with pytest.raises(UserError, match="nobody holds no checkpoint; train that stage first"):
+        find(parent.parent / "nobody", 30)

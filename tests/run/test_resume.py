@@ -320,8 +320,9 @@ def test_what_lies_in_the_hosts_memory_goes_through_a_checkpoint(tmp_path: Path,
 
 
 def test_a_run_may_go_on_with_its_state_in_the_hosts_memory(corpus: Path, uninterrupted: Path) -> None:
-    """Parameters and optimizer in host memory for 6 of 24 steps, the optimizer's state for the rest; held-out
-    rows are evaluated on the way. Another program rounds otherwise, so the end is compared by its loss."""
+    """Parameters and optimizer in host memory for 6 of 24 steps; for the rest the optimizer's state alone,
+    and layers are computed again. Held-out rows are evaluated on the way. Another program rounds otherwise,
+    so the end is compared by its loss."""
     folder = corpus / "offloaded"
     words = verb(command(folder, corpus), "pretrain")
     process = subprocess.Popen(
@@ -334,11 +335,17 @@ def test_a_run_may_go_on_with_its_state_in_the_hosts_memory(corpus: Path, uninte
     process.kill()
     process.wait()
     again = subprocess.run(
-        [*words, "mesh.offload=optimizer"], check=True, capture_output=True, text=True, env=ONE_DEVICE
+        [*words, "mesh.offload=optimizer", "model.remat=full"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=ONE_DEVICE,
     )
     assert "continues from the checkpoint of step" in again.stderr
     ends = [json.loads((run / "summary.json").read_text())["heldout_last"] for run in (folder, uninterrupted)]
     assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], rel=1e-3)
+    changes = [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()]
+    assert [change["setting"] for change in changes] == ["mesh.offload", "model.remat"]
 
 
 def test_a_run_that_is_older_than_a_setting_goes_on(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from maxllm import cli
 from maxllm.data.bpe import STOP_KEY, FastTokenizer
 from maxllm.errors import UserError
 from maxllm.hf.export import export
+from maxllm.hf.verify import has_torch
 from maxllm.model.llama import Llama
+from maxllm.run.checkpoint import find, load_params, save_params, stored_tree
 from maxllm.stages import chat, convert
+from maxllm.stages import export as stage
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -112,3 +117,44 @@ def test_scaling_stretches_the_context(run_dir: Path, tmp_path: Path, kind: str)
     speaker = chat.Speaker(tmp_path / "run", SHORT)
     assert (speaker.session.model.max_seq_len, speaker.context, speaker.room) == (128, 512, 504)
     chat.generate(tmp_path / "run", ["x" * 196], SHORT)
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 2), (1, 4, 2)], ids=str)
+def test_stages_of_a_pipeline_take_rows_too(run_dir: Path, tmp_path: Path, layout: tuple[int, ...]) -> None:
+    """Greedily the same replies as without stages, from chat and in the check of an export."""
+    words = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "stage"), layout, strict=True)]
+    plain = chat.generate(run_dir, ["a"], SHORT)
+    assert chat.generate(run_dir, ["a"], [*SHORT, *words]) == plain
+    written = stage.run(run_dir, tmp_path / "hf", ("a",), overrides=words)
+    assert written["greedy_prompts"] == (1 if has_torch() else 0)
+
+
+def test_readers_take_the_checkpoint_they_are_told(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second checkpoint in the folder, of a model whose head says nothing but one byte."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    folder = tmp_path / "run"
+    shapes = stored_tree(find(folder))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = load_params(
+        find(folder), jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    )
+    save_params(tmp_path / "other", jax.tree.map(lambda w: 0 * w, params))
+    (tmp_path / "other" / "checkpoints" / "0").rename(folder / "checkpoints" / "5")
+
+    def said(*words: str) -> Any:
+        assert cli.main(["generate", str(folder), "--prompt", "a", *SHORT, *words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)[0]["tokens"]
+
+    assert said() == said("--checkpoint", "latest") == said("--checkpoint", "5") == [0] * 8
+    assert said("--checkpoint", "0") != [0] * 8
+    assert cli.main(["export", str(folder), str(tmp_path / "hf"), "--no-verify", "--checkpoint", "0"]) == 0
+    exported = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    assert exported == (run_dir.parent / "hf" / "model.safetensors").read_bytes()
+    for verb in (["chat"], ["generate", "--prompt", "a"], ["export", str(tmp_path / "no")]):
+        assert cli.main([verb[0], str(folder), *verb[1:], "--checkpoint", "3"]) == 2
+        assert "holds no checkpoint of step 3: it holds steps 0, 5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["chat", str(folder), "--checkpoint", "newest"])
+    assert "newest is none of best, latest and the number of a step" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from maxllm.cli import main
 from maxllm.run.checkpoint import Checkpoints, find, load_params
+from maxllm.run.record import read_records
 from maxllm.steps.state import TrainState
 
 STEPS, BETA = 8, 0.1
@@ -63,9 +65,11 @@ def train_on(policy):
     checkpoints.close()
 
 
-def test_adapters_stay_beside_the_weights_they_were_trained_on(policy_at, tmp_path, capsys):
-    """The parent trains on: evaluation, replies and export are those of before; and it says what is gone."""
-    policy, folder = policy_at(tmp_path / "policy"), tmp_path / "lora"
+def test_adapters_stay_beside_the_weights_they_were_trained_on(policy_at, tmp_path, capsys, monkeypatch):
+    """The parent trains on, and both folders are opened from elsewhere: evaluation, replies and export are
+    those of before; and it says what is gone."""
+    monkeypatch.chdir(tmp_path)
+    policy, folder = policy_at(Path("policy")), Path("lora")
     words = [f"start.policy={policy}", f"run.dir={folder}", "lora.rank=2", "run.steps=2", "batch.rows=8"]
     few = ["data.sources=[tasks:train:64]", "data.heldout_sources=[tasks:heldout:16]", "mesh.fsdp=2"]
     few += ["batch.sequence_length=48", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.1"]
@@ -79,7 +83,10 @@ def test_adapters_stay_beside_the_weights_they_were_trained_on(policy_at, tmp_pa
         said.append(capsys.readouterr().out)
         if turn == 0:
             train_on(policy)
-    assert said[0] == said[1]
+            monkeypatch.chdir(tmp_path.parent)
+            policy, folder = tmp_path / "policy", tmp_path / "lora"
+            generate[1] = str(folder)
+    assert said[0] == said[1].replace(str(folder), "lora")
     shutil.rmtree(policy / "checkpoints" / "0")
     assert main(["evaluate", str(folder)]) == 2
     error = capsys.readouterr().err
@@ -118,6 +125,10 @@ def test_a_run_and_its_continuation(dpo, policy, tmp_path, capsys):
     code = main(["evaluate", str(folder), "--json"])
     figures = json.loads(capsys.readouterr().out)
     assert code == 0 and {name: figures[name] for name in last} == last
+    recorded = {r["step"]: r["heldout"] for r in read_records(folder) if "heldout" in r}
+    assert main(["evaluate", str(folder), "--checkpoint", "4", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["step"] == 4 and {name: figures[name] for name in last} == recorded[4] != last
 
 
 def test_rows_without_answers_have_no_exact_match(dpo, tmp_path):

@@ -552,6 +552,32 @@ def test_a_dimension_that_does_not_divide_is_named(tiny_model, shape, changes, r
     assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        (
+            (2, 1, 1, 1, 4),
+            "batch.rows=8 in ppo.minibatches=4 x batch.microbatches=2 is 1 rows at a time, which mesh data x "
+            "fsdp = 2 does not divide",
+        ),
+        ((1, 1, 2, 1, 4), "split 1 rows at a time into parts that mesh data x fsdp = 1 divides"),
+    ],
+)
+def test_minibatches_that_the_mesh_does_not_divide_are_named(tiny_model, shape, sentence):
+    """A stage of a pipeline takes rows too."""
+    batch = BatchConfig(rows=8, sequence_length=20, microbatches=2)
+    with pytest.raises(UserError) as error:
+        check_batch_divides(mesh_of(shape), batch, tiny_model(), minibatches=4)
+    assert sentence in str(error.value)
+
+
+def test_rows_are_split_over_all_axes_of_a_batch(config):
+    for shape in MESHES:
+        mesh = mesh_of(shape)
+        data, fsdp, stage = (mesh.shape[axis] for axis in ("data", "fsdp", "stage"))
+        assert sharding.row_shards(mesh) == data * fsdp * stage
+
+
 def test_a_mesh_that_divides_passes(config):
     for shape in MESHES:
         check_model_divides(mesh_of(shape), config)

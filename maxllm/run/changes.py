@@ -1,0 +1,53 @@
+"""changes.jsonl of a run folder: from which step on a run was computed with other settings than before.
+
+Such settings change nothing but rounding, yet who looks for why two runs differ in the last digits finds it
+here; config.yaml tells the newest settings alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+CHANGES = "changes.jsonl"
+"""A line for each setting that was changed: {"step", "setting", "from", "to"}."""
+
+
+def record_changes(
+    run_dir: Path, step: int | None, changes: Mapping[str, tuple[Any, Any]], say: Callable[[str], None]
+) -> None:
+    """Appends what is changed now, and tells it.
+
+    Args:
+      run_dir: the run's folder, whose lock the caller holds.
+      step: of the checkpoint that the run continues from; None where it begins anew, so that nothing was
+        computed otherwise.
+      changes: {setting: (former value, value from now on)}.
+      say: told each change.
+    """
+    if step is None:
+        (run_dir / CHANGES).unlink(missing_ok=True)
+        return
+    lines = [
+        {"step": step, "setting": name, "from": former, "to": now} for name, (former, now) in changes.items()
+    ]
+    for name, (former, now) in changes.items():
+        say(f"goes on from step {step} on with {name}={now} instead of {former}")
+    if lines:
+        with (run_dir / CHANGES).open("a", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested mappings."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def is_of(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of some fields, or in one of some sections."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
