@@ -16,6 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from maxllm.losses.token import PLAIN, Shaping
+
 PART_BYTES = 1 << 28
 """Logits that a device holds at once, float32."""
 
@@ -38,6 +40,7 @@ def cross_entropy(
     weights_N: jax.Array,
     vocab_axis: str | None = None,
     gradients: bool = False,
+    shaping: Shaping = PLAIN,
 ) -> tuple[Sums, jax.Array | None, jax.Array | None]:
     """Sums over rows, and where asked for the gradients of `total`.
 
@@ -48,19 +51,22 @@ def cross_entropy(
       weights_N: float32.
       vocab_axis: mesh axis over which V is split, inside `shard_map`.
       gradients: whether dx_ND (in x's type) and dw_DV (float32) are wanted; None otherwise.
+      shaping: what is made of the logits first.
     """
     (N, D), V = x_ND.shape, w_DV.shape[1]
     rows = rows_at_once(N, V)
     w_DV = w_DV.astype(x_ND.dtype)
 
     def part(x_nD: jax.Array, targets_n: jax.Array, weights_n: jax.Array):
-        softmax = softmax_of(x_nD, w_DV, targets_n, vocab_axis)
+        softmax = softmax_of(x_nD, w_DV, targets_n, vocab_axis, shaping)
         losses_n = softmax.losses_n * weights_n
         right_n = softmax.right_n * weights_n
         sums = Sums(jnp.sum(losses_n), jnp.sum(weights_n), jnp.sum(right_n))
         if not gradients:
             return sums, None, None
         dlogits_nV = (softmax.exp_nV / softmax.sum_n[:, None] - softmax.target_nV) * weights_n[:, None]
+        if shaping.temperature != 1:
+            dlogits_nV = dlogits_nV / shaping.temperature
         dlogits_nV = dlogits_nV.astype(x_nD.dtype)
         dx_nD = over(vocab_axis, jnp.matmul(dlogits_nV, w_DV.T))
         dw_DV = jnp.matmul(x_nD.T, dlogits_nV, preferred_element_type=jnp.float32)
@@ -81,24 +87,31 @@ def cross_entropy(
 
 
 def target_logps(
-    x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array, vocab_axis: str | None = None
-) -> jax.Array:
-    """log p(target) of every row, [N] float32; the arguments are those of `cross_entropy`.
+    x_ND: jax.Array,
+    w_DV: jax.Array,
+    targets_N: jax.Array,
+    vocab_axis: str | None = None,
+    shaping: Shaping = PLAIN,
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target) of every row, and the entropy of its distribution in nats, both [N] float32; the
+    arguments are those of `cross_entropy`.
 
-    Its gradient for a cotangent g_N is that of `cross_entropy` with the weights -g_N, which makes the logits
-    again.
+    The gradient of the first for a cotangent g_N is that of `cross_entropy` with the weights -g_N, which
+    makes the logits again.
     """
     N, V = len(x_ND), w_DV.shape[1]
     rows = rows_at_once(N, V)
     w_DV = w_DV.astype(x_ND.dtype)
 
-    def part(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return -softmax_of(block[0], w_DV, block[1], vocab_axis).losses_n
+    def part(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        softmax = softmax_of(block[0], w_DV, block[1], vocab_axis, shaping)
+        return -softmax.losses_n, softmax.entropy_n
 
     if rows == N:
         return part((x_ND, targets_N))
     blocks = jax.tree.map(lambda a: a.reshape(N // rows, rows, *a.shape[1:]), (x_ND, targets_N))
-    return jax.lax.map(part, blocks).reshape(N)
+    logps, entropy = jax.lax.map(part, blocks)
+    return logps.reshape(N), entropy.reshape(N)
 
 
 class Softmax(NamedTuple):
@@ -112,16 +125,20 @@ class Softmax(NamedTuple):
     """bool; where the target is."""
     losses_n: jax.Array
     """-log p(target)."""
+    entropy_n: jax.Array
+    """Of the distribution, nats; XLA makes it where it is read."""
     right_n: jax.Array
     """bool; the target is likelier than every other token. A tie is no answer: a collapsed model, to which
     all tokens are alike, would have all of them right."""
 
 
-def softmax_of(x_nD: jax.Array, w_DV: jax.Array, targets_n: jax.Array, vocab_axis: str | None) -> Softmax:
+def softmax_of(
+    x_nD: jax.Array, w_DV: jax.Array, targets_n: jax.Array, vocab_axis: str | None, shaping: Shaping = PLAIN
+) -> Softmax:
     """All that is made of the logits of some rows; the arguments are those of `cross_entropy`."""
     V = w_DV.shape[1]
     first = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * V
-    logits_nV = jnp.matmul(x_nD, w_DV, preferred_element_type=jnp.float32)
+    logits_nV = shaping(jnp.matmul(x_nD, w_DV, preferred_element_type=jnp.float32), first)
     largest_n = jax.lax.stop_gradient(jnp.max(logits_nV, -1))
     if vocab_axis is not None:
         largest_n = jax.lax.pmax(largest_n, vocab_axis)
@@ -132,7 +149,9 @@ def softmax_of(x_nD: jax.Array, w_DV: jax.Array, targets_n: jax.Array, vocab_axi
     losses_n = jnp.log(sum_n) + largest_n - chosen_n
     likeliest_n = over(vocab_axis, jnp.sum(logits_nV == largest_n[:, None], -1))
     right_n = (chosen_n >= largest_n) & (likeliest_n == 1)
-    return Softmax(exp_nV, sum_n, target_nV, losses_n, right_n)
+    # H = log sum exp(z) - sum p z, with z counted from the largest logit.
+    mean_n = over(vocab_axis, jnp.sum(exp_nV * (logits_nV - largest_n[:, None]), -1)) / sum_n
+    return Softmax(exp_nV, sum_n, target_nV, losses_n, jnp.log(sum_n) - mean_n, right_n)
 
 
 def over(vocab_axis: str | None, x: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Token-level log-probabilities and entropy; everything in float32."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,27 @@ def without(logits_BTV: jax.Array, never: tuple[int, ...]) -> jax.Array:
         return logits_BTV
     impossible_V = np.isin(np.arange(logits_BTV.shape[-1]), never)
     return jnp.where(impossible_V, IMPOSSIBLE, logits_BTV)
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How a policy's distribution is made of its logits: what is sampled from, and what is trained, alike."""
+
+    temperature: float = 1.0
+    """Logits are divided by it."""
+    never: tuple[int, ...] = ()
+    """Ids that have no token; the policy is a distribution over the others."""
+
+    def __call__(self, logits_NV: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+        """Shaped logits [..., V]; where the vocabulary is split, V is the share of it from `first` on."""
+        if self.never:
+            ids_V = first + jnp.arange(logits_NV.shape[-1])
+            logits_NV = jnp.where(jnp.isin(ids_V, jnp.array(self.never)), IMPOSSIBLE, logits_NV)
+        return logits_NV if self.temperature == 1 else logits_NV / self.temperature
+
+
+PLAIN = Shaping()
+"""The model's own distribution."""
 
 
 def token_logps(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:

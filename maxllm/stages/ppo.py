@@ -3,7 +3,7 @@
     maxllm ppo configs/ppo/tiny_tasks_cpu.yaml
 
 Four models: actor (trained, starts as the SFT model), critic (trained, starts as the reward model), reference
-(the frozen SFT model), reward (frozen). `iteration` below is the whole algorithm.
+(the frozen SFT model), reward (frozen). `iterate` below is the whole algorithm.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from maxllm.config import Config, GenerationConfig, ModelConfig
+from maxllm.config import Config, GenerationConfig, ModelConfig, OptimizerConfig
 from maxllm.data import loader
 from maxllm.data.instruct import Question, question_of, read_split
 from maxllm.data.load_tokenizer import load_tokenizer
@@ -25,13 +25,13 @@ from maxllm.data.tokenizer import without_piece
 from maxllm.errors import UserError
 from maxllm.generate.decode import generate
 from maxllm.losses.policy import kl_k1
-from maxllm.losses.token import token_logps
+from maxllm.losses.token import Shaping
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.parallel.mesh import check_batch_divides
 from maxllm.plan.flops import train_flops_per_token
-from maxllm.records import Metrics, Params, PromptBatch
+from maxllm.records import Metrics, Params, PromptBatch, Rollout
 from maxllm.report.charts import Chart, Line, shares, training_and_heldout
 from maxllm.report.figures import NO_VERDICT, Facts, Row, both, compared, share_row, shown
 from maxllm.report.runs import Run, number
@@ -40,7 +40,7 @@ from maxllm.report.wording import bits, count
 from maxllm.run.checkpoint import load_params, restore
 from maxllm.run.loop import Job
 from maxllm.run.parents import run_dir_of
-from maxllm.run.program import Program, compile_reader, step_alone
+from maxllm.run.program import Compiled, Part, Program, compile_reader
 from maxllm.run.session import Session, check_same_model
 from maxllm.stages.program import abstract_base
 from maxllm.stages.shared import (
@@ -55,7 +55,7 @@ from maxllm.stages.shared import (
 )
 from maxllm.stages.stage import Stage
 from maxllm.steps import ppo as algorithm
-from maxllm.steps.ppo import Frozen, Ppo, PpoState
+from maxllm.steps.ppo import Frozen, Learner, Model, Ppo, PpoState
 from maxllm.steps.state import abstract, initializer, partition_of
 from maxllm.weights import Weights
 
@@ -63,31 +63,42 @@ LEAST_ADVANTAGE_STD = 1e-4
 """Below it the 1e-8 that whitening adds to the variance is what it divides by."""
 
 
-def iteration(
-    state: PpoState,
-    prompts: PromptBatch,
-    frozen: Frozen,
-    *,
-    ppo: Ppo,
-    generation: GenerationConfig,
-    seed: int,
+def parts_of(ppo: Ppo, generation: GenerationConfig, seed: int) -> dict[str, Callable[..., Any]]:
+    """The pure functions that an iteration is made of; randomness is a function of the seed and the step."""
+
+    def keys(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rollout_key, update_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+        return rollout_key, update_key
+
+    def rollout(policy: Params, step: jax.Array, prompts: PromptBatch) -> Rollout:
+        return respond(ppo, Weights(policy), prompts, keys(step)[0], generation)
+
+    def judge(reward: Weights, rollout: Rollout) -> jax.Array:
+        return algorithm.scores(ppo, reward, rollout)
+
+    def learn(
+        state: PpoState, rollout: Rollout, scores_B: jax.Array, reference: Weights
+    ) -> tuple[PpoState, Metrics]:
+        return algorithm.learn(ppo, state, rollout, scores_B, reference, keys(state.step)[1])
+
+    return {"rollout": rollout, "judge": judge, "learn": learn}
+
+
+def iterate(
+    parts: Compiled, state: PpoState, prompts: PromptBatch, frozen: Frozen
 ) -> tuple[PpoState, Metrics]:
-    """One step of PPO: respond, judge, improve. Pure; jitted and sharded by the loop like every step."""
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    rollout_key, update_key = jax.random.split(key)
-    rollout = generate(
-        ppo.policy_model,
-        Weights(state.actor.params),
-        prompts,
-        rollout_key,
-        generation,
-        ppo.stop_tokens,
-        ppo.pad,
-        ppo.never,
-    )
-    experience, rollout_metrics = algorithm.experience(ppo, state, frozen, rollout)
-    state, update_metrics = algorithm.update_epochs(ppo, state, experience, update_key)
-    return state.replace(step=state.step + 1), rollout_metrics | update_metrics
+    """One iteration of PPO: respond, judge, learn. Called on the host: what judges may be anything."""
+    rollout = parts["rollout"](state.actor.params, state.step, prompts)
+    scores_B = parts["judge"](frozen.reward, rollout)
+    return parts["learn"](state, rollout, scores_B, frozen.reference)
+
+
+def respond(
+    ppo: Ppo, weights: Weights, prompts: PromptBatch, key: jax.Array, generation: GenerationConfig
+) -> Rollout:
+    """The policy's responses to prompts."""
+    never = ppo.shaping.never
+    return generate(ppo.actor.model, weights, prompts, key, generation, ppo.stop_tokens, ppo.pad, never)
 
 
 def job(session: Session) -> Job:
@@ -158,19 +169,23 @@ def algorithm_of(
     never: tuple[int, ...] = (),
 ) -> Ppo:
     """The algorithm as a recipe has it."""
+
+    def learner(model: Model, optimizer: OptimizerConfig) -> Learner[Model]:
+        return Learner(
+            model,
+            make_optimizer(optimizer, config.updates, partition_of(model).trained),
+            config.batch.microbatches,
+            jnp.dtype(config.optimizer.gradient_dtype),
+        )
+
     critic = config.optimizer.model_copy(update={"learning_rate": config.ppo.critic_learning_rate})
-    policy, scalar = Llama(model), ScalarModel(model)
     return Ppo(
         config=config.ppo,
-        policy_model=policy,
-        scalar_model=scalar,
-        actor_optimizer=make_optimizer(config.optimizer, config.updates, partition_of(policy).trained),
-        critic_optimizer=make_optimizer(critic, config.updates, partition_of(scalar).trained),
-        temperature=config.generation.temperature,
+        actor=learner(Llama(model), config.optimizer),
+        critic=learner(ScalarModel(model), critic),
+        shaping=Shaping(config.generation.temperature, never),
         stop_tokens=stop_tokens,
         pad=pad,
-        microbatches=config.batch.microbatches,
-        never=never,
     )
 
 
@@ -190,24 +205,35 @@ def program(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
 
 
 def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Program:
-    """Rollout, scores and updates: four models in one program."""
+    """Rollout, judgement and learning: four models, of which each part holds those that it reads."""
     init = partial(init_state, ppo)
     prompt = config.batch.sequence_length - config.generation.max_new_tokens
-    reference, reward = (abstract_base(model, mesh) for model in (ppo.policy_model, ppo.scalar_model))
+    reference, reward = (abstract_base(learner.model, mesh) for learner in (ppo.actor, ppo.critic))
     state = abstract(init, mesh, config.mesh.zero, config.mesh.offload)
     batch = PromptBatch(
         jax.ShapeDtypeStruct((config.batch.rows, prompt), jnp.int32),
         jax.ShapeDtypeStruct((config.batch.rows,), jnp.int32),
     )
-    frozen = (Frozen(reference=reference, reward=reward),)
-    step = partial(iteration, ppo=ppo, generation=config.generation, seed=config.run.seed)
+    functions = parts_of(ppo, config.generation, config.run.seed)
+    policy = (state.actor.params, state.step, batch)
+    rollout = jax.eval_shape(functions["rollout"], *policy)
+    scores_B = jax.ShapeDtypeStruct((config.batch.rows,), jnp.float32)
+    arguments = {
+        "rollout": policy,
+        "judge": (reward, rollout),
+        "learn": (state, rollout, scores_B, reference),
+    }
     tokens = config.batch.rows * config.batch.sequence_length
     return Program(
         init=init,
         abstract_state=state,
         abstract_batch=batch,
-        frozen=frozen,
-        **step_alone(step, state, batch, frozen),
+        frozen=(Frozen(reference=reference, reward=reward),),
+        parts={
+            name: Part(function=function, arguments=arguments[name], updates=name == "learn")
+            for name, function in functions.items()
+        },
+        iterate=iterate,
         tokens_per_step=tokens,
         flops_per_step=iteration_flops(config, model, tokens),
         trained=2,
@@ -249,8 +275,8 @@ def init_state(ppo: Ppo, key: jax.Array) -> PpoState:
     """A fresh state (boxed parameters); it describes the shapes."""
     return PpoState(
         step=jnp.int32(0),
-        actor=initializer(ppo.policy_model, ppo.actor_optimizer)(key),
-        critic=initializer(ppo.scalar_model, ppo.critic_optimizer)(key),
+        actor=initializer(ppo.actor.model, ppo.actor.optimizer)(key),
+        critic=initializer(ppo.critic.model, ppo.critic.optimizer)(key),
     )
 
 
@@ -258,8 +284,8 @@ def fresh_state(ppo: Ppo, frozen: Frozen, abstract_state: PpoState) -> PpoState:
     """Step 0: the actor is a copy of the reference, the critic of the reward model."""
     return PpoState(
         step=jnp.int32(0),
-        actor=start_from(frozen.reference.base, ppo.actor_optimizer, abstract_state.actor),
-        critic=start_from(frozen.reward.base, ppo.critic_optimizer, abstract_state.critic),
+        actor=start_from(frozen.reference.base, ppo.actor.optimizer, abstract_state.actor),
+        critic=start_from(frozen.reward.base, ppo.critic.optimizer, abstract_state.critic),
     )
 
 
@@ -300,13 +326,9 @@ def heldout_evaluator(
     greedy = config.generation.model_copy(update={"temperature": 0.0})
 
     def judge(weights: Weights, prompts: PromptBatch, frozen: Frozen, key: jax.Array) -> tuple[Any, ...]:
-        sampled, best = (
-            generate(ppo.policy_model, weights, prompts, key, how, ppo.stop_tokens, ppo.pad, ppo.never)
-            for how in (config.generation, greedy)
-        )
-        targets_BR = algorithm.response_tokens(sampled)
+        sampled, best = (respond(ppo, weights, prompts, key, how) for how in (config.generation, greedy))
         logps_BR, ref_logps_BR = (
-            token_logps(algorithm.response_logits(ppo, w, sampled), targets_BR)
+            algorithm.response_logps(ppo.actor.model, ppo.shaping, w, sampled)
             for w in (weights, frozen.reference)
         )
         kl_B = jnp.sum(kl_k1(logps_BR, ref_logps_BR) * sampled.mask_BR, axis=1)

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from maxllm.losses.linear import Sums, cross_entropy, target_logps
+from maxllm.losses.token import PLAIN, Shaping
 from maxllm.parallel.sharding import BATCH, CONTEXT, TABLES, TENSOR
 
 ROWS = (*BATCH, CONTEXT)
@@ -38,16 +39,18 @@ def head_loss(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_
       targets_BT: int32 ids.
       weights_BT: float32; 0 where the target does not count.
     """
-    return on_mesh(False, x_BTD, w_DV, targets_BT, weights_BT)[0]
+    return on_mesh(False, PLAIN, x_BTD, w_DV, targets_BT, weights_BT)[0]
 
 
-def on_mesh(gradients: bool, *arrays: jax.Array) -> tuple[Sums, jax.Array | None, jax.Array | None]:
+def on_mesh(
+    gradients: bool, shaping: Shaping, *arrays: jax.Array
+) -> tuple[Sums, jax.Array | None, jax.Array | None]:
     """`cross_entropy` of each device's rows and columns, summed over all; without a mesh, of everything."""
     if jax.sharding.get_abstract_mesh().empty:
-        return block(gradients, None, *arrays)
+        return block(gradients, shaping, None, *arrays)
     w, dw = spec("table"), spec("gradient_table")
     return jax.shard_map(
-        partial(block, gradients, Split(parameters=w[0] is not None, gradients=dw[0] is not None)),
+        partial(block, gradients, shaping, Split(parameters=w[0] is not None, gradients=dw[0] is not None)),
         in_specs=(X, w, X, X),
         out_specs=(PartitionSpec(), X, dw) if gradients else (PartitionSpec(), None, None),
         check_vma=False,
@@ -61,6 +64,7 @@ def spec(first: str) -> PartitionSpec:
 
 def block(
     gradients: bool,
+    shaping: Shaping,
     split: Split | None,
     x_BTD: jax.Array,
     w_DV: jax.Array,
@@ -77,6 +81,7 @@ def block(
         weights_BT.reshape(B * T),
         vocab_axis=TENSOR if split else None,
         gradients=gradients,
+        shaping=shaping,
     )
     if dx is not None and dw is not None:
         dx, dw = dx.reshape(B, T, D), dw.astype(kind)
@@ -96,9 +101,11 @@ def gathered(w_DV: jax.Array, dtype: Any, split: bool) -> jax.Array:
     return jax.lax.all_gather(w_DV, TABLES, axis=0, tiled=True) if split else w_DV
 
 
-def forward(*arrays: jax.Array) -> tuple[Sums, tuple[jax.Array | None, jax.Array | None]]:
+def forward(
+    *arrays: jax.Array, shaping: Shaping = PLAIN
+) -> tuple[Sums, tuple[jax.Array | None, jax.Array | None]]:
     """The loss, and its gradients as what the backward pass needs."""
-    sums, dx_BTD, dw_DV = on_mesh(True, *arrays)
+    sums, dx_BTD, dw_DV = on_mesh(True, shaping, *arrays)
     # Together: the head's gradient is summed and split before dx goes on to the layers. Left alone, XLA keeps
     # the whole of it on every device until their backward pass is over.
     return sums, jax.lax.optimization_barrier((dx_BTD, dw_DV))
@@ -117,34 +124,61 @@ head_loss.defvjp(forward, backward)
 # --- log-probabilities -------------------------------------------------------------------------------------
 
 
-@jax.custom_vjp
-def head_logps(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def head_logps(
+    x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, shaping: Shaping = PLAIN
+) -> jax.Array:
     """log p(target) at every position, [B, T] float32, for losses that are no weighted sum of them."""
+    return head_logps_and_entropy(x_BTD, w_DV, targets_BT, shaping)[0]
+
+
+def head_logps_and_entropy(
+    x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, shaping: Shaping = PLAIN
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target) and the entropy at every position, both [B, T] float32, without a gradient.
+
+    Args:
+      x_BTD: hidden states after the final norm.
+      w_DV: the output projection.
+      targets_BT: int32 ids.
+      shaping: how logits become the distribution.
+    """
     if jax.sharding.get_abstract_mesh().empty:
-        return logps_block(False, None, x_BTD, w_DV, targets_BT)
+        return logps_block(False, None, shaping, x_BTD, w_DV, targets_BT)
     w = spec("table")
     return jax.shard_map(
-        partial(logps_block, w[0] is not None, TENSOR), in_specs=(X, w, X), out_specs=X, check_vma=False
+        partial(logps_block, w[0] is not None, TENSOR, shaping),
+        in_specs=(X, w, X),
+        out_specs=(X, X),
+        check_vma=False,
     )(x_BTD, w_DV, targets_BT)
 
 
 def logps_block(
-    split: bool, vocab_axis: str | None, x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array
-) -> jax.Array:
-    """Those of one device's rows; `split` says whether the head is split over TABLES."""
+    split: bool,
+    vocab_axis: str | None,
+    shaping: Shaping,
+    x_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """One device's rows; `split` says whether the head is split over TABLES."""
     B, T, D = x_BTD.shape
     w_DV = gathered(w_DV, x_BTD.dtype, split)
-    return target_logps(x_BTD.reshape(B * T, D), w_DV, targets_BT.reshape(B * T), vocab_axis).reshape(B, T)
+    both = target_logps(x_BTD.reshape(B * T, D), w_DV, targets_BT.reshape(B * T), vocab_axis, shaping)
+    return both[0].reshape(B, T), both[1].reshape(B, T)
 
 
-def logps_forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def logps_forward(
+    x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, shaping: Shaping
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The log-probabilities, and what they were made of: the backward pass makes logits again."""
-    return head_logps(*arrays), arrays
+    return head_logps(x_BTD, w_DV, targets_BT, shaping), (x_BTD, w_DV, targets_BT)
 
 
-def logps_backward(arrays: tuple[jax.Array, ...], g_BT: jax.Array) -> tuple[Any, Any, None]:
+def logps_backward(shaping: Shaping, arrays: tuple[jax.Array, ...], g_BT: jax.Array) -> tuple[Any, Any, None]:
     """The gradient of the cross-entropy that weighs each position with minus its cotangent."""
-    _, (dx_BTD, dw_DV) = forward(*arrays, -g_BT)
+    _, (dx_BTD, dw_DV) = forward(*arrays, -g_BT, shaping=shaping)
     return dx_BTD, dw_DV, None
 
 

@@ -1,30 +1,44 @@
-"""PPO: from rollouts to advantages to updates of actor and critic.
+"""PPO: from scored rollouts to advantages to updates of actor and critic.
 
-The whole of one iteration, in order (stages/ppo.py puts the rollout in front):
+The parts of one iteration, in order (stages/ppo.py compiles them, and puts the rollout in front):
 
-    experience(...)   score the responses, put the per-token KL into the reward, GAE, whiten
-    update_epochs(...)   several passes of clipped policy and value updates over that experience
+    scores(...)     judge: the reward model's opinion of every response
+    learn(...)      the rest, of these two
+      experience(...)       log-probabilities and values, the KL per token in the reward, GAE, whiten
+      update_epochs(...)    several passes of clipped policy and value updates over that experience
+
+Nothing here holds the logits of more than some rows: log-probabilities come from the head that never makes
+[B, T, V].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
 from maxllm.config import PpoConfig
-from maxllm.losses import policy, token
+from maxllm.losses import policy
+from maxllm.losses.token import Shaping
 from maxllm.model.forward import forward
-from maxllm.model.llama import Llama
+from maxllm.model.heads import ScalarModel
+from maxllm.model.llama import Llama, head_weight
+from maxllm.parallel import context
+from maxllm.parallel.pipeline import undeal
 from maxllm.records import Array, Experience, Metrics, Params, Rollout
+from maxllm.steps.head import head_logps, head_logps_and_entropy
 from maxllm.steps.reward import score
 from maxllm.steps.state import TrainState, partition_of
-from maxllm.steps.update import Loss, update
+from maxllm.steps.update import FLOAT32, Loss, LossFn, split, update
 from maxllm.weights import Weights
+
+Model = TypeVar("Model", Llama, ScalarModel)
 
 
 class PpoState(struct.PyTreeNode):
@@ -55,36 +69,69 @@ class Frozen(struct.PyTreeNode):
 
 
 @dataclass(frozen=True)
+class Learner(Generic[Model]):
+    """A model that learns from experience, and how."""
+
+    model: Model
+    optimizer: optax.GradientTransformation
+    microbatches: int = 1
+    """Parts that the rows of an update are split into."""
+    gradient_dtype: jnp.dtype = FLOAT32
+    """Type of the gradients of the layers' matrices; see `accumulate`."""
+
+    def update(
+        self, state: TrainState, batch: Experience, key: jax.Array, loss_fn: LossFn
+    ) -> tuple[TrainState, Metrics]:
+        """One update; see `update` for what it returns."""
+        return update(
+            state,
+            batch,
+            key,
+            loss_fn=loss_fn,
+            optimizer=self.optimizer,
+            partition=partition_of(self.model),
+            microbatches=self.microbatches,
+            gradient_dtype=self.gradient_dtype,
+        )
+
+
+@dataclass(frozen=True)
 class Ppo:
     """The parts of the algorithm that are not data."""
 
     config: PpoConfig
-    policy_model: Llama
-    scalar_model: nn.Module
-    actor_optimizer: optax.GradientTransformation
-    critic_optimizer: optax.GradientTransformation
-    temperature: float
-    """Logits are divided by it wherever a log-probability of the policy is computed, as in sampling."""
+    actor: Learner[Llama]
+    critic: Learner[ScalarModel]
+    shaping: Shaping
+    """How logits become the policy's distribution, wherever a log-probability is computed, as in sampling."""
     stop_tokens: tuple[int, ...]
     """Ids that end a response."""
     pad: int
     """Id written after it."""
-    microbatches: int = 1
-    never: tuple[int, ...] = ()
-    """Ids that are not sampled, because no token has them; the policy is a distribution over the others."""
+
+    @property
+    def parts(self) -> int:
+        """Parts that the rows of a batch are split into: an update has as many rows at a time."""
+        return self.config.minibatches * self.actor.microbatches
 
 
-def at_responses(model: nn.Module, weights: Weights, rollout: Rollout) -> jax.Array:
-    """A model's outputs where each response token was chosen, that is, one slot before it: [B, R, ...]."""
+# --- responses ---------------------------------------------------------------------------------------------
+
+
+def at_responses(
+    model: Llama | ScalarModel,
+    weights: Weights,
+    rollout: Rollout,
+    key: jax.Array | None = None,
+    method: str = "__call__",
+) -> jax.Array:
+    """A model's outputs where each response token was chosen, that is, one slot before it: [B, R, ...].
+
+    Without a key, dropout is off.
+    """
     R = rollout.mask_BR.shape[1]
-    outputs = forward(model, weights, rollout.tokens_BT, rollout.segment_ids_BT, rollout.positions_BT)
-    return outputs[:, -R - 1 : -1]
-
-
-def response_logits(ppo: Ppo, weights: Weights, rollout: Rollout) -> jax.Array:
-    """Logits that predicted each response token, divided by the temperature, [B, R, V] float32."""
-    logits_BRV = token.without(at_responses(ppo.policy_model, weights, rollout), ppo.never)
-    return logits_BRV / ppo.temperature
+    inputs = rollout.tokens_BT, rollout.segment_ids_BT, rollout.positions_BT
+    return forward(model, weights, *inputs, key, method=method)[:, -R - 1 : -1]
 
 
 def response_tokens(rollout: Rollout) -> Array:
@@ -92,36 +139,93 @@ def response_tokens(rollout: Rollout) -> Array:
     return rollout.tokens_BT[:, -rollout.mask_BR.shape[1] :]
 
 
+def head_inputs(
+    model: Llama, weights: Weights, rollout: Rollout, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(hidden states, head, ids) of a rollout's responses, as the head's log-probabilities take them.
+
+    Where the positions of a row are split over devices, R is filled up to a multiple of them.
+    """
+    x_BRD = at_responses(model, weights, rollout, key, method="hidden")
+    short = -x_BRD.shape[1] % context.shards_here()
+    x_BRD = jnp.pad(x_BRD, ((0, 0), (0, short), (0, 0)))
+    return x_BRD, head_weight(model, weights), jnp.pad(response_tokens(rollout), ((0, 0), (0, short)))
+
+
+def response_logps(
+    model: Llama, shaping: Shaping, weights: Weights, rollout: Rollout, key: jax.Array | None = None
+) -> jax.Array:
+    """log p(token) of every response slot under the policy, [B, R] float32; it has a gradient."""
+    logps_BR = head_logps(*head_inputs(model, weights, rollout, key), shaping)
+    return logps_BR[:, : rollout.mask_BR.shape[1]]
+
+
+def response_logps_and_entropy(
+    model: Llama, shaping: Shaping, weights: Weights, rollout: Rollout
+) -> tuple[jax.Array, jax.Array]:
+    """`response_logps` and the entropy of each distribution in nats, both [B, R] float32, without a
+    gradient."""
+    logps_BR, entropy_BR = head_logps_and_entropy(*head_inputs(model, weights, rollout), shaping)
+    R = rollout.mask_BR.shape[1]
+    return logps_BR[:, :R], entropy_BR[:, :R]
+
+
+def in_parts(function: Callable[[Any], Any], rows: Any, parts: int) -> Any:
+    """function(rows), some rows at a time; both are trees of arrays with rows first."""
+    if parts == 1:
+        return function(rows)
+    return jax.tree.map(undeal, jax.lax.map(function, split(rows, parts)))
+
+
+# --- judge -------------------------------------------------------------------------------------------------
+
+
 def scores(ppo: Ppo, reward: Weights, rollout: Rollout) -> jax.Array:
     """The reward model's score of prompt + response, [B] float32.
 
     Rows are turned to right padding first, the layout the reward model is trained in.
     """
-    lengths_B = jnp.sum(rollout.segment_ids_BT, 1)
-    first_B = jnp.argmax(rollout.segment_ids_BT, axis=1)
-    slots_T = jnp.arange(rollout.tokens_BT.shape[1])
-    source_BT = (slots_T + first_B[:, None]) % rollout.tokens_BT.shape[1]
-    tokens_BT = jnp.take_along_axis(rollout.tokens_BT, source_BT, axis=1)
-    return score(ppo.scalar_model, reward, tokens_BT, lengths_B)
+
+    def judge(rollout: Rollout) -> jax.Array:
+        lengths_B = jnp.sum(rollout.segment_ids_BT, 1)
+        first_B = jnp.argmax(rollout.segment_ids_BT, axis=1)
+        slots_T = jnp.arange(rollout.tokens_BT.shape[1])
+        source_BT = (slots_T + first_B[:, None]) % rollout.tokens_BT.shape[1]
+        tokens_BT = jnp.take_along_axis(rollout.tokens_BT, source_BT, axis=1)
+        return score(ppo.critic.model, reward, tokens_BT, lengths_B)
+
+    return in_parts(judge, rollout, ppo.parts)
 
 
-def experience(ppo: Ppo, state: PpoState, frozen: Frozen, rollout: Rollout) -> tuple[Experience, Metrics]:
-    """Scores and log-probabilities of a rollout, its shaped rewards, returns and whitened advantages."""
+# --- learn -------------------------------------------------------------------------------------------------
+
+
+def learn(
+    ppo: Ppo, state: PpoState, rollout: Rollout, scores_B: jax.Array, reference: Weights, key: jax.Array
+) -> tuple[PpoState, Metrics]:
+    """The state after all updates on one batch of rollouts and their scores."""
+    batch, metrics = experience(ppo, state, reference, rollout, scores_B)
+    state, update_metrics = update_epochs(ppo, state, batch, key)
+    return state.replace(step=state.step + 1), metrics | update_metrics
+
+
+def experience(
+    ppo: Ppo, state: PpoState, reference: Weights, rollout: Rollout, raw_scores_B: jax.Array
+) -> tuple[Experience, Metrics]:
+    """Log-probabilities of a scored rollout, its shaped rewards, returns and whitened advantages."""
     config, mask_BR = ppo.config, rollout.mask_BR
-    raw_scores_B = scores(ppo, frozen.reward, rollout)
     unfinished_B = 1.0 - rollout.finished_B.astype(jnp.float32)
     scores_B = jnp.clip(raw_scores_B, -config.score_clip, config.score_clip)
     scores_B = scores_B - config.missing_eos_penalty * unfinished_B
 
-    targets_BR = response_tokens(rollout)
-    logits_BRV = response_logits(ppo, Weights(state.actor.params), rollout)
-    ref_logits_BRV = response_logits(ppo, frozen.reference, rollout)
-    logps_BR, ref_logps_BR = (
-        token.token_logps(logits_BRV, targets_BR),
-        token.token_logps(ref_logits_BRV, targets_BR),
-    )
-    values_BR = at_responses(ppo.scalar_model, Weights(state.critic.params), rollout)
+    def passes(rollout: Rollout) -> tuple[jax.Array, ...]:
+        policy_model, actor = ppo.actor.model, Weights(state.actor.params)
+        logps_BR, entropy_BR = response_logps_and_entropy(policy_model, ppo.shaping, actor, rollout)
+        ref_logps_BR = response_logps(policy_model, ppo.shaping, reference, rollout)
+        values_BR = at_responses(ppo.critic.model, Weights(state.critic.params), rollout)
+        return logps_BR, entropy_BR, ref_logps_BR, values_BR
 
+    logps_BR, entropy_BR, ref_logps_BR, values_BR = in_parts(passes, rollout, ppo.parts)
     rewards_BR = policy.shaped_rewards(scores_B, logps_BR, ref_logps_BR, mask_BR, config.kl_coef)
     advantages_BR, returns_BR = policy.gae(rewards_BR, values_BR, mask_BR, config.gamma, config.gae_lambda)
 
@@ -131,7 +235,7 @@ def experience(ppo: Ppo, state: PpoState, frozen: Frozen, rollout: Rollout) -> t
         "score": (jnp.sum(raw_scores_B), rows),
         "kl": (jnp.sum(policy.kl_k1(logps_BR, ref_logps_BR) * mask_BR), rows),
         "kl_k3": (jnp.sum(policy.kl_k3(logps_BR, ref_logps_BR) * mask_BR), rows),
-        "entropy": (jnp.sum(token.entropy(logits_BRV) * mask_BR), tokens),
+        "entropy": (jnp.sum(entropy_BR * mask_BR), tokens),
         "response_tokens": (tokens, rows),
         "advantage_std": (jnp.sqrt(policy.masked_mean(spread_BR, mask_BR)), jnp.float32(1)),
         "finished": (rows - jnp.sum(unfinished_B), rows),
@@ -140,11 +244,10 @@ def experience(ppo: Ppo, state: PpoState, frozen: Frozen, rollout: Rollout) -> t
     return Experience(rollout, logps_BR, values_BR, whitened_BR, returns_BR), metrics
 
 
-def actor_loss(ppo: Ppo, weights: Weights, batch: Experience, key: jax.Array) -> Loss:
+def actor_loss(ppo: Ppo, weights: Weights, batch: Experience, key: jax.Array | None) -> Loss:
     """Clipped policy loss over response tokens."""
     mask_BR = batch.rollout.mask_BR
-    logits_BRV = response_logits(ppo, weights, batch.rollout)
-    logps_BR = token.token_logps(logits_BRV, response_tokens(batch.rollout))
+    logps_BR = response_logps(ppo.actor.model, ppo.shaping, weights, batch.rollout, key)
     losses_BR, clipped_BR, ratio_BR = policy.policy_loss(
         logps_BR, batch.old_logps_BR, batch.advantages_BR, ppo.config.clip
     )
@@ -161,10 +264,10 @@ def actor_loss(ppo: Ppo, weights: Weights, batch: Experience, key: jax.Array) ->
     )
 
 
-def critic_loss(ppo: Ppo, weights: Weights, batch: Experience, key: jax.Array) -> Loss:
+def critic_loss(ppo: Ppo, weights: Weights, batch: Experience, key: jax.Array | None) -> Loss:
     """Clipped value loss over response tokens."""
     mask_BR = batch.rollout.mask_BR
-    values_BR = at_responses(ppo.scalar_model, weights, batch.rollout)
+    values_BR = at_responses(ppo.critic.model, weights, batch.rollout, key)
     losses_BR = policy.value_loss(values_BR, batch.old_values_BR, batch.returns_BR, ppo.config.value_clip)
     return Loss(jnp.sum(losses_BR * mask_BR), jnp.sum(mask_BR), {})
 
@@ -172,32 +275,13 @@ def critic_loss(ppo: Ppo, weights: Weights, batch: Experience, key: jax.Array) -
 def update_minibatch(
     ppo: Ppo, state: PpoState, batch: Experience, key: jax.Array
 ) -> tuple[PpoState, Metrics]:
-    """One update of actor and critic on the same minibatch."""
-    actor, actor_metrics = update(
-        state.actor,
-        batch,
-        key,
-        loss_fn=lambda weights, part, key: actor_loss(ppo, weights, part, key),
-        optimizer=ppo.actor_optimizer,
-        partition=partition_of(ppo.policy_model),
-        microbatches=ppo.microbatches,
-    )
-    critic, critic_metrics = update(
-        state.critic,
-        batch,
-        key,
-        loss_fn=lambda weights, part, key: critic_loss(ppo, weights, part, key),
-        optimizer=ppo.critic_optimizer,
-        partition=partition_of(ppo.scalar_model),
-        microbatches=ppo.microbatches,
-    )
-    metrics = {name: actor_metrics[name] for name in ("clip_fraction", "approx_kl", "ratio")}
-    metrics |= {"loss": actor_metrics["loss"], "gradient_norm": actor_metrics["gradient_norm"]}
-    metrics |= {"value_loss": critic_metrics["loss"]}
+    """One update of the actor and one of the critic, on the same minibatch."""
+    actor, actor_metrics = ppo.actor.update(state.actor, batch, key, partial(actor_loss, ppo))
+    critic, critic_metrics = ppo.critic.update(state.critic, batch, key, partial(critic_loss, ppo))
     skipped = tuple(
         jnp.maximum(a, c) for a, c in zip(actor_metrics["skipped"], critic_metrics["skipped"], strict=True)
     )
-    metrics["skipped"] = (skipped[0], skipped[1])
+    metrics = actor_metrics | {"value_loss": critic_metrics["loss"], "skipped": (skipped[0], skipped[1])}
     return PpoState(state.step, actor, critic), metrics
 
 

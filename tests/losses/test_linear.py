@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 
 from maxllm.losses import linear, token
+from maxllm.steps.head import head_logps
 
 N, D, V = 24, 8, 40
 
@@ -55,13 +57,35 @@ def test_a_tie_is_not_right():
     assert float(sums.right) == 1
 
 
+@pytest.mark.parametrize("shaping", [token.PLAIN, token.Shaping(0.6, (0, V - 1))], ids=["plain", "shaped"])
 @pytest.mark.parametrize("part_bytes", [1 << 28, 4 * V * 7], ids=["1", "4"])
-def test_log_probabilities_of_targets_in_parts(rows, monkeypatch, part_bytes):
-    """Tolerance as above."""
+def test_log_probabilities_and_entropies_in_parts(rows, monkeypatch, part_bytes, shaping):
+    """Tolerance as above. No target is an id that the policy never says."""
     monkeypatch.setattr(linear, "PART_BYTES", part_bytes)
     x, w, targets, _ = rows
-    wanted = token.token_logps((x @ w)[None], targets[None])[0]
-    np.testing.assert_allclose(linear.target_logps(x, w, targets), wanted, rtol=1e-5, atol=1e-5)
+    targets = np.clip(targets, 1, V - 2)
+    logits = token.without(x @ w, shaping.never) / shaping.temperature
+    logps, entropy = linear.target_logps(x, w, targets, shaping=shaping)
+    np.testing.assert_allclose(logps, token.token_logps(logits[None], targets[None])[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(entropy, token.entropy(logits[None])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_shaped_log_probabilities(rows):
+    """The head's own, against those that JAX makes of the logits."""
+    x, w, targets, _ = rows
+    targets, shaping = np.clip(targets, 1, V - 2), token.Shaping(0.6, (0, V - 1))
+    cotangent = np.random.default_rng(5).normal(size=len(targets)).astype(np.float32)
+
+    def plain(x, w):
+        logits = token.without(x @ w, shaping.never) / shaping.temperature
+        return jnp.sum(cotangent * token.token_logps(logits[None], targets[None])[0])
+
+    def ours(x, w):
+        return jnp.sum(cotangent * head_logps(x[None], w, targets[None], shaping)[0])
+
+    for got, wanted in zip(jax.grad(ours, (0, 1))(x, w), jax.grad(plain, (0, 1))(x, w), strict=True):
+        within = rounding.of_sum(max(len(targets), V), float(np.abs(wanted).max()) * 4)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=within)
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,14 @@ import rounding
 from maxllm.config import GenerationConfig, PpoConfig
 from maxllm.data.tokenizer import EOS, IM_END, PAD
 from maxllm.generate.decode import generate
-from maxllm.losses.token import token_logps
+from maxllm.losses.token import Shaping
 from maxllm.model.forward import forward
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.records import Experience, PromptBatch, Rollout
-from maxllm.stages.ppo import iteration
+from maxllm.stages.ppo import iterate, parts_of
 from maxllm.steps import ppo as algorithm
-from maxllm.steps.ppo import Frozen, Ppo, PpoState
+from maxllm.steps.ppo import Frozen, Learner, Ppo, PpoState
 from maxllm.steps.state import TrainState
 from maxllm.weights import Weights
 
@@ -53,7 +53,7 @@ def world(tiny_model, params_of):
     config = tiny_model(vocab_size=V, init_std=0.3)
     model, scalar = Llama(config), ScalarModel(config)
     sgd = optax.sgd(0.05)
-    ppo = Ppo(CONFIG, model, scalar, sgd, sgd, TEMPERATURE, (EOS, IM_END), PAD)
+    ppo = Ppo(CONFIG, Learner(model, sgd), Learner(scalar, sgd), Shaping(TEMPERATURE), (EOS, IM_END), PAD)
     actor, other = params_of(model), params_of(model, 1)
     reference = jax.tree.map(lambda a, b: 0.8 * a + 0.2 * b, actor, other)
     frozen = Frozen(Weights(reference), Weights(params_of(scalar, 2)))
@@ -64,9 +64,15 @@ def world(tiny_model, params_of):
     rollout = respond(weights=Weights(actor), prompts=prompts, key=jax.random.key(4))
     lengths = np.asarray(rollout.mask_BR).sum(1)
     assert 0 < np.asarray(rollout.finished_B).sum() < B and len(set(lengths)) > 3, "a rollout worth testing"
-    judge = jax.jit(partial(algorithm.experience, ppo))
+    judge = jax.jit(partial(experience, ppo))
     batch, metrics = judge(state, frozen, rollout)
     return SimpleNamespace(**locals())
+
+
+def experience(ppo, state, frozen, rollout):
+    """The reward model's scores, and all that is made of them."""
+    scores_B = algorithm.scores(ppo, frozen.reward, rollout)
+    return algorithm.experience(ppo, state, frozen.reference, rollout, scores_B)
 
 
 def masked(array, rollout):
@@ -86,8 +92,7 @@ def off(world):
 
 
 def recomputed_logps(world, params):
-    logits = algorithm.response_logits(world.ppo, Weights(params), world.rollout)
-    return token_logps(logits, algorithm.response_tokens(world.rollout))
+    return algorithm.response_logps(world.model, world.ppo.shaping, Weights(params), world.rollout)
 
 
 def test_recomputed_logps_are_the_samplers(world, off):
@@ -254,7 +259,9 @@ def test_microbatches_do_not_change_the_update(world):
     config = CONFIG.model_copy(update={"epochs": 2, "minibatches": 2})
     results = []
     for microbatches in (1, 4):
-        ppo = replace(world.ppo, config=config, microbatches=microbatches)
+        actor = replace(world.ppo.actor, microbatches=microbatches)
+        critic = replace(world.ppo.critic, microbatches=microbatches)
+        ppo = replace(world.ppo, config=config, actor=actor, critic=critic)
         step = jax.jit(partial(algorithm.update_epochs, ppo))
         results.append(step(world.state, world.batch, jax.random.key(1)))
     (whole, whole_metrics), (parts, part_metrics) = results
@@ -333,9 +340,11 @@ def test_ppo_raises_the_probability_of_the_rewarded_token(world, monkeypatch):
     monkeypatch.setattr(algorithm, "scores", share)
     adam = optax.adam(1e-2)
     config = PpoConfig(kl_coef=0.0, missing_eos_penalty=0.0, epochs=2)
-    ppo = replace(world.ppo, config=config, actor_optimizer=adam, critic_optimizer=adam)
+    ppo = replace(
+        world.ppo, config=config, actor=Learner(world.model, adam), critic=Learner(world.scalar, adam)
+    )
     decoding = GenerationConfig(max_new_tokens=4, temperature=TEMPERATURE)
-    step = jax.jit(partial(iteration, ppo=ppo, generation=decoding, seed=0))
+    step = jax.jit(partial(iterate, parts_of(ppo, decoding, seed=0)))
     prompts = left_padded([6, 1, 3, 6, 2, 5, 4, 1] * 4, seed=5)
     state = PpoState(
         jnp.int32(0),
@@ -354,14 +363,14 @@ def test_ppo_raises_the_probability_of_the_rewarded_token(world, monkeypatch):
 def test_the_policy_is_over_the_ids_that_have_a_token(world, off):
     """The sampler and the update leave the same ids out, so that their ratio is 1 before the first update."""
     never = tuple(range(V - 5, V))
-    ppo = replace(world.ppo, never=never)
+    shaping = Shaping(TEMPERATURE, never)
     decoding = GenerationConfig(max_new_tokens=R, temperature=TEMPERATURE)
     settings = {"config": decoding, "stop_tokens": (EOS, IM_END), "pad": PAD, "never": never}
     respond = jax.jit(partial(generate, world.model, **settings))
     rollout = respond(weights=Weights(world.actor), prompts=world.prompts, key=jax.random.key(4))
     tokens = masked(algorithm.response_tokens(rollout), rollout)
     assert tokens.max() < V - 5
-    recompute = jax.jit(lambda weights: algorithm.response_logits(ppo, weights, rollout))
-    logps = token_logps(recompute(Weights(world.actor)), algorithm.response_tokens(rollout))
+    recompute = jax.jit(lambda weights: algorithm.response_logps(world.model, shaping, weights, rollout))
+    logps = recompute(Weights(world.actor))
     np.testing.assert_allclose(masked(logps, rollout), masked(rollout.logps_BR, rollout), rtol=0, atol=off)
     assert np.abs(masked(logps, rollout)).max() < 1e3

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from maxllm.config import BatchConfig, DpoConfig, GenerationConfig, MeshConfig, OptimizerConfig, PpoConfig
 from maxllm.errors import UserError
+from maxllm.losses.token import Shaping
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
@@ -30,10 +31,10 @@ from maxllm.parallel.compiler import made_whole
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
 from maxllm.records import LmBatch, PairBatch, PromptBatch, ReplyPairBatch
 from maxllm.run.program import Part, compile_part, compile_reader
-from maxllm.stages.ppo import init_state, iteration
+from maxllm.stages.ppo import init_state, iterate, parts_of
 from maxllm.steps.dpo import dpo_loss
 from maxllm.steps.language import language_loss
-from maxllm.steps.ppo import Frozen, Ppo
+from maxllm.steps.ppo import Frozen, Learner, Ppo
 from maxllm.steps.state import abstract, create, init_params, initializer, partition_of
 from maxllm.steps.update import eval_step, train_step
 from maxllm.weights import Weights
@@ -179,28 +180,18 @@ def run_ppo(config):
     """run_ppo(mesh shape, microbatches): a whole iteration: rollout, four models, one epoch."""
 
     slow = optax.sgd(0.1)
-    ppo = Ppo(
-        PpoConfig(epochs=1),
-        Llama(config),
-        ScalarModel(config),
-        slow,
-        slow,
-        temperature=1.0,
-        stop_tokens=(2, 4),
-        pad=5,
-    )
+    learners = (Learner(Llama(config), slow), Learner(ScalarModel(config), slow))
+    ppo = Ppo(PpoConfig(epochs=1), *learners, shaping=Shaping(), stop_tokens=(2, 4), pad=5)
     decoding = GenerationConfig(max_new_tokens=6, temperature=1.0)
     init = partial(init_state, ppo)
 
     def frozen(key):
         key = jax.random.fold_in(key, 7)  # neither the actor's nor the critic's parameters
-        return Frozen(
-            Weights(init_params(ppo.policy_model, key)), Weights(init_params(ppo.scalar_model, key))
-        )
+        return Frozen(*(Weights(init_params(learner.model, key)) for learner in learners))
 
     def run(shape, microbatches):
-        parts = replace(ppo, microbatches=microbatches)
-        step = partial(iteration, ppo=parts, generation=decoding, seed=0)
+        actor, critic = (replace(learner, microbatches=microbatches) for learner in learners)
+        step = partial(iterate, parts_of(replace(ppo, actor=actor, critic=critic), decoding, seed=0))
         return take_steps(mesh_of(shape), init, step, prompt_batch(), frozen)
 
     return run
