@@ -23,7 +23,7 @@ from maxllm.data.instruct import Question, question_of, read_split
 from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.tokenizer import without_piece
 from maxllm.errors import UserError
-from maxllm.generate.decode import generate
+from maxllm.generate.decode import decoder_of, generate
 from maxllm.losses.policy import kl_k1
 from maxllm.losses.token import token_logps
 from maxllm.model.heads import ScalarModel
@@ -60,14 +60,18 @@ def iteration(
     frozen: Frozen,
     *,
     ppo: Ppo,
+    sampler: Llama,
     generation: GenerationConfig,
     seed: int,
 ) -> tuple[PpoState, Metrics]:
-    """One step of PPO: respond, judge, improve. Pure; jitted and sharded by the loop like every step."""
+    """One step of PPO: respond, judge, improve. Pure; jitted and sharded by the loop like every step.
+
+    `sampler` is the policy's model in the layout that it decodes in.
+    """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     rollout_key, update_key = jax.random.split(key)
     rollout = generate(
-        ppo.policy_model,
+        sampler,
         Weights(state.actor.params),
         prompts,
         rollout_key,
@@ -178,12 +182,13 @@ def algorithm_of(
 def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Program:
     """Rollout, scores and updates: four models in one program."""
     init = partial(init_state, ppo)
+    sampler = decoder_of(ppo.policy_model, mesh.devices.flat[0].platform)
     prompt = config.batch.sequence_length - config.generation.max_new_tokens
     reference, reward = (abstract_base(m, mesh) for m in (ppo.policy_model, ppo.scalar_model))
     return Program(
         init=init,
         abstract_state=abstract(init, mesh, config.mesh.zero, config.mesh.offload),
-        step=partial(iteration, ppo=ppo, generation=config.generation, seed=config.run.seed),
+        step=partial(iteration, ppo=ppo, sampler=sampler, generation=config.generation, seed=config.run.seed),
         abstract_batch=PromptBatch(
             jax.ShapeDtypeStruct((config.batch.rows, prompt), jnp.int32),
             jax.ShapeDtypeStruct((config.batch.rows,), jnp.int32),
@@ -289,10 +294,11 @@ def heldout_evaluator(
     """
     config = session.config
     greedy = config.generation.model_copy(update={"temperature": 0.0})
+    sampler = decoder_of(ppo.policy_model, session.mesh.devices.flat[0].platform)
 
     def judge(weights: Weights, prompts: PromptBatch, frozen: Frozen, key: jax.Array) -> tuple[Any, ...]:
         sampled, best = (
-            generate(ppo.policy_model, weights, prompts, key, how, ppo.stop_tokens, ppo.pad, ppo.never)
+            generate(sampler, weights, prompts, key, how, ppo.stop_tokens, ppo.pad, ppo.never)
             for how in (config.generation, greedy)
         )
         targets_BR = algorithm.response_tokens(sampled)

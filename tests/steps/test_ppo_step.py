@@ -335,7 +335,7 @@ def test_ppo_raises_the_probability_of_the_rewarded_token(world, monkeypatch):
     config = PpoConfig(kl_coef=0.0, missing_eos_penalty=0.0, epochs=2)
     ppo = replace(world.ppo, config=config, actor_optimizer=adam, critic_optimizer=adam)
     decoding = GenerationConfig(max_new_tokens=4, temperature=TEMPERATURE)
-    step = jax.jit(partial(iteration, ppo=ppo, generation=decoding, seed=0))
+    step = jax.jit(partial(iteration, ppo=ppo, sampler=ppo.policy_model, generation=decoding, seed=0))
     prompts = left_padded([6, 1, 3, 6, 2, 5, 4, 1] * 4, seed=5)
     state = PpoState(
         jnp.int32(0),

@@ -189,7 +189,7 @@ def run_ppo(config):
 
     def run(shape, microbatches):
         parts = replace(ppo, microbatches=microbatches)
-        step = partial(iteration, ppo=parts, generation=decoding, seed=0)
+        step = partial(iteration, ppo=parts, sampler=ppo.policy_model, generation=decoding, seed=0)
         return take_steps(mesh_of(shape), init, step, prompt_batch(), frozen)
 
     return run
