@@ -123,14 +123,13 @@ class Partition:
     """Paths of what is trained of the base beside adapters; None where there are no adapters."""
 
     @classmethod
-    def of(cls, boxed: Weights) -> Partition:
-        """Decides it for a model's boxed weights: where there are adapters, the base stays."""
-        whole = declarations(boxed)
-        if whole.adapters is None:
-            return cls(whole.base)
-        heads = {path for path, leaf in flatten_dict(whole.base).items() if leaf.kind is Kind.HEAD}
+    def of(cls, declared: Weights) -> Partition:
+        """Decides it for the declarations of a model's weights: where there are adapters, the base stays."""
+        if declared.adapters is None:
+            return cls(declared.base)
+        heads = {path for path, leaf in flatten_dict(declared.base).items() if leaf.kind is Kind.HEAD}
         partition = cls(heads=frozenset(heads))
-        return cls(partition.split(whole)[0], partition.heads)
+        return cls(partition.split(declared)[0], partition.heads)
 
     @property
     def keeps(self) -> bool:

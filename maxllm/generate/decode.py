@@ -1,7 +1,12 @@
-"""Batched decoding with a key/value cache, one compiled program: prefill, then a while loop.
+"""Batched decoding with a key/value cache.
 
-The same function serves `generate`, `chat`, evaluation and PPO's rollouts. Prompts are left-padded, so all
-rows write the same cache slot; padding has segment id 0 and is never seen.
+    prepared = laid_out(model, weights)                           once
+    logits_BV, cache = prefill(model, prepared, prompts, slots)   the prompts
+    logits_BV, cache = step(model, prepared, cache, …)            a token more of every row
+
+`generate` is a loop over these in one compiled program, which serves `generate`, `chat`, evaluation and PPO's
+rollouts; a server may call them one by one. Prompts are left-padded, so all rows write the same cache slot;
+padding has segment id 0 and is never seen.
 """
 
 from __future__ import annotations
@@ -9,22 +14,136 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from maxllm.config import GenerationConfig
 from maxllm.generate.sampling import sample
+from maxllm.model.forward import declarations_of
+from maxllm.model.layers import dtype_of, in_type
 from maxllm.model.llama import Llama, unstack
+from maxllm.parallel.memory import fetched
+from maxllm.parallel.sharding import weights_whole
 from maxllm.records import Array, PromptBatch, Rollout
-from maxllm.weights import Weights
+from maxllm.weights import Declaration, Kind, Weights
+
+Cache = Any
+"""Keys, values and segments of every slot: a collection of variables of the model's."""
+
+
+# --- the parts of decoding ---------------------------------------------------------------------------------
+
+
+def decoder_of(model: Llama, platform: str) -> Llama:
+    """The model with its layers as a kind of device decodes them fastest: apart on CPU, else in a scan."""
+    return model.clone(unstacked=platform == "cpu")
+
+
+def laid_out(model: Llama, weights: Weights) -> Weights:
+    """A model's weights as decoding reads them, at every token: in the compute type, and whole on every
+    device but for tensor parallelism. Left as training has them, FSDP would gather them for each token.
+
+    Args:
+      model: if it is `unstacked`, so are the results.
+      weights: as in training, stacked.
+    """
+    dtype = dtype_of(model.config)
+
+    def lay(declaration: Declaration, w: jax.Array) -> jax.Array:
+        w = fetched(w)
+        if declaration.kind not in (Kind.NORM, Kind.BIAS):  # norms are computed in float32
+            w = in_type(w, dtype)
+        return nn.with_logical_constraint(w, declaration.axes)
+
+    declared = declarations_of(model.clone(unstacked=False))
+    if weights.adapters is None:
+        declared = declared.replace(adapters=None)
+    with weights_whole():
+        weights = jax.tree.map(lay, declared, weights)
+    return unstack(weights, model.config.n_layers) if model.unstacked else weights
+
+
+def prefill(model: Llama, weights: Weights, prompts: PromptBatch, slots: int) -> tuple[jax.Array, Cache]:
+    """Feeds the prompts into an empty cache.
+
+    Args:
+      model: as `laid_out` had it.
+      weights: from `laid_out`.
+      prompts: left-padded, [B, P].
+      slots: of the cache, for prompts and responses.
+
+    Returns:
+      Logits [B, V] of the first token of each response, and the cache.
+    """
+    return fed(model, weights, {}, slots, prompts.tokens_BP, *places(prompts))
+
+
+def step(
+    model: Llama,
+    weights: Weights,
+    cache: Cache,
+    slots: int,
+    tokens_B1: Array,
+    real_B1: Array,
+    positions_B1: Array,
+) -> tuple[jax.Array, Cache]:
+    """Feeds one token of each row.
+
+    Args:
+      model: as `laid_out` had it.
+      weights: from `laid_out`.
+      cache: from `prefill` or the step before.
+      slots: of the cache.
+      tokens_B1: int32 ids.
+      real_B1: int32; 0 for a row that has ended, whose token is padding.
+      positions_B1: int32 position inside the row's real tokens.
+
+    Returns:
+      Logits [B, V] of each row's next token, and the cache with this one.
+    """
+    return fed(model, weights, cache, slots, tokens_B1, real_B1, positions_B1)
+
+
+def fed(
+    model: Llama,
+    weights: Weights,
+    cache: Cache,
+    slots: int,
+    tokens_BT: Array,
+    segments_BT: Array,
+    positions_BT: Array,
+) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] of the last slot fed, and the cache with the new keys and values."""
+    with weights_whole():
+        logits_B1V, cache = model.apply(
+            {**weights.collections(), **cache},
+            tokens_BT,
+            segments_BT,
+            positions_BT,
+            cache_length=slots,
+            last_only=True,
+            mutable=["cache"],
+        )
+    return logits_B1V[:, 0], cache
+
+
+def places(prompts: PromptBatch) -> tuple[jax.Array, jax.Array]:
+    """(segment ids, positions) of the prompts' slots, [B, P] each."""
+    P = prompts.tokens_BP.shape[1]
+    segments_BP = (jnp.arange(P) >= P - prompts.lengths_B[:, None]).astype(jnp.int32)
+    return segments_BP, jnp.maximum(jnp.cumsum(segments_BP, axis=1) - 1, 0)
+
+
+# --- the loop ----------------------------------------------------------------------------------------------
 
 
 class _Progress(struct.PyTreeNode):
     """What the loop carries: the next slot to fill and everything generated so far."""
 
     slot: jax.Array
-    cache: Any
+    cache: Cache
     done_B: jax.Array
     tokens_BR: jax.Array
     logps_BR: jax.Array
@@ -32,31 +151,14 @@ class _Progress(struct.PyTreeNode):
 
 
 @dataclass(frozen=True)
-class _Decoder:
-    """The rules of one decoding; `generate` reads as the algorithm."""
+class _Sampler:
+    """The rules by which tokens are taken."""
 
-    model: Llama
-    weights: Weights
     key: jax.Array
     config: GenerationConfig
     stop_tokens: tuple[int, ...]
     pad: int
     never: tuple[int, ...]
-
-    def forward(
-        self, cache: Any, cache_length: int, tokens: Array, segments: Array, positions: Array
-    ) -> tuple[jax.Array, Any]:
-        """Logits [B, V] of the last slot fed, and the cache with the new keys and values."""
-        logits, cache = self.model.apply(
-            {**self.weights.collections(), **cache},
-            tokens,
-            segments,
-            positions,
-            cache_length=cache_length,
-            last_only=True,
-            mutable=["cache"],
-        )
-        return logits[:, 0], cache
 
     def nothing_yet(self, B: int) -> _Progress:
         """Before the first token."""
@@ -95,8 +197,8 @@ def generate(
     """Completes every prompt until a stop token or config.max_new_tokens.
 
     Args:
-      model: with scan_unroll = n_layers, its layers are taken apart first, which is fastest on CPU.
-      weights: its weights.
+      model: in the layout that decodes fastest here (`decoder_of`), or in training's.
+      weights: its weights, as in training.
       prompts: left-padded, [B, P].
       key: drives the sampling; slot i uses fold_in(key, i).
       config: R = max_new_tokens, and the sampling rule.
@@ -109,11 +211,9 @@ def generate(
     """
     B, P = prompts.tokens_BP.shape
     R = config.max_new_tokens
-    if model.config.scan_unroll == model.config.n_layers:
-        model, weights = unstack(model, weights)
-    decoder = _Decoder(model, weights, key, config, stop_tokens, pad, never)
-    segments_BP = (jnp.arange(P) >= P - prompts.lengths_B[:, None]).astype(jnp.int32)
-    positions_BP = jnp.maximum(jnp.cumsum(segments_BP, axis=1) - 1, 0)
+    slots = P + R
+    sampler = _Sampler(key, config, stop_tokens, pad, never)
+    prepared = laid_out(model, weights)
 
     def unfinished(progress: _Progress) -> jax.Array:
         return (progress.slot < R) & ~jnp.all(progress.done_B)
@@ -124,14 +224,15 @@ def generate(
         tokens_B1 = jax.lax.dynamic_slice_in_dim(progress.tokens_BR, before, 1, axis=1)
         real_B1 = jax.lax.dynamic_slice_in_dim(progress.mask_BR, before, 1, axis=1)
         positions_B1 = prompts.lengths_B[:, None] + before
-        fed = (tokens_B1, real_B1.astype(jnp.int32), positions_B1)
-        logits_BV, cache = decoder.forward(progress.cache, P + R, *fed)
-        return decoder.take(progress, cache, logits_BV)
+        token = tokens_B1, real_B1.astype(jnp.int32), positions_B1
+        logits_BV, cache = step(model, prepared, progress.cache, slots, *token)
+        return sampler.take(progress, cache, logits_BV)
 
-    logits_BV, cache = decoder.forward({}, P + R, prompts.tokens_BP, segments_BP, positions_BP)
-    first = decoder.take(decoder.nothing_yet(B), cache, logits_BV)
+    logits_BV, cache = prefill(model, prepared, prompts, slots)
+    first = sampler.take(sampler.nothing_yet(B), cache, logits_BV)
     end = jax.lax.while_loop(unfinished, advance, first)
 
+    segments_BP, positions_BP = places(prompts)
     segments_BR = end.mask_BR.astype(jnp.int32)
     positions_BR = (prompts.lengths_B[:, None] + jnp.arange(R)) * segments_BR
     return Rollout(

@@ -1,10 +1,26 @@
-"""Calling a model."""
+"""Calling a model: its fresh weights, what they are, and what it computes with them."""
+
+from functools import cache
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from maxllm.records import Array
-from maxllm.weights import Weights
+from maxllm.weights import Weights, declarations
+
+
+def init_weights(model: nn.Module, key: jax.Array) -> Weights:
+    """Fresh weights, still boxed; with adapters where the model has `lora`."""
+    tokens_BT = jnp.zeros((1, 2), jnp.int32)
+    variables = model.init(key, tokens_BT, jnp.ones_like(tokens_BT), tokens_BT)
+    return Weights(variables["params"], variables.get("lora"))
+
+
+@cache
+def declarations_of(model: nn.Module) -> Weights:
+    """A `Declaration` of each of a model's weights."""
+    return declarations(jax.eval_shape(lambda key: init_weights(model, key), jax.random.key(0)))
 
 
 def forward(

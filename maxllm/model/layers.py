@@ -79,9 +79,7 @@ def collect(
     """Forward: only the slot is kept, which has nothing in it. A layer's shard in the host's memory is
     fetched here, and again where the layer is computed again."""
     whole = tuple(None if axis == "embed" else axis for axis in axes)
-    w = fetched(w)
-    cast = bfloat16_of(w) if dtype == jnp.bfloat16 else w
-    return nn.with_logical_constraint(cast, whole), slot
+    return nn.with_logical_constraint(in_type(fetched(w), dtype), whole), slot
 
 
 def scatter(
@@ -103,6 +101,11 @@ def scatter(
 
 
 gathered.defvjp(collect, scatter)
+
+
+def in_type(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A weight in the compute type, which decoding has it in already."""
+    return bfloat16_of(w) if dtype == jnp.bfloat16 and w.dtype != dtype else w
 
 
 def bfloat16_of(w: jax.Array) -> jax.Array:

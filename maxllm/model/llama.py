@@ -258,8 +258,8 @@ def head_weight(model: Llama, weights: Weights) -> jax.Array:
     return base["decoder"]["embedding"].T if model.config.tie_embeddings else base["lm_head"]
 
 
-def unstack(model: Llama, weights: Weights) -> tuple[Llama, Weights]:
-    """The same model with each layer's weights apart instead of stacked on an axis L.
+def unstack(weights: Weights, n_layers: int) -> Weights:
+    """The weights of an `unstacked` model: each layer's by themselves, instead of stacked on an axis L.
 
     A scan takes each layer's slice of the stack at every step. XLA's CPU backend copies it, which is nothing
     in training, but in decoding costs more than the matmuls: a step reads every weight once and does little
@@ -268,10 +268,10 @@ def unstack(model: Llama, weights: Weights) -> tuple[Llama, Weights]:
 
     def apart(tree: Params) -> Params:
         decoder = dict(tree["decoder"])
-        stacked = decoder.pop("layers")
-        for number in range(model.config.n_layers):
+        stacked = decoder.pop(LAYERS)
+        for number in range(n_layers):
             decoder[f"layer_{number}"] = jax.tree.map(lambda leaf, n=number: leaf[n], stacked)
         return {**tree, "decoder": decoder}
 
     adapters = None if weights.adapters is None else apart(weights.adapters)
-    return model.clone(unstacked=True), Weights(apart(weights.base), adapters)
+    return Weights(apart(weights.base), adapters)

@@ -119,3 +119,9 @@ def check_model_divides(mesh: Mesh, model: ModelConfig) -> None:
         if size % split:
             given = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
             raise UserError(f"{name}={size} is not divisible by {given}")
+
+
+def platform_of(mesh: Mesh) -> str:
+    """The kind of a mesh's devices: cpu, gpu or tpu."""
+    platform: str = mesh.devices.flat[0].platform
+    return platform

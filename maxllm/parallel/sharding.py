@@ -5,7 +5,8 @@ dimension whole.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import flax.linen as nn
@@ -65,6 +66,18 @@ def rules_of(zero: int) -> Rules:
         ("gradient_embed", "gradient_table"), zero < 2
     )
     return tuple((name, None if whole.get(name) else axes) for name, axes in RULES)
+
+
+@contextmanager
+def weights_whole() -> Iterator[None]:
+    """Rules for decoding: inside, a weight is on every device, but for what tensor parallelism splits.
+
+    The rules in force outside keep their say of everything else; without any there are none inside.
+    """
+    split = (LAYERS, "embed", "table")
+    rules: Any = [(name, None if name in split else axes) for name, axes in nn.get_logical_axis_rules()]
+    with nn.logical_axis_rules(rules):
+        yield
 
 
 def abstract_weights(boxed: Any, mesh: Mesh, zero: int = 3, offload: Offload = "none") -> Any:

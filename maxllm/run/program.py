@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from maxllm.parallel import processes, sharding
 from maxllm.parallel.compiler import compiler_options
 from maxllm.parallel.memory import fetched
+from maxllm.parallel.mesh import platform_of
 from maxllm.records import Metrics, Params
 
 STEP = "step"
@@ -108,7 +109,7 @@ def compile_program(mesh: Mesh, program: Program, zero: int = 3) -> tuple[Callab
 
 def compile_part(mesh: Mesh, part: Part, zero: int = 3) -> Callable[..., Any]:
     """One part, compiled; `compile_program` says the rest."""
-    options = compiler_options(mesh.devices.flat[0].platform)
+    options = compiler_options(platform_of(mesh))
     compiled: Callable[..., Any] = lower_part(mesh, part, zero).compile(compiler_options=options)
     return compiled
 

@@ -23,13 +23,13 @@ from maxllm.data.instruct import Question, question_of, read_split
 from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.tokenizer import without_piece
 from maxllm.errors import UserError
-from maxllm.generate.decode import generate
+from maxllm.generate.decode import decoder_of, generate
 from maxllm.losses.policy import kl_k1
 from maxllm.losses.token import Shaping
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
-from maxllm.parallel.mesh import check_batch_divides
+from maxllm.parallel.mesh import check_batch_divides, platform_of
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Metrics, Params, PromptBatch, Rollout
 from maxllm.report.charts import Chart, Line, shares, training_and_heldout
@@ -63,15 +63,20 @@ LEAST_ADVANTAGE_STD = 1e-4
 """Below it the 1e-8 that whitening adds to the variance is what it divides by."""
 
 
-def parts_of(ppo: Ppo, generation: GenerationConfig, seed: int) -> dict[str, Callable[..., Any]]:
-    """The pure functions that an iteration is made of; randomness is a function of the seed and the step."""
+def parts_of(
+    ppo: Ppo, sampler: Llama, generation: GenerationConfig, seed: int
+) -> dict[str, Callable[..., Any]]:
+    """The pure functions that an iteration is made of; randomness is a function of the seed and the step.
+
+    `sampler` is the policy's model in the layout that it decodes in.
+    """
 
     def keys(step: jax.Array) -> tuple[jax.Array, jax.Array]:
         rollout_key, update_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
         return rollout_key, update_key
 
     def rollout(policy: Params, step: jax.Array, prompts: PromptBatch) -> Rollout:
-        return respond(ppo, Weights(policy), prompts, keys(step)[0], generation)
+        return respond(ppo, sampler, Weights(policy), prompts, keys(step)[0], generation)
 
     def judge(reward: Weights, rollout: Rollout) -> jax.Array:
         return algorithm.scores(ppo, reward, rollout)
@@ -94,11 +99,16 @@ def iterate(
 
 
 def respond(
-    ppo: Ppo, weights: Weights, prompts: PromptBatch, key: jax.Array, generation: GenerationConfig
+    ppo: Ppo,
+    sampler: Llama,
+    weights: Weights,
+    prompts: PromptBatch,
+    key: jax.Array,
+    generation: GenerationConfig,
 ) -> Rollout:
     """The policy's responses to prompts."""
     never = ppo.shaping.never
-    return generate(ppo.actor.model, weights, prompts, key, generation, ppo.stop_tokens, ppo.pad, never)
+    return generate(sampler, weights, prompts, key, generation, ppo.stop_tokens, ppo.pad, never)
 
 
 def job(session: Session) -> Job:
@@ -214,7 +224,8 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
         jax.ShapeDtypeStruct((config.batch.rows, prompt), jnp.int32),
         jax.ShapeDtypeStruct((config.batch.rows,), jnp.int32),
     )
-    functions = parts_of(ppo, config.generation, config.run.seed)
+    sampler = decoder_of(ppo.actor.model, platform_of(mesh))
+    functions = parts_of(ppo, sampler, config.generation, config.run.seed)
     policy = (state.actor.params, state.step, batch)
     rollout = jax.eval_shape(functions["rollout"], *policy)
     scores_B = jax.ShapeDtypeStruct((config.batch.rows,), jnp.float32)
@@ -324,9 +335,12 @@ def heldout_evaluator(
     """
     config = session.config
     greedy = config.generation.model_copy(update={"temperature": 0.0})
+    sampler = decoder_of(ppo.actor.model, platform_of(session.mesh))
 
     def judge(weights: Weights, prompts: PromptBatch, frozen: Frozen, key: jax.Array) -> tuple[Any, ...]:
-        sampled, best = (respond(ppo, weights, prompts, key, how) for how in (config.generation, greedy))
+        sampled, best = (
+            respond(ppo, sampler, weights, prompts, key, how) for how in (config.generation, greedy)
+        )
         logps_BR, ref_logps_BR = (
             algorithm.response_logps(ppo.actor.model, ppo.shaping, w, sampled)
             for w in (weights, frozen.reference)

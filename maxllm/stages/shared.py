@@ -18,10 +18,11 @@ from maxllm.data import loader
 from maxllm.data.instruct import Question, pad_prompts
 from maxllm.data.sources import Tally
 from maxllm.data.tokenizer import Tokenizer, without_piece
-from maxllm.generate.decode import generate
+from maxllm.generate.decode import decoder_of, generate
 from maxllm.model.adapters import merge
 from maxllm.model.llama import Llama
 from maxllm.parallel import sharding
+from maxllm.parallel.mesh import platform_of
 from maxllm.records import LmBatch, Params, PromptBatch, Rollout
 from maxllm.run.checkpoint import check_params, load_params
 from maxllm.run.loop import Job, mean_over
@@ -141,8 +142,7 @@ def heldout_language(session: Session, rows: LmBatch) -> Callable[[Weights], dic
 
 def responder(session: Session, config: GenerationConfig) -> Callable[..., Rollout]:
     """Compiled `(weights, PromptBatch, key) -> Rollout` for this session's policy."""
-    unroll = session.model.n_layers if jax.default_backend() == "cpu" else session.model.scan_unroll
-    model = Llama(session.model.model_copy(update={"scan_unroll": unroll}))
+    model = decoder_of(Llama(session.model), platform_of(session.mesh))
     stop_tokens, pad = session.tokenizer.stop_tokens, session.tokenizer.pad
     never = without_piece(session.tokenizer, session.model.vocab_size)
 

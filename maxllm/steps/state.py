@@ -14,9 +14,10 @@ from flax import struct
 from jax.sharding import Mesh
 
 from maxllm.config import Offload
+from maxllm.model.forward import declarations_of, init_weights
 from maxllm.parallel import sharding
 from maxllm.records import Params
-from maxllm.weights import Partition, Weights
+from maxllm.weights import Partition
 
 
 class TrainState(struct.PyTreeNode):
@@ -37,17 +38,10 @@ class TrainState(struct.PyTreeNode):
         return self.replace(params=params)
 
 
-def init_weights(model: nn.Module, key: jax.Array) -> Weights:
-    """Fresh weights, still boxed; with adapters where the model has `lora`."""
-    tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    variables = model.init(key, tokens_BT, jnp.ones_like(tokens_BT), tokens_BT)
-    return Weights(variables["params"], variables.get("lora"))
-
-
 @cache
 def partition_of(model: nn.Module) -> Partition:
     """What of a model is trained, from its weights' own declarations."""
-    return Partition.of(jax.eval_shape(lambda key: init_weights(model, key), jax.random.key(0)))
+    return Partition.of(declarations_of(model))
 
 
 def init_params(model: nn.Module, key: jax.Array) -> Params:

@@ -12,14 +12,14 @@ import rounding
 
 from maxllm.config import DpoConfig, LoraConfig, RewardConfig
 from maxllm.model.adapters import merge
-from maxllm.model.forward import forward
+from maxllm.model.forward import forward, init_weights
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.records import LmBatch, PairBatch, ReplyPairBatch
 from maxllm.steps.dpo import dpo_loss
 from maxllm.steps.language import language_loss
 from maxllm.steps.reward import reward_loss
-from maxllm.steps.state import TrainState, init_params, init_weights, partition_of
+from maxllm.steps.state import TrainState, init_params, partition_of
 from maxllm.steps.update import train_step
 from maxllm.weights import Kind, Weights
 

@@ -344,7 +344,7 @@ def test_ppo_raises_the_probability_of_the_rewarded_token(world, monkeypatch):
         world.ppo, config=config, actor=Learner(world.model, adam), critic=Learner(world.scalar, adam)
     )
     decoding = GenerationConfig(max_new_tokens=4, temperature=TEMPERATURE)
-    step = jax.jit(partial(iterate, parts_of(ppo, decoding, seed=0)))
+    step = jax.jit(partial(iterate, parts_of(ppo, world.model, decoding, seed=0)))
     prompts = left_padded([6, 1, 3, 6, 2, 5, 4, 1] * 4, seed=5)
     state = PpoState(
         jnp.int32(0),

@@ -191,7 +191,8 @@ def run_ppo(config):
 
     def run(shape, microbatches):
         actor, critic = (replace(learner, microbatches=microbatches) for learner in learners)
-        step = partial(iterate, parts_of(replace(ppo, actor=actor, critic=critic), decoding, seed=0))
+        parts = replace(ppo, actor=actor, critic=critic)
+        step = partial(iterate, parts_of(parts, actor.model, decoding, seed=0))
         return take_steps(mesh_of(shape), init, step, prompt_batch(), frozen)
 
     return run
