@@ -18,7 +18,7 @@ from maxllm.data.loader import Batches, fingerprint
 from maxllm.errors import Interrupted, RunFailed, UserError
 from maxllm.files import read_json, write_json
 from maxllm.parallel import processes, sharding
-from maxllm.plan.flops import PEAK_FLOPS
+from maxllm.plan.hardware import peak_flops
 from maxllm.records import Metrics
 from maxllm.run.checkpoint import FOLDER, UNRANKED, Checkpoints, latest_step
 from maxllm.run.faults import StopRequest, stop_on_signals
@@ -320,7 +320,7 @@ class _Window:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        self._peak = peak_flops(jax.devices()[0].device_kind)
         self.restart()
 
     def restart(self) -> None:

@@ -25,9 +25,9 @@ from maxllm.parallel.mesh import check_batch_divides, check_model_divides, make_
 from maxllm.parallel.pipeline import bubble
 from maxllm.plan import search
 from maxllm.plan.compile import Compiled, TooLarge, check_cudnn, compiled_for, topology_devices
-from maxllm.plan.flops import train_flops_per_token
+from maxllm.plan.flops import matmul_parameters, train_flops_per_token
 from maxllm.plan.hardware import Hardware, hardware_of
-from maxllm.plan.roofline import Bound, step_bound
+from maxllm.plan.roofline import Bound, step_bound, update_bytes
 from maxllm.plan.scaling import (
     classic_bytes,
     classic_dpo_bytes,
@@ -211,11 +211,11 @@ def speed_figures(
     bound by other things."""
     batch, model, stage = plan.config.batch, plan.model, plan.config.stage
     per_step = batch.rows * batch.sequence_length * (2 if stage in ("reward", "dpo") else 1)
-    flops = train_flops_per_token(model, batch.sequence_length, references=references_of(plan))
+    flops = train_flops_per_token(model, batch.sequence_length, **counted(plan))
     total = tokens if tokens is not None else float(per_step * plan.config.run.steps)
     figures: dict[str, Any] = {
         "flops_per_token": flops,
-        "flops_per_token_full_attention": full_attention(model, batch.sequence_length, references_of(plan)),
+        "flops_per_token_full_attention": full_attention(plan, flops),
         "tokens_per_step": per_step,
         "tokens": total,
         "compute_optimal_parameters": optimal_parameters(training_flops(parameters_of(plan), total)),
@@ -240,20 +240,24 @@ def speed_figures(
 
 def bound_of(plan: Plan, asked: Compiled, tokens: int) -> Bound:
     """The floors of one device's step."""
-    parameters, shape = parameters_of(plan), plan.mesh.shape
+    config, shape = plan.config, plan.mesh.shape
+    trained, frozen = parameters_of(plan), parameter_count(plan.program.frozen) if config.lora else 0
+    # Adapters are beside the layers' matrices alone.
+    matrices = 1.0 if config.lora else matmul_parameters(plan.model, 0) / trained
     shards = plan.hardware.devices // shape["data"]
     return step_bound(
         plan.hardware.chip,
         model=plan.model,
         sequence_length=plan.config.batch.sequence_length,
         tokens_per_device=tokens / plan.hardware.devices,
-        parameter_shard=parameters / shards,
-        gathered_parameters=parameters / (shape["tensor"] * shape["stage"]),
+        parameter_shard=trained / shards,
+        gathered_parameters=(trained + frozen) / (shape["tensor"] * shape["stage"]),
         sent_bytes=sum(exchange.bytes for exchange in asked.collectives.values()),
-        passes=3 if plan.model.remat == "none" else 4,
+        passes=(2 if config.lora else 3) + (plan.model.remat != "none"),
         between_nodes_bytes=sum(exchange.between_nodes for exchange in asked.collectives.values()),
         idle=bubble_of(plan),
-        references=references_of(plan),
+        update_bytes=update_bytes(config.optimizer, matrices),
+        **counted(plan),
     )
 
 
@@ -263,17 +267,22 @@ def bubble_of(plan: Plan) -> float:
     return bubble(stages, model.pipeline_microbatches or stages, model.pipeline_rounds)
 
 
-def references_of(plan: Plan) -> int:
-    """Frozen models that a training pass goes with; PPO, whose speed has no bound, is not asked."""
-    return int(plan.config.stage == "dpo")
+def counted(plan: Plan) -> dict[str, Any]:
+    """What a training pass has beside a language model's: frozen models that it goes with, a head of another
+    width, adapters. PPO, whose speed has no bound, is not asked."""
+    stage = plan.config.stage
+    return {
+        "references": int(stage == "dpo"),
+        "head": 1 if stage == "reward" else None,
+        "lora": plan.config.lora,
+    }
 
 
-def full_attention(model: ModelConfig, sequence_length: int, references: int) -> float:
+def full_attention(plan: Plan, flops: float) -> float:
     """FLOPs per token by the older convention, which counts the masked half of attention too."""
-    masked = 6 * model.n_layers * model.n_heads * model.k_dim * sequence_length
-    return train_flops_per_token(model, sequence_length, references=references) + masked * (
-        1 + references / 3
-    )
+    model, references = plan.model, counted(plan)["references"]
+    masked = 6 * model.n_layers * model.n_heads * model.k_dim * plan.config.batch.sequence_length
+    return flops + masked * (1 + references / 3)
 
 
 def parameters_of(plan: Plan) -> int:

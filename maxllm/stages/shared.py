@@ -129,7 +129,8 @@ def language_job(
         evaluate=evaluate,
         best=best,
         tokens_per_step=tokens,
-        flops_per_step=tokens * train_flops_per_token(session.model, config.batch.sequence_length),
+        flops_per_step=tokens
+        * train_flops_per_token(session.model, config.batch.sequence_length, lora=config.lora),
         frozen=frozen,
         facts=facts,
     )
