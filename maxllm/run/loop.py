@@ -216,7 +216,7 @@ class _Loop:
                 raise Interrupted(
                     f"stopped after step {step} of {run.steps} and saved; the same command continues"
                 )
-        return self.summary(state, compile_seconds)
+        return self.summary(compile_seconds)
 
     def tell_size(self) -> None:
         """Says how large the work is."""
@@ -293,7 +293,7 @@ class _Loop:
         self.checkpoints.save(step, state, rank)
         self.window.paused(time.perf_counter() - started)
 
-    def summary(self, state: Any, compile_seconds: float) -> dict[str, Any]:
+    def summary(self, compile_seconds: float) -> dict[str, Any]:
         """What summary.json says."""
         heldout = self.recorder.heldout()
         logged = [record for record in self.recorder.records if "heldout" not in record]

@@ -13,12 +13,12 @@ from maxllm.config import Config
 from maxllm.data import loader
 from maxllm.data.instruct import Question, ReplyPair, answer_of, pad_reply_pairs, read_split, reply_pair
 from maxllm.plan.flops import train_flops_per_token
-from maxllm.records import Params, ReplyPairBatch
-from maxllm.run.loop import Job, finished, mean_over, train
-from maxllm.run.session import Session, compile_reader, open_session
+from maxllm.run.loop import Job, finished, train
+from maxllm.run.session import Session, open_session
 from maxllm.stages.program import dpo_program
 from maxllm.stages.shared import (
     exact_match,
+    heldout_loss,
     prompts_of,
     replies,
     responder,
@@ -27,7 +27,6 @@ from maxllm.stages.shared import (
     told,
 )
 from maxllm.steps.state import TrainState
-from maxllm.steps.update import Loss, eval_step
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -53,9 +52,10 @@ def job(session: Session) -> Job:
     # 2. State: the policy; where it begins is also the reference, which stays.
     program = dpo_program(config, session.model, session.mesh)
     reference = start_policy(session)()
-    # 3. Held-out figures: the loss's, and right answers, where rows say which these are.
+    # 3. Held-out figures: the loss's (order of the pairs, implicit rewards, log-probabilities), and right
+    #    answers, where rows say which these are.
     heldout = pad_reply_pairs([pair for pair, _ in heldout_rows], length, pad)
-    figures = heldout_pairs(session, program.loss_fn, heldout, reference)
+    figures = heldout_loss(session, program.loss_fn, heldout, reference)
     room = length - config.generation.max_new_tokens
     questions = [q for _, q in heldout_rows if q.answer is not None and len(q.ids) <= room]
     answers = heldout_answers(session, questions, room)
@@ -66,7 +66,7 @@ def job(session: Session) -> Job:
         step=program.step,
         batches=loader.Batches(pairs, config.batch.rows, config.run.seed),
         heldout=(heldout, [question.answer for question in questions]),
-        evaluate=lambda state: figures(state) | answers(state),
+        evaluate=lambda state: figures(state.params) | answers(state),
         best=("loss", "min"),
         tokens_per_step=tokens,
         flops_per_step=tokens * train_flops_per_token(session.model, length, references=1),
@@ -83,15 +83,6 @@ def pair_and_question(session: Session, row: dict[str, Any]) -> tuple[ReplyPair,
     """A row of preferences: its two replies, and its prompt with the right answer, if the row has one."""
     pair = reply_pair(session.tokenizer, row, session.config.batch.sequence_length)
     return pair, Question(pair.prompt, answer_of(row), pair.ids[0][: pair.starts[0]])
-
-
-def heldout_pairs(
-    session: Session, loss_fn: Callable[..., Loss], rows: ReplyPairBatch, reference: Params
-) -> Callable[[TrainState], dict[str, float]]:
-    """Loss, share of pairs in the right order, implicit rewards and log-probabilities over held-out pairs."""
-    reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
-    batches = partial(loader.in_order, rows, session.config.batch.rows)
-    return lambda state: mean_over(batches(), lambda batch: reader(state.params, batch, reference))
 
 
 def heldout_answers(

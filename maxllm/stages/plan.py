@@ -149,7 +149,7 @@ def program_for(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
         case "ppo":
             check_sampling(config.generation)
             check_batch_divides(mesh, config.batch, model, config.ppo.minibatches)
-            return program_of(config, model, mesh, algorithm_of(config, model, STOP, PAD))
+            return program_of(config, mesh, algorithm_of(config, model, STOP, PAD))
         case "convert":
             raise UserError("a converted model's folder trains nothing; plan a recipe that starts from it")
 

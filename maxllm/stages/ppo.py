@@ -110,7 +110,7 @@ def job(session: Session) -> Job:
     )
     # 2. The algorithm and its four models.
     ppo = algorithm_with(session)
-    program = program_of(config, session.model, session.mesh, ppo)
+    program = program_of(config, session.mesh, ppo)
     frozen = Frozen(
         reference=start(),
         reward=load_params(judge, reward),
@@ -175,7 +175,7 @@ def algorithm_of(
     )
 
 
-def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Program:
+def program_of(config: Config, mesh: Mesh, ppo: Ppo) -> Program:
     """Rollout, scores and updates: four models in one program."""
     init = partial(init_state, ppo)
     prompt = config.batch.sequence_length - config.generation.max_new_tokens

@@ -16,13 +16,12 @@ from maxllm.data import loader
 from maxllm.data.instruct import pad_pairs, read_split, reply_pair
 from maxllm.model.heads import ScalarModel
 from maxllm.plan.flops import train_flops_per_token
-from maxllm.records import PairBatch, Params
-from maxllm.run.loop import Job, finished, mean_over, train
-from maxllm.run.session import Session, compile_reader, open_session
+from maxllm.records import Params
+from maxllm.run.loop import Job, finished, train
+from maxllm.run.session import Session, open_session
 from maxllm.stages.program import reward_program
-from maxllm.stages.shared import start_from, start_policy, told
-from maxllm.steps.state import TrainState, abstract, create, init_params
-from maxllm.steps.update import Loss, eval_step
+from maxllm.stages.shared import heldout_loss, start_from, start_policy, told
+from maxllm.steps.state import abstract, create, init_params
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -50,15 +49,17 @@ def job(session: Session) -> Job:
     heldout = pad_pairs([pair.ids for pair in heldout_pairs], length, pad)
     program = reward_program(config, session.model, session.mesh)
     start = start_policy(session)
+    # 3. Held-out figures: loss, pair accuracy and mean scores.
+    figures = heldout_loss(session, program.loss_fn, heldout)
     tokens = 2 * config.batch.rows * length
-    # 3. Train; the best checkpoint is the one that orders most held-out pairs right.
+    # 4. Train; the best checkpoint is the one that orders most held-out pairs right.
     return Job(
         abstract_state=program.abstract_state,
         fresh=lambda: start_from(with_new_head(session, start), program.optimizer, program.abstract_state),
         step=program.step,
         batches=loader.Batches(rows, config.batch.rows, config.run.seed),
         heldout=heldout,
-        evaluate=heldout_pairs_evaluator(session, program.loss_fn, heldout),
+        evaluate=lambda state: figures(state.params),
         best=("accuracy", "max"),
         tokens_per_step=tokens,
         flops_per_step=tokens * train_flops_per_token(session.model, length, head=1),
@@ -71,12 +72,3 @@ def with_new_head(session: Session, start: Callable[[], Params]) -> Params:
     init = partial(init_params, ScalarModel(session.model))
     params = create(init, abstract(init, session.mesh), jax.random.key(session.config.run.seed))
     return params | {"decoder": start()["decoder"]}
-
-
-def heldout_pairs_evaluator(
-    session: Session, loss_fn: Callable[..., Loss], pairs: PairBatch
-) -> Callable[[TrainState], dict[str, float]]:
-    """Loss, pair accuracy and mean scores over held-out pairs."""
-    reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
-    batches = partial(loader.in_order, pairs, session.config.batch.rows)
-    return lambda state: mean_over(batches(), lambda batch: reader(state.params, batch))
