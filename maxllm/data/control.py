@@ -30,11 +30,6 @@ def quote(text: str, control: Sequence[str]) -> str:
     return re.sub(pattern, lambda match: "".join(QUOTE + letter for letter in match.group()), text)
 
 
-def unquoted(text: str) -> str:
-    """The text without marks."""
-    return text.replace(QUOTE, "")
-
-
 def name_of(number: int) -> str:
     """The private spelling of a control token."""
     return f"\ufdd2{NONCE}{number}\ufdd2"

@@ -16,11 +16,11 @@ import numpy as np
 
 from maxllm.config import DataConfig
 from maxllm.data import chat, render, tasks
-from maxllm.data.pack import Piece, pack
+from maxllm.data.pack import Piece
 from maxllm.data.sources import Tally, place, read_rows
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
-from maxllm.records import LmBatch, PairBatch, PromptBatch, ReplyPairBatch
+from maxllm.records import PairBatch, PromptBatch, ReplyPairBatch
 
 Kind = Literal["instruction", "preference", "prompt"]
 Parsed = TypeVar("Parsed")
@@ -163,16 +163,11 @@ def fits(length: int, limit: int, what: str) -> None:
         raise chat.RowError(f"{what} is longer than {limit} tokens")
 
 
-def conversation_piece(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> Piece:
-    """A conversation and its loss mask; it must fit into one row."""
-    ids, mask = render.render(tokenizer, chat.messages_of(row))
+def conversation_piece(tokenizer: Tokenizer, messages: Sequence[chat.Message], length: int) -> Piece:
+    """A conversation and its loss mask, 1 on the assistants' tokens; it must fit into one row."""
+    ids, mask = render.render(tokenizer, messages)
     fits(len(ids) - 1, length, "the conversation")
     return Piece(ids, mask)
-
-
-def pack_conversations(pieces: Sequence[Piece], length: int, pad: int) -> LmBatch:
-    """Packed rows [N, length] for SFT; weights are 1 on the assistants' tokens."""
-    return pack(pieces, length, pad)
 
 
 def reply_pair(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> ReplyPair:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -265,11 +264,13 @@ def tokenizer_of(path: Path) -> FastTokenizer:
     tokens = file.value("tokenizer.ggml.tokens")
     if not tokens:
         raise UserError(f"{path} holds no tokenizer")
-    kinds = {"gpt2": gguf_tokenizer.byte_level, "llama": gguf_tokenizer.sentence_piece}
-    build: Callable[..., Any] | None = kinds.get(file.value("tokenizer.ggml.model"))
-    if build is None:
-        raise UserError(f"{path} has a tokenizer of the kind {file.value('tokenizer.ggml.model')!r}")
-    backend = build(file.value, str(path))
+    match file.value("tokenizer.ggml.model"):
+        case "gpt2":
+            backend = gguf_tokenizer.byte_level(file.value, str(path))
+        case "llama":
+            backend = gguf_tokenizer.sentence_piece(file.value)
+        case kind:
+            raise UserError(f"{path} has a tokenizer of the kind {kind!r}")
     ids = {
         name: file.value(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding", "unknown")
     }

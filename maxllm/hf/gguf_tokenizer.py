@@ -65,7 +65,7 @@ def byte_level(value: Metadata, origin: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def sentence_piece(value: Metadata, origin: str) -> tokenizers.Tokenizer:
+def sentence_piece(value: Metadata) -> tokenizers.Tokenizer:
     """SentencePiece BPE: the neighbours whose union has the best score are merged first."""
     tokens, scores = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.scores")
     types = value("tokenizer.ggml.token_type")

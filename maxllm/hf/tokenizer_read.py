@@ -148,7 +148,7 @@ def converted(folder: Path, config: dict[str, Any]) -> tuple[bytes, dict[str, An
     except DecodeError:
         pieces = 0
     if pieces and proto.trainer_spec.model_type == model_pb2.TrainerSpec.BPE:
-        backend = sentence_piece(spm_metadata(proto).get, str(folder))
+        backend = sentence_piece(spm_metadata(proto).get)
         if config.get("legacy") is False and proto.normalizer_spec.add_dummy_prefix:
             # Only the text's beginning gets a blank before it, not what follows a control token.
             backend.normalizer = None

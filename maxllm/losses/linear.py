@@ -81,9 +81,9 @@ def cross_entropy(
 
     zero = jnp.float32(0)
     start = (Sums(zero, zero, zero), jnp.zeros((D, V), jnp.float32) if gradients else None)
-    blocks = jax.tree.map(lambda a: a.reshape(N // rows, rows, *a.shape[1:]), (x_ND, targets_N, weights_N))
+    blocks = in_blocks(rows, x_ND, targets_N, weights_N)
     (sums, dw_DV), dx = jax.lax.scan(add, start, blocks)
-    return sums, dx.reshape(N, D) if gradients else None, dw_DV
+    return sums, dx.reshape(-1, D)[:N] if gradients else None, dw_DV
 
 
 def target_logps(
@@ -109,9 +109,20 @@ def target_logps(
 
     if rows == N:
         return part((x_ND, targets_N))
-    blocks = jax.tree.map(lambda a: a.reshape(N // rows, rows, *a.shape[1:]), (x_ND, targets_N))
-    logps, entropy = jax.lax.map(part, blocks)
-    return logps.reshape(N), entropy.reshape(N)
+    logps, entropy = jax.lax.map(part, in_blocks(rows, x_ND, targets_N))
+    return logps.reshape(-1)[:N], entropy.reshape(-1)[:N]
+
+
+def in_blocks(rows: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Each [N, …] as [parts, rows, …], the last part filled up with zeros: rows of no weight."""
+
+    def block(array: jax.Array) -> jax.Array:
+        missing = -len(array) % rows
+        if missing:
+            array = jnp.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1)))
+        return array.reshape(-1, rows, *array.shape[1:])
+
+    return tuple(map(block, arrays))
 
 
 class Softmax(NamedTuple):
@@ -160,6 +171,11 @@ def over(vocab_axis: str | None, x: jax.Array) -> jax.Array:
 
 
 def rows_at_once(N: int, V: int) -> int:
-    """The largest divisor of N whose logits take at most PART_BYTES."""
+    """Rows of a part, whose logits take at most PART_BYTES.
+
+    The largest such divisor of N, so that no part has to be filled up; but of an N that has none within half
+    of what would fit (a prime, say, whose parts would be single rows), as many as make the parts equal.
+    """
     parts = -(-N * V * 4 // PART_BYTES)
-    return N // next(count for count in range(parts, N + 1) if N % count == 0)
+    count = next((count for count in range(parts, min(2 * parts, N) + 1) if N % count == 0), parts)
+    return -(-N // count)

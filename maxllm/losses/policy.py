@@ -69,12 +69,11 @@ def gae(
     return advantages_BR, (advantages_BR + values_BR) * mask_BR
 
 
-def whiten(x_BR: jax.Array, mask_BR: jax.Array, shift_mean: bool = True) -> jax.Array:
-    """(x - mean) / sqrt(population variance + 1e-8) over the mask; shift_mean=False adds the mean back."""
+def whiten(x_BR: jax.Array, mask_BR: jax.Array) -> jax.Array:
+    """(x - mean) / sqrt(population variance + 1e-8) over the mask."""
     mean = masked_mean(x_BR, mask_BR)
     variance = masked_mean(jnp.square(x_BR - mean), mask_BR)
-    white_BR = (x_BR - mean) * jax.lax.rsqrt(variance + 1e-8)
-    return (white_BR if shift_mean else white_BR + mean) * mask_BR
+    return (x_BR - mean) * jax.lax.rsqrt(variance + 1e-8) * mask_BR
 
 
 def policy_loss(

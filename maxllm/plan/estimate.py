@@ -14,7 +14,7 @@ from typing import Any
 from maxllm.config import Config, MeshConfig, ModelConfig
 from maxllm.errors import UserError
 from maxllm.plan.hardware import Hardware, hardware_of
-from maxllm.plan.roofline import Bound, step_bound, widths_of
+from maxllm.plan.roofline import Bound, step_bound, update_bytes, widths_of
 
 PART_BYTES = 1 << 28
 """Logits that the head's loss holds at once (losses/linear.py, which needs JAX)."""
@@ -261,6 +261,7 @@ def estimate(config: Config, model: ModelConfig, layout: Layout, hardware: Hardw
         gathered_parameters=count / layout.tensor,
         sent_bytes=sum(sent.values()),
         passes=3 if model.remat == "none" else 4,
+        update_bytes=update_bytes(config.optimizer, L * sizes.layer * layout.tensor / count),
     )
     return Estimate(peak, sent, count, bound)
 

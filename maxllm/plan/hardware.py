@@ -63,6 +63,26 @@ CHIPS = {
     "h200": Chip("gpu", 989e12, 141 * 10**9, 4.8e12, 4.5e11, watts=700, node_bandwidth=5e10),
 }
 
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+"""`jax.Device.device_kind` -> key of CHIPS."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a JAX device; None where it is not known, so that it has no MFU."""
+    name = KINDS.get(device_kind)
+    return None if name is None else CHIPS[name].flops
+
+
 GPUS = tuple(name for name, chip in CHIPS.items() if chip.platform == "gpu")
 
 SLICES = {

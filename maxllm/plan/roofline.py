@@ -7,13 +7,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maxllm.config import Activation, ModelConfig
-from maxllm.plan.flops import matmul_parameters, train_flops_per_token
+from maxllm.config import Activation, LoraConfig, ModelConfig, OptimizerConfig
+from maxllm.plan.flops import adapter_parameters, matmul_parameters, train_flops_per_token
 from maxllm.plan.hardware import Chip
 
-UPDATE_BYTES = 4 * 7
+ADAMW_BYTES = 4 * 7
 """Bytes moved per parameter in an AdamW update in float32: gradient, parameter and two moments read, three
 written."""
+
+
+def update_bytes(optimizer: OptimizerConfig, matrices: float) -> float:
+    """Bytes that an update moves per parameter: the gradient is read, parameter and moments are read and
+    written. AdamW has two moments of every parameter; Muon one of the layers' matrices, whose share of all
+    parameters is `matrices`, and AdamW's of the others; Adafactor's rows and columns are next to nothing.
+    """
+    moment = 2 * (2 if optimizer.moment_dtype == "bfloat16" else 4)
+    match optimizer.name:
+        case "adamw":
+            moments = 2.0
+        case "muon":
+            moments = 2 - matrices
+        case "adafactor":
+            moments = 0.0
+    return 4 * 3 + moments * moment
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,9 @@ def step_bound(
     between_nodes_bytes: float = 0.0,
     idle: float = 0.0,
     references: int = 0,
+    head: int | None = None,
+    lora: LoraConfig | None = None,
+    update_bytes: float = ADAMW_BYTES,
 ) -> Bound:
     """The bound of a training step on one device.
 
@@ -59,29 +78,39 @@ def step_bound(
       parameter_shard: parameters whose optimizer state this device holds.
       gathered_parameters: parameters that this device multiplies with, whoever holds them.
       sent_bytes: of collectives, by the compiled program.
-      passes: times that the weights are read for matmuls: 3, or 4 with recomputation.
+      passes: times that the weights are read for matmuls: 3, or 4 with recomputation; one less for weights
+        that have no gradients.
       between_nodes_bytes: those of sent_bytes that leave the node, over the slower network.
       idle: share of the step in which the device has nothing to do: the bubble of a pipeline.
       references: frozen models of the same shape, each with a forward pass of its own.
+      head: the output's width; the vocabulary when absent.
+      lora: the adapters that are trained in place of the model.
+      update_bytes: moved per parameter by the optimizer.
     """
     frozen = references * train_flops_per_token(model, sequence_length) / 3
-    flops = (hardware_flops_per_token(model, sequence_length) + frozen) * tokens_per_device
-    memory = parameter_shard * UPDATE_BYTES + gathered_parameters * 2 * (passes + references)
+    trained = hardware_flops_per_token(model, sequence_length, head, lora)
+    flops = (trained + frozen) * tokens_per_device
+    memory = parameter_shard * update_bytes + gathered_parameters * 2 * (passes + references)
     links = sent_bytes / chip.link_bandwidth
     if chip.node_bandwidth is not None:
         links = max(links, between_nodes_bytes / chip.node_bandwidth)
     return Bound(flops / chip.flops / (1 - idle), memory / chip.hbm_bandwidth, links)
 
 
-def hardware_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Forward, backward, and what `remat` computes again: each layer's forward but its last matmul (w_down),
-    whose result the backward pass does not read, and matmuls whose results `keep` and `keep_in_host` name;
-    and attention once more."""
-    flops = train_flops_per_token(model, sequence_length)
+def hardware_flops_per_token(
+    model: ModelConfig, sequence_length: int, head: int | None = None, lora: LoraConfig | None = None
+) -> float:
+    """Forward, backward, and what `remat` computes again: each layer's forward but its last matmul (w_down,
+    and the second of its adapter), whose result the backward pass does not read, and matmuls whose results
+    `keep` and `keep_in_host` name; and attention once more."""
+    flops = train_flops_per_token(model, sequence_length, head, lora=lora)
     if model.remat in ("none", "dots"):
         return flops
     kept = model.d_ff + sum(widths_of(model)[name] for name in (*model.keep, *model.keep_in_host))
     layers = matmul_parameters(model, 0) - model.n_layers * model.d_model * kept
+    if lora is not None:
+        layers += adapter_parameters(model, lora)
+        layers -= model.n_layers * model.d_model * lora.rank * ("w_down" in lora.targets)
     attention = 2 * model.n_layers * model.n_heads * model.k_dim * sequence_length
     return flops + 2 * layers + attention
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from maxllm.errors import UserError
+from maxllm.files import read_json
 from maxllm.run.record import METRICS, SUMMARY, read_records, read_summary
 
 CONFIG, SAMPLES = "config.yaml", "samples.json"
@@ -126,7 +126,8 @@ def read_folder(path: Path, road: Sequence[str]) -> Folder:
         return Folder(path, "run", (read_run(path),), {}, {}, newest([path]))
     children = sorted(child for child in path.iterdir() if child.is_dir() and is_run(child))
     names = {child.name for child in children}
-    summary, samples = summary_of(path), json_object(path / SAMPLES)
+    summary = summary_of(path)
+    samples = read_json(path / SAMPLES) if (path / SAMPLES).is_file() else {}
     if "bits_per_byte" in summary or (names and names <= set(road)):
         runs = tuple(read_run(path / stage) for stage in road if stage in names)
         return Folder(path, "road", runs, summary, samples, newest([path, *children]))
@@ -175,28 +176,7 @@ def parsed(config: str | None) -> dict[str, Any]:
 
 def summary_of(path: Path) -> dict[str, Any]:
     """summary.json of a folder, or nothing."""
-    try:
-        summary = read_summary(path) or {}
-    except ValueError as error:
-        raise UserError(f"{path / SUMMARY} is not JSON ({error}); remove it or write it anew") from error
-    return checked(path / SUMMARY, summary)
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object, or nothing."""
-    if not path.is_file():
-        return {}
-    try:
-        return checked(path, json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); remove it or write it anew") from error
-
-
-def checked(path: Path, value: Any) -> dict[str, Any]:
-    """The value, which has to be a JSON object."""
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
+    return read_summary(path) or {}
 
 
 def newest(folders: list[Path]) -> float | None:

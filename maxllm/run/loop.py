@@ -18,7 +18,7 @@ from maxllm.data.loader import Batches, fingerprint
 from maxllm.errors import Interrupted, RunFailed, UserError
 from maxllm.files import read_json, write_json
 from maxllm.parallel import processes, sharding
-from maxllm.plan.flops import PEAK_FLOPS
+from maxllm.plan.hardware import peak_flops
 from maxllm.records import Metrics
 from maxllm.run.checkpoint import FOLDER, UNRANKED, Checkpoints, latest_step
 from maxllm.run.faults import StopRequest, stop_on_signals
@@ -206,7 +206,7 @@ class _Loop:
                 raise Interrupted(
                     f"stopped after step {step} of {run.steps} and saved; the same command continues"
                 )
-        return self.summary(state, compile_seconds)
+        return self.summary(compile_seconds)
 
     def tell_size(self) -> None:
         """Says how large the work is."""
@@ -283,7 +283,7 @@ class _Loop:
         self.checkpoints.save(step, state, rank)
         self.window.paused(time.perf_counter() - started)
 
-    def summary(self, state: Any, compile_seconds: float) -> dict[str, Any]:
+    def summary(self, compile_seconds: float) -> dict[str, Any]:
         """What summary.json says."""
         heldout = self.recorder.heldout()
         logged = [record for record in self.recorder.records if "heldout" not in record]
@@ -310,7 +310,7 @@ class _Window:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        self._peak = peak_flops(jax.devices()[0].device_kind)
         self.restart()
 
     def restart(self) -> None:

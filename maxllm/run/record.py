@@ -140,9 +140,7 @@ class Recorder:
         self.seconds_before: float = max((record["seconds"] for record in kept), default=0.0)
         self.records = kept
         if main:
-            write_text(
-                self._path, "".join(json.dumps(finite(record), allow_nan=False) + "\n" for record in kept)
-            )
+            write_text(self._path, "".join(map(line_of, kept)))
         self._console = console(main)
         self._progress = Progress(
             TextColumn("{task.description}"),

@@ -22,12 +22,12 @@ from maxllm.report.charts import COIN, Chart, Level, Line, shares, training_and_
 from maxllm.report.figures import Facts, Row, both, pairs_row, share_row
 from maxllm.report.runs import Run, number
 from maxllm.report.stage import StageReport
-from maxllm.run.loop import Job, mean_over
-from maxllm.run.program import compile_reader
+from maxllm.run.loop import Job
 from maxllm.run.session import Session
 from maxllm.stages.program import Trainer, abstract_base, pair_batch, trainer
 from maxllm.stages.shared import (
     exact_match,
+    heldout_loss,
     prompts_of,
     replies,
     responder,
@@ -38,7 +38,6 @@ from maxllm.stages.shared import (
 from maxllm.stages.stage import Stage
 from maxllm.steps.dpo import dpo_loss
 from maxllm.steps.state import TrainState
-from maxllm.steps.update import Loss, eval_step
 from maxllm.weights import Weights
 
 
@@ -78,9 +77,10 @@ def job(session: Session) -> Job:
     # 2. State: the policy; where it begins is also the reference, which stays.
     compiled = program(config, session.model, session.mesh)
     reference = Weights(start_policy(session)())
-    # 3. Held-out figures: the loss's, and right answers, where rows say which these are.
+    # 3. Held-out figures: the loss's (order of the pairs, implicit rewards, log-probabilities), and right
+    #    answers, where rows say which these are.
     heldout = pad_reply_pairs([pair for pair, _ in heldout_rows], length, pad)
-    figures = heldout_pairs(session, compiled.loss_fn, heldout, reference)
+    figures = heldout_loss(session, compiled.loss_fn, heldout, reference)
     room = length - config.generation.max_new_tokens
     questions = [q for _, q in heldout_rows if q.answer is not None and len(q.ids) <= room]
     answers = heldout_answers(session, questions, room)
@@ -89,7 +89,7 @@ def job(session: Session) -> Job:
         fresh=lambda: start_from(reference.base, compiled.optimizer, compiled.abstract_state),
         batches=loader.Batches(pairs, config.batch.rows, config.run.seed),
         heldout=(heldout, [question.answer for question in questions]),
-        evaluate=lambda state: figures(state) | answers(state),
+        evaluate=lambda state: figures(Weights(state.params)) | answers(state),
         best=("loss", "min"),
         frozen=(reference,),
         facts={
@@ -104,15 +104,6 @@ def pair_and_question(session: Session, row: dict[str, Any]) -> tuple[ReplyPair,
     """A row of preferences: its two replies, and its prompt with the right answer, if the row has one."""
     pair = reply_pair(session.tokenizer, row, session.config.batch.sequence_length)
     return pair, Question(pair.prompt, answer_of(row), pair.ids[0][: pair.starts[0]])
-
-
-def heldout_pairs(
-    session: Session, loss_fn: Callable[..., Loss], rows: ReplyPairBatch, reference: Weights
-) -> Callable[[TrainState], dict[str, float]]:
-    """Loss, share of pairs in the right order, implicit rewards and log-probabilities over held-out pairs."""
-    reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
-    batches = partial(loader.in_order, rows, session.config.batch.rows)
-    return lambda state: mean_over(batches(), lambda batch: reader(Weights(state.params), batch, reference))
 
 
 def heldout_answers(

@@ -25,9 +25,9 @@ from maxllm.parallel.mesh import check_batch_divides, check_model_divides, make_
 from maxllm.parallel.pipeline import bubble
 from maxllm.plan import search
 from maxllm.plan.compile import Compiled, TooLarge, check_cudnn, compiled_for, topology_devices
-from maxllm.plan.flops import train_flops_per_token
+from maxllm.plan.flops import matmul_parameters, train_flops_per_token
 from maxllm.plan.hardware import Hardware, hardware_of
-from maxllm.plan.roofline import Bound, step_bound
+from maxllm.plan.roofline import Bound, step_bound, update_bytes
 from maxllm.plan.scaling import (
     classic_bytes,
     optimal_parameters,
@@ -203,7 +203,7 @@ def bytes_elsewhere(program: Program, part: Part) -> int:
 def speed_figures(plan: Plan, asked: Asked, tokens: float | None, price: float | None) -> dict[str, Any]:
     """What the bound allows; None where there is none: a program that does not fit, or one that decodes."""
     batch, model, program = plan.config.batch, plan.model, plan.program
-    flops = train_flops_per_token(model, batch.sequence_length, program.head, program.references)
+    flops = train_flops_per_token(model, batch.sequence_length, **counted(plan))
     total = tokens if tokens is not None else float(program.tokens_per_step * plan.config.run.steps)
     figures: dict[str, Any] = {
         "flops_per_token": flops,
@@ -239,20 +239,24 @@ def masked_flops(model: ModelConfig, sequence_length: int, program: Program) -> 
 
 def bound_of(plan: Plan, asked: Compiled) -> Bound:
     """The floors of one device's step."""
-    parameters, shape, program = parameters_of(plan), plan.mesh.shape, plan.program
+    config, shape, program = plan.config, plan.mesh.shape, plan.program
+    trained, frozen = parameters_of(plan), parameter_count(program.frozen) if config.lora else 0
+    # Adapters are beside the layers' matrices alone.
+    matrices = 1.0 if config.lora else matmul_parameters(plan.model, 0) / trained
     shards = plan.hardware.devices // shape["data"]
     return step_bound(
         plan.hardware.chip,
         model=plan.model,
         sequence_length=plan.config.batch.sequence_length,
         tokens_per_device=program.tokens_per_step / plan.hardware.devices,
-        parameter_shard=parameters / shards,
-        gathered_parameters=parameters / (shape["tensor"] * shape["stage"]),
+        parameter_shard=trained / shards,
+        gathered_parameters=(trained + frozen) / (shape["tensor"] * shape["stage"]),
         sent_bytes=sum(exchange.bytes for exchange in asked.collectives.values()),
-        passes=3 if plan.model.remat == "none" else 4,
+        passes=(2 if config.lora else 3) + (plan.model.remat != "none"),
         between_nodes_bytes=sum(exchange.between_nodes for exchange in asked.collectives.values()),
         idle=bubble_of(plan),
-        references=program.references,
+        update_bytes=update_bytes(config.optimizer, matrices),
+        **counted(plan),
     )
 
 
@@ -260,6 +264,13 @@ def bubble_of(plan: Plan) -> float:
     """Share of a step in which a stage of the pipeline waits."""
     stages, model = plan.mesh.shape["stage"], plan.model
     return bubble(stages, model.pipeline_microbatches or stages, model.pipeline_rounds)
+
+
+def counted(plan: Plan) -> dict[str, Any]:
+    """What a training pass has beside a language model's: frozen models that it goes with, a head of another
+    width, adapters."""
+    program = plan.program
+    return {"references": program.references, "head": program.head, "lora": plan.config.lora}
 
 
 def parameters_of(plan: Plan) -> int:

@@ -100,7 +100,7 @@ def trainer(
     )
     state = abstract(init, mesh, config.mesh.zero, config.mesh.offload)
     tokens = sequences * config.batch.rows * config.batch.sequence_length
-    per_token = train_flops_per_token(shape, config.batch.sequence_length, head, references)
+    per_token = train_flops_per_token(shape, config.batch.sequence_length, head, references, config.lora)
     return Trainer(
         init=init,
         abstract_state=state,

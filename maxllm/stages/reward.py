@@ -15,20 +15,18 @@ from maxllm.config import Config, ModelConfig
 from maxllm.data import loader
 from maxllm.data.instruct import pad_pairs, read_split, reply_pair
 from maxllm.model.heads import ScalarModel
-from maxllm.records import PairBatch, Params
+from maxllm.records import Params
 from maxllm.report.charts import COIN, Chart, Level, Line, shares, training_and_heldout
 from maxllm.report.figures import Facts, Row, pairs_row
 from maxllm.report.runs import Run
 from maxllm.report.stage import StageReport, Verdicts
-from maxllm.run.loop import Job, mean_over
-from maxllm.run.program import compile_reader
+from maxllm.run.loop import Job
 from maxllm.run.session import Session
 from maxllm.stages.program import Trainer, pair_batch, trainer
-from maxllm.stages.shared import start_from, start_policy, told
+from maxllm.stages.shared import heldout_loss, start_from, start_policy, told
 from maxllm.stages.stage import Stage
 from maxllm.steps.reward import reward_loss
-from maxllm.steps.state import TrainState, abstract, create, init_params
-from maxllm.steps.update import Loss, eval_step
+from maxllm.steps.state import abstract, create, init_params
 from maxllm.weights import Weights
 
 
@@ -59,13 +57,15 @@ def job(session: Session) -> Job:
     heldout = pad_pairs([pair.ids for pair in heldout_pairs], length, pad)
     compiled = program(config, session.model, session.mesh)
     start = start_policy(session)
-    # 3. Train; the best checkpoint is the one that orders most held-out pairs right.
+    # 3. Held-out figures: loss, pair accuracy and mean scores.
+    figures = heldout_loss(session, compiled.loss_fn, heldout)
+    # 4. Train; the best checkpoint is the one that orders most held-out pairs right.
     return Job(
         program=compiled,
         fresh=lambda: start_from(with_new_head(session, start), compiled.optimizer, compiled.abstract_state),
         batches=loader.Batches(rows, config.batch.rows, config.run.seed),
         heldout=heldout,
-        evaluate=heldout_pairs_evaluator(session, compiled.loss_fn, heldout),
+        evaluate=lambda state: figures(Weights(state.params)),
         best=("accuracy", "max"),
         facts={"heldout_items": len(heldout_pairs), "sources": told(session, tallies)},
     )
@@ -76,15 +76,6 @@ def with_new_head(session: Session, start: Callable[[], Params]) -> Params:
     init = partial(init_params, ScalarModel(session.model))
     params = create(init, abstract(init, session.mesh), jax.random.key(session.config.run.seed))
     return params | {"decoder": start()["decoder"]}
-
-
-def heldout_pairs_evaluator(
-    session: Session, loss_fn: Callable[..., Loss], pairs: PairBatch
-) -> Callable[[TrainState], dict[str, float]]:
-    """Loss, pair accuracy and mean scores over held-out pairs."""
-    reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
-    batches = partial(loader.in_order, pairs, session.config.batch.rows)
-    return lambda state: mean_over(batches(), lambda batch: reader(Weights(state.params), batch))
 
 
 # --- what a report tells ----------------------------------------------------------------------------------

@@ -17,10 +17,9 @@ from maxllm.data.instruct import (
     Question,
     before_first_reply,
     conversation_piece,
-    pack_conversations,
     read_split,
 )
-from maxllm.data.pack import Piece
+from maxllm.data.pack import Piece, pack
 from maxllm.data.render import render_prompt
 from maxllm.data.sources import Tally
 from maxllm.errors import UserError
@@ -54,8 +53,8 @@ def job(session: Session) -> Job:
     # 1. Data: conversations packed with their loss masks.
     train_talks, heldout_talks, tallies = read_conversations(session)
     length, pad = config.batch.sequence_length, session.tokenizer.pad
-    rows = pack_conversations([talk.piece for talk in train_talks], length, pad)
-    heldout = pack_conversations([talk.piece for talk in heldout_talks], length, pad)
+    rows = pack([talk.piece for talk in train_talks], length, pad)
+    heldout = pack([talk.piece for talk in heldout_talks], length, pad)
     # 2. State: all parameters, or adapters beside parameters that stay.
     program = language_program(config, session.model, session.mesh)
     start, partition = start_policy(session), program.partition
@@ -109,7 +108,8 @@ def read_conversations(session: Session) -> tuple[list[Talk], list[Talk], list[T
     length = session.config.batch.sequence_length
 
     def parse(row: dict[str, Any]) -> Talk:
-        return Talk(messages_of(row), conversation_piece(session.tokenizer, row, length))
+        messages = messages_of(row)
+        return Talk(messages, conversation_piece(session.tokenizer, messages, length))
 
     return read_split(
         session.config.data,

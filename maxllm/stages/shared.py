@@ -33,7 +33,7 @@ from maxllm.run.session import Session, run_config, say
 from maxllm.stages.program import Trainer
 from maxllm.steps.language import language_loss
 from maxllm.steps.state import TrainState, abstract, init_params
-from maxllm.steps.update import eval_step
+from maxllm.steps.update import Loss, eval_step
 from maxllm.weights import Weights
 
 
@@ -134,10 +134,16 @@ def language_job(
 
 def heldout_language(session: Session, rows: LmBatch) -> Callable[[Weights], dict[str, float]]:
     """Loss (nats per weighted target) and next-token accuracy over held-out rows."""
-    loss_fn = partial(language_loss, Llama(session.model))
+    return heldout_loss(session, partial(language_loss, Llama(session.model)), rows)
+
+
+def heldout_loss(
+    session: Session, loss_fn: Callable[..., Loss], rows: Any, *frozen: Weights
+) -> Callable[[Weights], dict[str, float]]:
+    """A loss over held-out rows, and the metrics that come with it; `frozen` is what it reads besides."""
     reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
     batches = partial(loader.in_order, rows, session.config.batch.rows)
-    return lambda weights: mean_over(batches(), lambda batch: reader(weights, batch))
+    return lambda weights: mean_over(batches(), lambda batch: reader(weights, batch, *frozen))
 
 
 def responder(session: Session, config: GenerationConfig) -> Callable[..., Rollout]:

@@ -11,7 +11,6 @@ from maxllm.data import chat, render, tasks
 from maxllm.data.instruct import (
     before_first_reply,
     conversation_piece,
-    pack_conversations,
     pad_pairs,
     pad_prompts,
     pad_reply_pairs,
@@ -19,6 +18,7 @@ from maxllm.data.instruct import (
     read_split,
     reply_pair,
 )
+from maxllm.data.pack import pack
 from maxllm.data.tokenizer import BOS, IM_END, PAD
 from maxllm.errors import UserError
 
@@ -62,7 +62,7 @@ def split(tiny_tokenizer):
 
 @pytest.fixture
 def conversation(tiny_tokenizer):
-    return lambda row: conversation_piece(tiny_tokenizer, row, 64)
+    return lambda row: conversation_piece(tiny_tokenizer, chat.messages_of(row), 64)
 
 
 @pytest.fixture
@@ -319,17 +319,17 @@ def test_tasks_are_a_source(split, kind):
 
 def test_a_conversation_just_fits_or_does_not(tiny_tokenizer):
     """T inputs hold T + 1 ids. Nothing is cut."""
-    row = GOOD[0]
-    ids, _ = render.render(tiny_tokenizer, chat.messages_of(row))
-    piece = conversation_piece(tiny_tokenizer, row, len(ids) - 1)
+    messages = chat.messages_of(GOOD[0])
+    ids, _ = render.render(tiny_tokenizer, messages)
+    piece = conversation_piece(tiny_tokenizer, messages, len(ids) - 1)
     assert list(piece.ids) == ids
     with pytest.raises(chat.RowError, match=f"longer than {len(ids) - 2} tokens"):
-        conversation_piece(tiny_tokenizer, row, len(ids) - 2)
+        conversation_piece(tiny_tokenizer, messages, len(ids) - 2)
 
 
 def test_packed_conversations_train_replies_alone(tiny_tokenizer, conversation):
     """The targets of weight 1 are the rows' outputs and their <|im_end|>."""
-    batch = pack_conversations([conversation(row) for row in GOOD[:10]], 64, PAD)
+    batch = pack([conversation(row) for row in GOOD[:10]], 64, PAD)
     trained = sorted(int(token) for token in batch.targets_BT[batch.loss_weights_BT > 0])
     replies = [[*tiny_tokenizer.encode(row["output"]), IM_END] for row in GOOD[:10]]
     assert trained == sorted(token for reply in replies for token in reply)

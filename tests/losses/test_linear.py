@@ -90,11 +90,35 @@ def test_gradients_of_shaped_log_probabilities(rows):
 
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "part", "wanted"),
-    [(8192, 32000, 1 << 28, 2048), (2048, 8192, 1 << 28, 2048), (7, 100, 400, 1), (6, 100, 800, 2)],
+    [
+        (8192, 32000, 1 << 28, 2048),
+        (2048, 8192, 1 << 28, 2048),
+        (7, 100, 400, 1),
+        (6, 100, 800, 2),
+        (10, 100, 1200, 2),
+        (8191, 32000, 1 << 28, 2048),  # a prime
+        (2 * 4093, 32000, 1 << 28, 2047),  # twice one
+    ],
 )
-def test_parts_divide_the_rows_and_fit(monkeypatch, rows, vocabulary, part, wanted):
+def test_parts_fit_and_are_large_whatever_divides_the_rows(monkeypatch, rows, vocabulary, part, wanted):
     monkeypatch.setattr(linear, "PART_BYTES", part)
     assert linear.rows_at_once(rows, vocabulary) == wanted
+    assert wanted * vocabulary * 4 <= part
+
+
+@pytest.mark.parametrize(("count", "full"), [(23, 24), (13, 14)])
+def test_rows_that_do_not_divide_are_filled_up_with_rows_of_no_weight(rows, monkeypatch, count, full):
+    """Three parts of 8 rows, and two of 7: bit for bit what the rows give beside another of no weight."""
+    monkeypatch.setattr(linear, "PART_BYTES", 4 * V * 8)
+    x, w, targets, weights = (array if array.shape == (D, V) else array[:full] for array in rows)
+    weights = weights.at[count:].set(0)
+    wanted, dx_wanted, dw_wanted = linear.cross_entropy(x, w, targets, weights, gradients=True)
+    sums, dx, dw = linear.cross_entropy(x[:count], w, targets[:count], weights[:count], gradients=True)
+    np.testing.assert_array_equal(sums, wanted)
+    np.testing.assert_array_equal(dx, dx_wanted[:count])
+    np.testing.assert_array_equal(dw, dw_wanted)
+    logps = linear.target_logps(x[:count], w, targets[:count])
+    np.testing.assert_array_equal(logps, linear.target_logps(x, w, targets)[:count])
 
 
 def test_logits_are_never_whole(monkeypatch):

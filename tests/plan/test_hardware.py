@@ -6,7 +6,8 @@ from importlib import resources
 import pytest
 
 from maxllm.errors import UserError
-from maxllm.plan.hardware import CHIPS, DIMENSIONS, GIB, GPUS, SLICES, hardware_of
+from maxllm.plan.compile import topology_devices
+from maxllm.plan.hardware import CHIPS, DIMENSIONS, GIB, GPUS, SLICES, hardware_of, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -116,3 +117,19 @@ def test_gpus_are_described_to_their_compiler(name):
 def test_nodes(name, node):
     """GPUs come in nodes; the chips of a TPU slice are all linked."""
     assert hardware_of(name).node == node
+
+
+@pytest.mark.parametrize("name", ["v4-16", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_a_devices_own_name_leads_to_its_chip(name):
+    """MFU is measured against the peak that plans are made with."""
+    pytest.importorskip("libtpu", reason="TPU's compiler is made for Linux on x86-64")
+    hardware = hardware_of(name)
+    kinds = {device.device_kind for device in topology_devices(hardware)}
+    assert {peak_flops(kind) for kind in kinds} == {hardware.chip.flops}
+
+
+def test_gpus_are_known_by_their_names_and_others_have_no_peak():
+    assert peak_flops("NVIDIA A100-SXM4-40GB") == CHIPS["a100"].flops
+    assert peak_flops("NVIDIA H100 80GB HBM3") == CHIPS["h100"].flops
+    assert peak_flops("NVIDIA H200") == CHIPS["h200"].flops
+    assert peak_flops("cpu") is None

@@ -2,9 +2,9 @@
 
 import pytest
 
-from maxllm.config import ModelConfig
+from maxllm.config import LoraConfig, ModelConfig, OptimizerConfig
 from maxllm.plan.hardware import CHIPS
-from maxllm.plan.roofline import hardware_flops_per_token, step_bound
+from maxllm.plan.roofline import hardware_flops_per_token, step_bound, update_bytes
 
 LLAMA2_7B = ModelConfig(
     vocab_size=32_000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, d_ff=11_008, max_seq_len=4096
@@ -71,3 +71,36 @@ def test_between_nodes_the_network_is_the_link():
     assert step_bound(CHIPS["h100"], **figures).links == pytest.approx(0.1)
     assert step_bound(CHIPS["h100"], **figures, between_nodes_bytes=5e9).links == pytest.approx(0.1)
     assert step_bound(CHIPS["h100"], **figures, between_nodes_bytes=45e9).links == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "share", "wanted"),
+    [
+        ({}, 1.0, 4 * 7),  # gradient, parameter and two moments read; all but the gradient written
+        ({"moment_dtype": "bfloat16", "beta2": 0.95}, 0.9, 4 * 3 + 2 * 4),
+        ({"name": "muon"}, 1.0, 4 * 5),  # one moment
+        ({"name": "muon"}, 0.75, 0.75 * 4 * 5 + 0.25 * 4 * 7),  # embedding and head have AdamW's
+        ({"name": "muon", "moment_dtype": "bfloat16"}, 1.0, 4 * 3 + 2 * 2),
+        ({"name": "adafactor"}, 0.9, 4 * 3),  # a row and a column of each matrix are next to nothing
+    ],
+)
+def test_an_update_moves_the_bytes_of_its_optimizer(optimizer, share, wanted):
+    assert update_bytes(OptimizerConfig(**optimizer), share) == wanted
+    figures = {"model": LLAMA2_7B, "sequence_length": 2048, "tokens_per_device": 1, "sent_bytes": 0}
+    bound = step_bound(
+        CHIPS["v5p"], **figures, parameter_shard=1e9, gathered_parameters=0, passes=3, update_bytes=wanted
+    )
+    assert bound.memory == 1e9 * wanted / 2.765e12
+
+
+def test_adapters_are_computed_again_as_the_model_is():
+    """All but what the last matmul's adapter makes of its R numbers; the head of a reward model is D wide."""
+    remat = LLAMA2_7B.model_copy(update={"remat": "full"})
+    lora, T = LoraConfig(rank=8, targets=("wq", "w_down")), 2048
+    down, head = 32 * 4096 * 11_008, 4096 * 32_000
+    low_rank, last = 32 * 8 * (4096 + 4096 + 11_008 + 4096), 32 * 8 * 4096
+    attention = 4 * 2 * 32 * 4096 * T
+    wanted = 6 * (MATRICES - down) + 4 * (down + head) + 8 * (low_rank - last) + 6 * last + attention
+    assert hardware_flops_per_token(remat, T, lora=lora) == wanted
+    scalar = hardware_flops_per_token(LLAMA2_7B, T, head=1)
+    assert scalar == 6 * (MATRICES + 4096) + 6 * 32 * 4096 * T

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from maxllm.plan.flops import PEAK_FLOPS
 from maxllm.run import loop
 
 STEPS, TOKENS, FLOPS = 5, 1000, 10e12
@@ -31,7 +30,6 @@ def window(monkeypatch):
 
 def test_mfu_is_the_models_flops_over_the_peak_of_all_devices(window):
     speed = window("TPU v5").speed()
-    assert PEAK_FLOPS["TPU v5"] == 459e12
     assert speed["steps_per_second"] == pytest.approx(2.5)
     assert speed["tokens_per_second"] == pytest.approx(2500)
     assert speed["mfu"] == pytest.approx(2.5 * 10e12 / (4 * 459e12))

@@ -224,6 +224,37 @@ def test_dpo_holds_its_reference_and_counts_it(plan):
     assert figures["classic_state_bytes"] == 18 * PARAMETERS
 
 
+def test_adapters_cost_no_gradients_of_the_model(plan):
+    """4 of the model's 6 FLOPs per weight and token, and all 6 of the adapters'; remat computes again all but
+    the last matmul. The compiled program has as many products, and where the bytes of the update are alone
+    those of adapters, the weights are read twice and once more for remat."""
+    code, figures, error = plan(
+        "mesh.fsdp=4",
+        stage="sft",
+        start={"policy": "not/here"},
+        data={"sources": ["unused.jsonl"]},
+        generation={"max_new_tokens": 128},
+        lora={"rank": 8, "targets": ["wq", "w_down"]},
+    )
+    assert code == 0, error
+    weights, down, head = L * (3 * D * D + 3 * D * F), L * D * F, D * V
+    low_rank, last = L * 8 * (2 * D + F + D), L * 8 * D
+    assert figures["parameters"] == low_rank
+    assert figures["flops_per_token"] == 4 * (weights + head) + 6 * low_rank + 6 * L * D * 256
+    multiplied = 6 * (weights - down) + 4 * (down + head) + 8 * (low_rank - last) + 6 * last
+    assert figures["matmul_flops"] == multiplied * 8 * 256 / 4
+
+
+def test_a_reward_model_has_no_language_head(plan):
+    code, figures, error = plan(
+        "mesh.fsdp=4", stage="reward", start={"policy": "not/here"}, data={"sources": ["unused.jsonl"]}
+    )
+    assert code == 0, error
+    weights, attention = L * (3 * D * D + 3 * D * F), 6 * L * D * 256
+    assert figures["flops_per_token"] == 6 * (weights + D) + attention
+    assert figures["flops_per_token_full_attention"] == 6 * (weights + D) + 2 * attention
+
+
 def test_four_models_of_ppo_hold_what_they_should(plan):
     """Actor and critic 12 bytes a parameter, reference and reward model 4: 32 in all, over the shards."""
     _, figures, _ = plan(

@@ -344,30 +344,24 @@ def test_evaluate_refuses_what_would_be_another_run(road: Path) -> None:
     assert "data.heldout_sources is part of what" in sentence and "data.prepared_dir" in sentence
 
 
+def ppo_words(road: Path) -> tuple[str, ...]:
+    """PPO from the road's policy and reward model."""
+    starts = (f"start.policy={road / 'sft'}", f"start.reward={road / 'reward'}")
+    return ("ppo", "ppo/tiny_tasks_cpu_fast", *starts)
+
+
 def test_ppo_refuses_minibatches_that_the_devices_do_not_divide(road: Path, tmp_path: Path) -> None:
-    words = (
-        "ppo",
-        "ppo/tiny_tasks_cpu_fast",
-        f"start.policy={road / 'sft'}",
-        f"start.reward={road / 'reward'}",
-    )
     rows = ("ppo.minibatches=4", "batch.rows=4", "batch.microbatches=1", f"run.dir={tmp_path / 'no'}")
     two = ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-m", "maxllm.cli", *words, *rows]
+    command = [sys.executable, "-m", "maxllm.cli", *ppo_words(road), *rows]
     result = subprocess.run(command, capture_output=True, text=True, env=two)
     assert result.returncode == 2, result.stderr
     assert "is 1 rows at a time, which mesh data x fsdp = 2 does not divide" in result.stderr
 
 
 def test_ppo_refuses_what_it_cannot_learn_with(road: Path, tmp_path: Path) -> None:
-    words = (
-        "ppo",
-        "ppo/tiny_tasks_cpu_fast",
-        f"start.policy={road / 'sft'}",
-        f"start.reward={road / 'reward'}",
-    )
     for setting, part in (("temperature=0", "is greedy"), ("top_k=5", "another distribution")):
-        assert part in refused(*words, f"run.dir={tmp_path / 'x'}", f"generation.{setting}")
+        assert part in refused(*ppo_words(road), f"run.dir={tmp_path / 'x'}", f"generation.{setting}")
     assert not (tmp_path / "x").exists()
 
 
