@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import optax
 
-from maxllm.config import OptimizerConfig
+from maxllm.config.optimizer import OptimizerConfig
 from maxllm.weights import Declaration
 
 

@@ -33,7 +33,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 import yaml  # noqa: E402
 
-from maxllm.config import ModelConfig, TokenizerConfig  # noqa: E402
+from maxllm.config.data import TokenizerConfig  # noqa: E402
+from maxllm.config.model import ModelConfig  # noqa: E402
 from maxllm.data import tasks  # noqa: E402
 from maxllm.data.sources import Tally, read_documents  # noqa: E402
 from maxllm.data.spm import SpmTokenizer, train  # noqa: E402

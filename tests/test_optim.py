@@ -9,7 +9,8 @@ import pytest
 import rounding
 import torch
 
-from maxllm.config import LoraConfig, OptimizerConfig
+from maxllm.config.lora import LoraConfig
+from maxllm.config.optimizer import OptimizerConfig
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer, schedule
 from maxllm.steps.state import init_params, partition_of

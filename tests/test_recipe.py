@@ -7,7 +7,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from maxllm import recipe
-from maxllm.config import Config, ModelConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.root import Config
 from maxllm.config.section import section_in
 from maxllm.errors import UserError
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxllm.config import GenerationConfig
+from maxllm.config.generation import GenerationConfig
 from maxllm.data.instruct import pad_prompts
 from maxllm.generate.decode import decoder_of, generate
 from maxllm.hf.export import export

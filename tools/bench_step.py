@@ -21,7 +21,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from maxllm.config import BatchConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from maxllm.config.data import BatchConfig
+from maxllm.config.mesh import MeshConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.optimizer import OptimizerConfig
+from maxllm.config.root import Config
+from maxllm.config.run import RunConfig
 from maxllm.parallel import processes, sharding
 from maxllm.parallel.compiler import without_tpu
 from maxllm.parallel.hugepages import restart_with_huge_pages

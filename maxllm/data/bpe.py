@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from maxllm.config import TokenizerConfig
+from maxllm.config.data import TokenizerConfig
 from maxllm.data import control, template
 from maxllm.data.chat import RowError
 from maxllm.data.tokenizer import (

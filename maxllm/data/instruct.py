@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from maxllm.config import DataConfig
+from maxllm.config.data import DataConfig
 from maxllm.data import chat, render, tasks
 from maxllm.data.pack import Piece
 from maxllm.data.sources import Tally, place, read_rows

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import sentencepiece as spm
 
-from maxllm.config import TokenizerConfig
+from maxllm.config.data import TokenizerConfig
 from maxllm.data.tokenizer import (
     BOS,
     CHAT_TEMPLATE,

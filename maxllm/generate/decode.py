@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from maxllm.config import GenerationConfig
+from maxllm.config.generation import GenerationConfig
 from maxllm.generate.sampling import sample
 from maxllm.model.forward import declarations_of
 from maxllm.model.layers import dtype_of, in_type

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from maxllm.config import GenerationConfig
+from maxllm.config.generation import GenerationConfig
 from maxllm.losses.token import token_logps, without
 
 

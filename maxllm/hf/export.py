@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from maxllm import __version__
-from maxllm.config import GenerationConfig, ModelConfig
+from maxllm.config.generation import GenerationConfig
+from maxllm.config.model import ModelConfig
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
 from maxllm.files import whole_folder, write_json, write_text

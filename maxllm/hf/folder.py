@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from maxllm.config import ModelConfig
+from maxllm.config.model import ModelConfig
 from maxllm.errors import UserError
 from maxllm.files import read_json
 from maxllm.hf import original

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from maxllm.config import GenerationConfig
+from maxllm.config.generation import GenerationConfig
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.hf.tokenizer_read import ids_of
 

@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxllm.config import ModelConfig
+from maxllm.config.model import ModelConfig
 from maxllm.hf import mapping
 from maxllm.hf.mapping import LAYERS, Row
 from maxllm.hf.source import Index, Source

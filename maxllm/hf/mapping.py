@@ -15,7 +15,7 @@ import flax.linen as nn
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from maxllm.config import ModelConfig
+from maxllm.config.model import ModelConfig
 from maxllm.errors import UserError, listed
 from maxllm.records import Params
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from maxllm.config import LoraConfig, ModelConfig
+from maxllm.config.lora import LoraConfig
+from maxllm.config.model import ModelConfig
 from maxllm.files import whole_folder, write_json
 from maxllm.hf import mapping
 from maxllm.hf.config import family_of

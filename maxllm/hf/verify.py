@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from maxllm.config import ModelConfig
+from maxllm.config.model import ModelConfig
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import RunFailed, listed
 from maxllm.hf.mapping import Head

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from maxllm.config import ModelConfig
+from maxllm.config.model import ModelConfig
 from maxllm.files import write_json
 from maxllm.hf import mapping
 from maxllm.hf.mapping import LAYERS, Head

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from maxllm.config import LoraConfig
+from maxllm.config.lora import LoraConfig
 from maxllm.weights import Kind, Weights, declared
 
 

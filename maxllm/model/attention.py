@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxllm.config import LoraConfig, ModelConfig
+from maxllm.config.lora import LoraConfig
+from maxllm.config.model import ModelConfig
 from maxllm.model import alibi, rope
 from maxllm.model.adapters import adapted
 from maxllm.model.attend import attend

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maxllm.config import LoraConfig, ModelConfig
+from maxllm.config.lora import LoraConfig
+from maxllm.config.model import ModelConfig
 from maxllm.model.layers import weight
 from maxllm.model.llama import Decoder
 from maxllm.weights import Kind

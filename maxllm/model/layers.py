@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxllm.config import LoraConfig, ModelConfig
+from maxllm.config.lora import LoraConfig
+from maxllm.config.model import ModelConfig
 from maxllm.model.adapters import adapted
 from maxllm.parallel import residual
 from maxllm.parallel.memory import fetched

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxllm.config import ModelConfig, RopeScaling
+from maxllm.config.model import ModelConfig, RopeScaling
 
 
 def angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

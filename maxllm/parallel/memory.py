@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxllm.config import MeshConfig
+from maxllm.config.mesh import MeshConfig
 from maxllm.errors import UserError
 
 PARAMS = jax.tree_util.SequenceKey(0)

@@ -8,7 +8,9 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
-from maxllm.config import BatchConfig, MeshConfig, ModelConfig
+from maxllm.config.data import BatchConfig
+from maxllm.config.mesh import MeshConfig
+from maxllm.config.model import ModelConfig
 from maxllm.errors import UserError
 from maxllm.parallel.sharding import TABLES
 

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxllm.config import Offload
+from maxllm.config.mesh import Offload
 from maxllm.errors import UserError, listed
 from maxllm.parallel.memory import HOST
 from maxllm.weights import LAYERS, Box, Kind

@@ -11,7 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from maxllm.config import Config, MeshConfig, ModelConfig
+from maxllm.config.mesh import MeshConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.root import Config
 from maxllm.errors import UserError
 from maxllm.plan.hardware import Hardware, hardware_of
 from maxllm.plan.roofline import Bound, step_bound, update_bytes, widths_of

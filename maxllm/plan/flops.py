@@ -1,6 +1,7 @@
 """Floating-point operations of a model. The peaks they are measured against are in hardware.py."""
 
-from maxllm.config import LoraConfig, ModelConfig
+from maxllm.config.lora import LoraConfig
+from maxllm.config.model import ModelConfig
 
 
 def matmul_parameters(config: ModelConfig, head: int) -> int:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maxllm.config import Activation, LoraConfig, ModelConfig, OptimizerConfig
+from maxllm.config.lora import LoraConfig
+from maxllm.config.model import Activation, ModelConfig
+from maxllm.config.optimizer import OptimizerConfig
 from maxllm.plan.flops import adapter_parameters, matmul_parameters, train_flops_per_token
 from maxllm.plan.hardware import Chip
 

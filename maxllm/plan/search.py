@@ -11,7 +11,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from maxllm.config import BatchConfig, Config, MeshConfig, ModelConfig
+from maxllm.config.data import BatchConfig
+from maxllm.config.mesh import MeshConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.root import Config
 from maxllm.plan.estimate import Estimate, Layout, estimate, layout_of, machine_of, model_of, obstacle
 from maxllm.plan.hardware import CHIPS, DIMENSIONS, SLICES, Hardware, hardware_of
 

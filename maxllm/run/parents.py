@@ -14,7 +14,7 @@ from typing import Literal
 
 import xxhash
 
-from maxllm.config import Config
+from maxllm.config.root import Config
 from maxllm.errors import UserError
 from maxllm.files import read_json, write_json
 from maxllm.run.checkpoint import FOLDER, find, latest_step, steps_of

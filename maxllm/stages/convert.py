@@ -25,7 +25,8 @@ from flax.traverse_util import flatten_dict
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from maxllm import recipe
-from maxllm.config import MeshConfig, ModelConfig
+from maxllm.config.mesh import MeshConfig
+from maxllm.config.model import ModelConfig
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import RunFailed, UserError, listed
 from maxllm.files import whole_folder, write_bytes, write_text

@@ -18,7 +18,8 @@ import jax
 from jax.sharding import Mesh
 from rich.filesize import decimal
 
-from maxllm.config import Config, ModelConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.root import Config
 from maxllm.errors import UserError
 from maxllm.model.attend import resolve
 from maxllm.parallel.mesh import check_batch_divides, check_model_divides, make_mesh

@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from maxllm.config import Config, GenerationConfig, ModelConfig, OptimizerConfig
+from maxllm.config.generation import GenerationConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.optimizer import OptimizerConfig
+from maxllm.config.root import Config
 from maxllm.data import loader
 from maxllm.data.instruct import Question, question_of, read_split
 from maxllm.data.load_tokenizer import load_tokenizer

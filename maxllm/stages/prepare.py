@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
-from maxllm.config import Config, DataConfig, TokenizerConfig
+from maxllm.config.data import DataConfig, TokenizerConfig
+from maxllm.config.root import Config
 from maxllm.data import bpe, ngram, spm
 from maxllm.data.clean import clean_text, reason_to_drop
 from maxllm.data.dedup import drop_duplicates, text_key

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from maxllm.config import Config, ModelConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.root import Config
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.plan.flops import train_flops_per_token

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from maxllm import recipe
-from maxllm.config import Config
+from maxllm.config.root import Config
 from maxllm.data import tasks
 from maxllm.files import write_json
 from maxllm.report.figures import NO_VERDICT, NOT_YET, Facts, Row, Verdict

@@ -11,7 +11,8 @@ from functools import partial
 import jax
 from jax.sharding import Mesh
 
-from maxllm.config import Config, ModelConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.root import Config
 from maxllm.data import loader
 from maxllm.data.instruct import pad_pairs, read_split, reply_pair
 from maxllm.model.heads import ScalarModel

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from maxllm.config import GenerationConfig, LoraConfig
+from maxllm.config.generation import GenerationConfig
+from maxllm.config.lora import LoraConfig
 from maxllm.config.root import TRAINED
 from maxllm.data import loader
 from maxllm.data.instruct import Question, pad_prompts

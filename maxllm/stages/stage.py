@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from maxllm.config import Config, ModelConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.root import Config
 from maxllm.report.stage import StageReport
 from maxllm.run.loop import Job, finished, train
 from maxllm.run.program import Program

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from maxllm.config import DpoConfig
+from maxllm.config.dpo import DpoConfig
 from maxllm.losses import preference
 from maxllm.model.forward import forward
 from maxllm.model.llama import Llama, head_weight

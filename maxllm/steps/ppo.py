@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from maxllm.config import PpoConfig
+from maxllm.config.ppo import PpoConfig
 from maxllm.losses import policy
 from maxllm.losses.token import Shaping
 from maxllm.model.forward import forward

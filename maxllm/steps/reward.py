@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maxllm.config import RewardConfig
+from maxllm.config.reward import RewardConfig
 from maxllm.losses import preference
 from maxllm.model.forward import forward
 from maxllm.records import PairBatch

@@ -13,7 +13,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from maxllm.config import Offload
+from maxllm.config.mesh import Offload
 from maxllm.model.forward import declarations_of, init_weights
 from maxllm.parallel import sharding
 from maxllm.records import Params

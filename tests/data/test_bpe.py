@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from maxllm.config import TokenizerConfig
+from maxllm.config.data import TokenizerConfig
 from maxllm.data import bpe
 from maxllm.data.chat import RowError
 from maxllm.data.load_tokenizer import load_tokenizer

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from maxllm.config import DataConfig
+from maxllm.config.data import DataConfig
 from maxllm.data import chat, render, tasks
 from maxllm.data.instruct import (
     before_first_reply,

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from maxllm.config import TokenizerConfig
+from maxllm.config.data import TokenizerConfig
 from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.spm import TRAINING_LINE_CHARS, train, training_lines
 from maxllm.data.tokenizer import (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import rounding
 
-from maxllm.config import GenerationConfig
+from maxllm.config.generation import GenerationConfig
 from maxllm.generate.decode import generate
 from maxllm.generate.sampling import restrict, sample
 from maxllm.model.forward import forward

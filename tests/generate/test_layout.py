@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import rounding
 
-from maxllm.config import GenerationConfig, LoraConfig, MeshConfig
+from maxllm.config.generation import GenerationConfig
+from maxllm.config.lora import LoraConfig
+from maxllm.config.mesh import MeshConfig
 from maxllm.generate.decode import decoder_of, generate, laid_out, prefill, step
 from maxllm.model.llama import Llama, unstack
 from maxllm.parallel import sharding

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from transformers import AutoConfig, PreTrainedConfig
 
-from maxllm.config import ModelConfig, RopeScaling
+from maxllm.config.model import ModelConfig, RopeScaling
 from maxllm.hf import mapping
 from maxllm.hf.config import hf_config_of
 from maxllm.hf.folder import open_model

@@ -19,7 +19,9 @@ from transformers import GenerationConfig as HfGenerationConfig
 from transformers import GPT2Config, LlamaConfig
 
 from maxllm import __version__
-from maxllm.config import GenerationConfig, RopeScaling, TokenizerConfig
+from maxllm.config.data import TokenizerConfig
+from maxllm.config.generation import GenerationConfig
+from maxllm.config.model import RopeScaling
 from maxllm.data.spm import SpmTokenizer, train
 from maxllm.data.tokenizer import EOS, IM_END, PAD
 from maxllm.errors import UserError

@@ -149,7 +149,7 @@ def open_folder_tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
 @pytest.mark.parametrize("option", ["llama dynamic", "mistral window", "llama yarn"])
 def test_decoding_with_a_cache_equals_the_whole_row(option: str, tmp_path: Path) -> None:
     """Windows and scalings that look at positions hold under the key/value cache too."""
-    from maxllm.config import GenerationConfig
+    from maxllm.config.generation import GenerationConfig
     from maxllm.data.instruct import pad_prompts
     from maxllm.generate.decode import generate
     from maxllm.weights import Weights

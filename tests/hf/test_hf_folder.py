@@ -14,7 +14,7 @@ import pytest
 from random_models import TINY, random_params, read_folder, tiny
 from safetensors.numpy import load_file, save_file
 
-from maxllm.config import TokenizerConfig
+from maxllm.config.data import TokenizerConfig
 from maxllm.data.bpe import FastTokenizer
 from maxllm.data.spm import SpmTokenizer, train
 from maxllm.data.tokenizer import CHAT_TEMPLATE

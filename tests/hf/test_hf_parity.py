@@ -11,7 +11,7 @@ import pytest
 import rounding
 from random_models import SCALING, TINY, hf_config, random_params, tiny
 
-from maxllm.config import ModelConfig
+from maxllm.config.model import ModelConfig
 from maxllm.hf import mapping
 from maxllm.model.llama import Llama
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from random_models import IDS, TINY, random_params, tiny
 
-from maxllm.config import LoraConfig
+from maxllm.config.lora import LoraConfig
 from maxllm.files import write_json
 from maxllm.hf.config import hf_config_of
 from maxllm.hf.peft import export_adapters

@@ -16,7 +16,7 @@ from tokenizers.models import Unigram
 from transformers import AutoTokenizer
 
 import maxllm.hf.tokenizer as hf_tokenizer
-from maxllm.config import TokenizerConfig
+from maxllm.config.data import TokenizerConfig
 from maxllm.data.chat import Message
 from maxllm.data.render import render, render_prompt
 from maxllm.data.spm import SpmTokenizer, train

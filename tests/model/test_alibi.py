@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from maxllm.config import MeshConfig
+from maxllm.config.mesh import MeshConfig
 from maxllm.errors import UserError
 from maxllm.hf.config import family_of
 from maxllm.model import attend, xla

@@ -15,7 +15,7 @@ import rounding
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
-from maxllm.config import MeshConfig
+from maxllm.config.mesh import MeshConfig
 from maxllm.errors import UserError
 from maxllm.model import attend, xla
 from maxllm.model.visible import Keys, visible

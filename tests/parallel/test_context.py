@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxllm.config import MeshConfig
+from maxllm.config.mesh import MeshConfig
 from maxllm.parallel import context
 from maxllm.parallel.mesh import make_mesh
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from maxllm.config import MeshConfig
+from maxllm.config.mesh import MeshConfig
 from maxllm.parallel import residual
 from maxllm.parallel.mesh import make_mesh
 from maxllm.parallel.sharding import BATCH, CONTEXT, RULES, TENSOR

@@ -4,7 +4,8 @@ from functools import partial
 
 import jax
 
-from maxllm.config import LoraConfig, ModelConfig
+from maxllm.config.lora import LoraConfig
+from maxllm.config.model import ModelConfig
 from maxllm.model.llama import Llama
 from maxllm.plan.flops import adapter_parameters, matmul_parameters, train_flops_per_token
 from maxllm.steps.state import init_adapters

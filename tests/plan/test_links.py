@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxllm.config import MeshConfig
+from maxllm.config.mesh import MeshConfig
 from maxllm.model.layers import scatter
 from maxllm.parallel.mesh import make_mesh
 from maxllm.parallel.sharding import RULES

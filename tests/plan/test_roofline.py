@@ -2,7 +2,9 @@
 
 import pytest
 
-from maxllm.config import LoraConfig, ModelConfig, OptimizerConfig
+from maxllm.config.lora import LoraConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.optimizer import OptimizerConfig
 from maxllm.plan.hardware import CHIPS
 from maxllm.plan.roofline import hardware_flops_per_token, step_bound, update_bytes
 

@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from maxllm.config import ModelConfig, TokenizerConfig
+from maxllm.config.data import TokenizerConfig
+from maxllm.config.model import ModelConfig
 from maxllm.data.spm import train
 from maxllm.files import write_json
 from maxllm.hf import mapping

@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.real
 
-from maxllm.config import GenerationConfig  # noqa: E402
+from maxllm.config.generation import GenerationConfig  # noqa: E402
 from maxllm.data.instruct import pad_prompts  # noqa: E402
 from maxllm.data.render import render_prompt  # noqa: E402
 from maxllm.data.sources import Tally, read_documents  # noqa: E402

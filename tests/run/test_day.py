@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from maxllm import recipe
-from maxllm.config import Config, TokenizerConfig
+from maxllm.config.data import TokenizerConfig
+from maxllm.config.root import Config
 from maxllm.data import bpe
 from maxllm.data.chat import Message
 from maxllm.data.render import render_prompt

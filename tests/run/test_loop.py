@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maxllm import recipe
-from maxllm.config import MeshConfig
+from maxllm.config.mesh import MeshConfig
 from maxllm.data.loader import Batches
 from maxllm.errors import UserError
 from maxllm.parallel.mesh import make_mesh

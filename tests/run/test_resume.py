@@ -226,7 +226,8 @@ def test_the_best_evaluated_checkpoint_outlives_newer_ones(tmp_path: Path) -> No
 )
 def test_every_optimizer_goes_through_a_checkpoint(tmp_path: Path, tiny_model, changes) -> None:
     """Saved after one step and restored into its shardings: the same arrays, and the same second step."""
-    from maxllm.config import MeshConfig, OptimizerConfig
+    from maxllm.config.mesh import MeshConfig
+    from maxllm.config.optimizer import OptimizerConfig
     from maxllm.model.llama import Llama
     from maxllm.optim import make_optimizer
     from maxllm.parallel.mesh import make_mesh
@@ -267,7 +268,8 @@ LAYOUTS = [
 @pytest.mark.parametrize("number", range(len(LAYOUTS)))
 def test_a_checkpoint_of_any_layout_restores_into_any_other(tmp_path: Path, tiny_model, number: int) -> None:
     """Bit for bit, parameters and moments, each into the shardings of its new mesh."""
-    from maxllm.config import MeshConfig, OptimizerConfig
+    from maxllm.config.mesh import MeshConfig
+    from maxllm.config.optimizer import OptimizerConfig
     from maxllm.model.llama import Llama
     from maxllm.optim import make_optimizer
     from maxllm.parallel.mesh import make_mesh
@@ -294,7 +296,8 @@ KINDS = ("none", "optimizer", "parameters")
 @pytest.mark.parametrize("saved", KINDS)
 def test_what_lies_in_the_hosts_memory_goes_through_a_checkpoint(tmp_path: Path, tiny_model, saved) -> None:
     """On eight devices: restored bit for bit, with every array in the memory that the restoring run wants."""
-    from maxllm.config import MeshConfig, OptimizerConfig
+    from maxllm.config.mesh import MeshConfig
+    from maxllm.config.optimizer import OptimizerConfig
     from maxllm.model.llama import Llama
     from maxllm.optim import make_optimizer
     from maxllm.parallel.mesh import make_mesh

@@ -17,7 +17,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from maxllm import cli
-from maxllm.config import MeshConfig
+from maxllm.config.mesh import MeshConfig
 from maxllm.errors import RunFailed, UserError
 from maxllm.hf import verify_tokenizer
 from maxllm.hf.export import export

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from maxllm.cli import main
-from maxllm.config import MeshConfig
+from maxllm.config.mesh import MeshConfig
 from maxllm.model import llama
 from maxllm.parallel.mesh import make_mesh
 from maxllm.plan.compile import topology_devices

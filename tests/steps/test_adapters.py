@@ -10,7 +10,9 @@ import optax
 import pytest
 import rounding
 
-from maxllm.config import DpoConfig, LoraConfig, RewardConfig
+from maxllm.config.dpo import DpoConfig
+from maxllm.config.lora import LoraConfig
+from maxllm.config.reward import RewardConfig
 from maxllm.model.adapters import merge
 from maxllm.model.forward import forward, init_weights
 from maxllm.model.heads import ScalarModel

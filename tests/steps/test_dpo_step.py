@@ -9,7 +9,7 @@ import optax
 import pytest
 import rounding
 
-from maxllm.config import DpoConfig
+from maxllm.config.dpo import DpoConfig
 from maxllm.losses import token
 from maxllm.model.forward import forward
 from maxllm.model.llama import Llama

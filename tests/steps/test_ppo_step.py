@@ -15,7 +15,8 @@ import optax
 import pytest
 import rounding
 
-from maxllm.config import GenerationConfig, PpoConfig
+from maxllm.config.generation import GenerationConfig
+from maxllm.config.ppo import PpoConfig
 from maxllm.data.tokenizer import EOS, IM_END, PAD
 from maxllm.generate.decode import generate
 from maxllm.losses.token import Shaping

@@ -9,7 +9,8 @@ import optax
 import pytest
 import rounding
 
-from maxllm.config import PpoConfig, RewardConfig
+from maxllm.config.ppo import PpoConfig
+from maxllm.config.reward import RewardConfig
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.records import PairBatch, Rollout

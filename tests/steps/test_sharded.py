@@ -20,7 +20,12 @@ import pytest
 import rounding
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from maxllm.config import BatchConfig, DpoConfig, GenerationConfig, MeshConfig, OptimizerConfig, PpoConfig
+from maxllm.config.data import BatchConfig
+from maxllm.config.dpo import DpoConfig
+from maxllm.config.generation import GenerationConfig
+from maxllm.config.mesh import MeshConfig
+from maxllm.config.optimizer import OptimizerConfig
+from maxllm.config.ppo import PpoConfig
 from maxllm.errors import UserError
 from maxllm.losses.token import Shaping
 from maxllm.model.heads import ScalarModel

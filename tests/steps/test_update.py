@@ -11,7 +11,7 @@ import pytest
 import rounding
 from flax.traverse_util import flatten_dict
 
-from maxllm.config import OptimizerConfig
+from maxllm.config.optimizer import OptimizerConfig
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer
 from maxllm.records import LmBatch
