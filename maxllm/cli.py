@@ -151,6 +151,9 @@ def plan(options: argparse.Namespace) -> None:
     from maxllm import recipe
 
     config = recipe.load_recipe(options.recipe, options.overrides)
+    if options.layout:
+        print_layout(options, config)
+        return
     if options.estimate:
         from maxllm.plan import estimate
 
@@ -183,6 +186,18 @@ def plan(options: argparse.Namespace) -> None:
             f"a fault of this mesh: XLA makes {len(figures['made_whole'])} arrays whole on every device "
             f"({figures['made_whole'][0]})"
         )
+
+
+def print_layout(options: argparse.Namespace, config: Any) -> None:
+    """maxllm plan --layout"""
+    from maxllm.report import plan as report
+    from maxllm.stages import plan as stage
+
+    figures = stage.layout_of(config, options.hardware)
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        report.print_layout(figures)
 
 
 def convert(options: argparse.Namespace) -> None:

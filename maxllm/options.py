@@ -155,6 +155,9 @@ def add_plan(verbs: Any) -> None:
     how.add_argument(
         "--search", action="store_true", help="try meshes, remat and rows; compile the best to confirm"
     )
+    how.add_argument(
+        "--layout", action="store_true", help="how every parameter is split over the devices, and stop"
+    )
     verb.add_argument("--tokens", type=float, metavar="COUNT", help="length of the training, as in 2e12")
     verb.add_argument("--price", type=float, metavar="AMOUNT", help="of a chip for an hour, any currency")
     add_json(verb)

@@ -20,6 +20,9 @@ from maxllm.errors import UserError
 
 INCLUDE = "include"
 
+CONFIG = "config.yaml"
+"""The resolved recipe in a run folder."""
+
 
 def find_recipe(name: str) -> Path:
     """A recipe by its path, or by its name below `configs/` (with or without .yaml), also when installed."""
@@ -45,11 +48,38 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Config:
         if INCLUDE in base:
             raise UserError(f"{base_path} is itself included by {path.name}; one include level is the limit")
         tree = merge(base, tree)
-    return apply_overrides(tree, overrides)
+    return validate(with_inherited_model(overridden(tree, overrides)))
+
+
+def with_inherited_model(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the model of `start.policy` below what it says of its own model, such as model.remat.
+
+    Raises:
+      UserError: the recipe leaves its model's shape to a run that is not there.
+    """
+    own, start = tree.get("model"), tree.get("start")
+    policy = start.get("policy") if isinstance(start, dict) else None
+    if not isinstance(own, dict) or not isinstance(policy, str):
+        return tree
+    parent = Path(policy) / CONFIG
+    if not parent.is_file():
+        if "vocab_size" not in own:
+            raise UserError(
+                f"the section model says {', '.join(own)} and leaves the rest to {policy}, which is not "
+                "there: train that stage first, or give the whole model"
+            )
+        return tree
+    inherited = read_yaml(parent).get("model")
+    return tree | {"model": merge(inherited if isinstance(inherited, dict) else {}, own)}
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
     """Puts dotted `key=value` words into the tree, then validates it."""
+    return validate(overridden(tree, overrides))
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree with dotted `key=value` words put into it."""
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -62,7 +92,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
         for part in reversed(key.split(".")):
             nested = {part: nested}
         tree = merge(tree, nested)
-    return validate(tree)
+    return tree
 
 
 def validate(tree: dict[str, Any]) -> Config:

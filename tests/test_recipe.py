@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from maxllm import recipe
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
-from maxllm.config.section import section_in
+from maxllm.config.section import Effect, section_in
 from maxllm.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -335,3 +335,30 @@ def test_there_are_recipes_for_every_stage():
 def test_head_width():
     assert ModelConfig.model_validate(MODEL).k_dim == 16
     assert ModelConfig.model_validate(MODEL | {"head_dim": 32}).k_dim == 32
+
+
+# What a change of a field changes
+
+
+def test_every_field_says_what_it_changes():
+    effects = Config.effects()
+    assert list(effects) == recipe.field_names(Config)
+    assert effects["model.rope_scaling.factor"] is effects["model.d_model"] is Effect.MODEL
+    assert effects["model.dtype"] is effects["optimizer.learning_rate"] is Effect.TRAINING
+    assert (
+        effects["model.remat"] is effects["mesh.fsdp"] is effects["batch.microbatches"] is Effect.COMPUTATION
+    )
+    assert effects["run.dir"] is effects["run.log_every"] is Effect.RECORD
+
+
+def test_a_later_stage_says_how_its_inherited_model_computes(tmp_path):
+    parent = recipe.load_recipe("pretrain/tiny_slice_cpu")
+    (tmp_path / "config.yaml").write_text(recipe.dump(parent), encoding="utf-8")
+    config = recipe.load_recipe("sft/tiny_tasks_cpu", [f"start.policy={tmp_path}", "model.remat=full"])
+    assert config.model == parent.model.model_copy(update={"remat": "full"})
+
+
+def test_a_model_that_only_says_how_to_compute_needs_the_run_that_has_the_rest(tmp_path):
+    words = [f"start.policy={tmp_path / 'gone'}", "model.remat=full"]
+    with pytest.raises(UserError, match=r"says remat and leaves the rest to .*gone, which is not there"):
+        recipe.load_recipe("sft/tiny_tasks_cpu", words)

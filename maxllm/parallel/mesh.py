@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from maxllm.config.data import BatchConfig
 from maxllm.config.mesh import MeshConfig
@@ -27,7 +27,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    count = jax.device_count() if devices is None else len(devices)
+    sizes = sizes_of(config, jax.device_count() if devices is None else len(devices))
+    arranged = across_slices(config, sizes, jax.devices() if devices is None else devices)
+    # Auto, because under Explicit axes the lookup in an FSDP-sharded table is an error.
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def sizes_of(config: MeshConfig, count: int) -> list[int]:
+    """Sizes of AXES on a number of devices.
+
+    Raises:
+      UserError: they do not multiply to it.
+    """
     sizes = config.sizes
     given = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
@@ -37,9 +48,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = count // rest
     if math.prod(sizes) != count:
         raise UserError(f"mesh {given} is {math.prod(sizes)} devices; {count} are here")
-    arranged = across_slices(config, sizes, jax.devices() if devices is None else devices)
-    # Auto, because under Explicit axes the lookup in an FSDP-sharded table is an error.
-    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return sizes
 
 
 def across_slices(config: MeshConfig, sizes: list[int], devices: Sequence[jax.Device]) -> np.ndarray:
@@ -123,7 +132,9 @@ def check_model_divides(mesh: Mesh, model: ModelConfig) -> None:
             raise UserError(f"{name}={size} is not divisible by {given}")
 
 
-def platform_of(mesh: Mesh) -> str:
-    """The kind of a mesh's devices: cpu, gpu or tpu."""
+def platform_of(mesh: Mesh | AbstractMesh) -> str:
+    """The kind of a mesh's devices: cpu, gpu or tpu; where it has none, of those that are here."""
+    if isinstance(mesh, AbstractMesh):
+        return jax.default_backend()
     platform: str = mesh.devices.flat[0].platform
     return platform

@@ -24,6 +24,24 @@ def print_plan(figures: dict[str, Any]) -> None:
     terminal.print(speed(figures))
 
 
+def print_layout(figures: dict[str, Any]) -> None:
+    """How every parameter is split: each axis by name and size, with the mesh axes that divide it."""
+    title = f"parameters on {figures['hardware']}, {mesh_name(figures['mesh'])}"
+    table = Table("parameter\n  its axes / what splits them", "of a device", "MB", title=title)
+    table.title_justify, table.columns[0].overflow = "left", "fold"
+    for row in figures["layout"]:
+        axes = (
+            " / ".join((f"{name or 'rank'} {size}", *split))
+            for name, size, split in zip(row["axes"], row["shape"], row["mesh"], strict=True)
+        )
+        table.add_row(
+            f"{row['path']}\n  {', '.join(axes)}",
+            " x ".join(map(str, row["device_shape"])),
+            f"{row['device_bytes'] / 1e6:,.1f}",
+        )
+    Console().print(table)
+
+
 def shortage(figures: dict[str, Any]) -> str:
     """In a sentence, what is missing; of a search that found nothing, what would do."""
     if "peak_bytes" in figures:

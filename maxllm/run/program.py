@@ -62,6 +62,8 @@ class Program:
     """Positions computed by a training pass, padding included: what tokens/s counts."""
     flops_per_step: float
     """Model FLOPs of an iteration: what MFU counts."""
+    declared: Any = None
+    """What each exported parameter is to the model: a tree of `Declaration`."""
     trained: int = 1
     """Models with an optimizer."""
     references: int = 0

@@ -15,19 +15,20 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from rich.filesize import decimal
 
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
 from maxllm.errors import UserError
 from maxllm.model.attend import resolve
-from maxllm.parallel.mesh import check_batch_divides, check_model_divides, make_mesh
+from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh, sizes_of
 from maxllm.parallel.pipeline import bubble
 from maxllm.plan import search
 from maxllm.plan.compile import Compiled, TooLarge, check_cudnn, compiled_for, topology_devices
 from maxllm.plan.flops import matmul_parameters, train_flops_per_token
 from maxllm.plan.hardware import Hardware, hardware_of
+from maxllm.plan.layout import layout
 from maxllm.plan.roofline import Bound, step_bound, update_bytes
 from maxllm.plan.scaling import (
     classic_bytes,
@@ -59,10 +60,7 @@ def run(
       UserError: the recipe does not say its model, or does not divide the machine.
       RunFailed: the compiler fails.
     """
-    name = hardware_name or config.run.hardware
-    if name is None:
-        raise UserError("this recipe names no machine: give --hardware, such as v5p-16, v6e:4x4 or v5e-256")
-    hardware = hardware_of(name)
+    hardware = hardware_of(named(config, hardware_name))
     plan = prepare(config, hardware)
     asked = {
         name: compiled_for(hardware, partial(lower_part, plan.mesh, part, config.mesh.zero))
@@ -103,11 +101,42 @@ class Plan:
     program: Program
 
 
-def prepare(config: Config, hardware: Hardware) -> Plan:
-    """Everything that is checked before the compiler is asked.
+def layout_of(config: Config, hardware_name: str | None) -> dict[str, Any]:
+    """How each parameter of a recipe is split over a machine, whose compiler need not be here.
 
     Raises:
-      UserError: naming what does not fit.
+      UserError: the recipe does not say its model, or does not divide the machine.
+    """
+    hardware = hardware_of(named(config, hardware_name))
+    model = model_of(config)
+    # Shapes and shardings need no devices.
+    mesh: Any = AbstractMesh(tuple(sizes_of(config.mesh, hardware.devices)), AXES)
+    check_model_divides(mesh, model)
+    program = stage_of(config.stage).program(config, model, mesh)
+    return {
+        "hardware": hardware.name,
+        "mesh": dict(mesh.shape),
+        "layout": layout(program.abstract_state.detach()[0], program.declared),
+    }
+
+
+def named(config: Config, hardware_name: str | None) -> str:
+    """The machine that is asked for, or the recipe's own.
+
+    Raises:
+      UserError: there is neither.
+    """
+    name = hardware_name or config.run.hardware
+    if name is None:
+        raise UserError("this recipe names no machine: give --hardware, such as v5p-16, v6e:4x4 or v5e-256")
+    return name
+
+
+def model_of(config: Config) -> ModelConfig:
+    """The model of a recipe, or of the run that it starts from.
+
+    Raises:
+      UserError: neither says it.
     """
     model = resolved(config).model
     if model is None:
@@ -115,6 +144,16 @@ def prepare(config: Config, hardware: Hardware) -> Plan:
             f"this {config.stage} recipe takes its model from {config.start.policy}, which is not there: "
             "train that stage first, or give the section model"
         )
+    return model
+
+
+def prepare(config: Config, hardware: Hardware) -> Plan:
+    """Everything that is checked before the compiler is asked.
+
+    Raises:
+      UserError: naming what does not fit.
+    """
+    model = model_of(config)
     attention = resolve(model.kernel, hardware.chip.platform, model.dtype)
     model = model.model_copy(update={"attention": attention})
     mesh = make_mesh(config.mesh, topology_devices(hardware))

@@ -250,6 +250,7 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
         iterate=iterate,
         tokens_per_step=tokens,
         flops_per_step=iteration_flops(config, model, tokens),
+        declared=partition_of(ppo.actor.model).trained,
         trained=2,
         references=2,
         decodes=True,

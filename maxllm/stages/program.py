@@ -115,4 +115,5 @@ def trainer(
         loss_fn=loss_fn,
         optimizer=optimizer,
         partition=partition,
+        declared=partition.trained,
     )
