@@ -99,7 +99,7 @@ def declared(
 
 
 def declarations(boxed: Any) -> Any:
-    """The same tree with a `Declaration` in place of every box."""
+    """A tree of boxed weights with a `Declaration` in place of every box."""
     return jax.tree.map(
         lambda box: Declaration(box.kind, box.names, box.inputs),
         boxed,
@@ -145,7 +145,7 @@ class Partition:
         return unflatten_dict(trained), Weights(unflatten_dict(base))
 
     def joined(self, trained: Params, kept: Weights | None = None) -> Weights:
-        """Undoes `split`."""
+        """All weights again, from what is trained and what stays."""
         if self.heads is None or kept is None:
             return Weights(trained)
         base, adapters = flatten_dict(kept.base), flatten_dict(trained)

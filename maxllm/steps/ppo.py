@@ -55,7 +55,7 @@ class PpoState(struct.PyTreeNode):
         return params, self.replace(actor=actor)
 
     def attach(self, params: Params) -> PpoState:
-        """Undoes `detach`."""
+        """The state with the policy's parameters put back."""
         return self.replace(actor=self.actor.attach(params))
 
 

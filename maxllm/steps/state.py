@@ -34,7 +34,7 @@ class TrainState(struct.PyTreeNode):
         return self.params, self.replace(params=None)
 
     def attach(self, params: Params) -> TrainState:
-        """Undoes `detach`."""
+        """The state with its parameters put back."""
         return self.replace(params=params)
 
 
