@@ -136,8 +136,10 @@ def texts(tokenizer: Tokenizer, theirs: Any) -> Iterator[tuple[str, list[int], l
 
 
 def conversations(tokenizer: Tokenizer, theirs: Any) -> Iterator[tuple[str, list[int], list[int]]]:
-    """(what it is, our ids, transformers' ids) of conversations, whole and up to a reply; those that a template
-    refuses are left out."""
+    """(what it is, our ids, transformers' ids) of conversations, whole and up to a reply.
+
+    Those that a template refuses are left out.
+    """
     if tokenizer.chat_template is None:
         return
     for talk in TALKS:
