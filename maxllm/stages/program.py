@@ -103,7 +103,7 @@ def trained(
 ) -> Trainer:
     """One model, one optimizer, one loss."""
     partition = partition_of(model)
-    optimizer = make_optimizer(config.optimizer, config.run.steps, partition.trained)
+    optimizer = make_optimizer(config.optimizer, config.run.steps, partition.declared)
     init = initializer(model, optimizer)
     step = partial(
         train_step,

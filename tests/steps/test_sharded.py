@@ -283,7 +283,7 @@ def test_other_optimizers(config, name):
     lie as parameters do. One step of 0.05; Muon multiplies differences of 1e-5 in the direction of the least
     singular values by 485 at most, of which 0.05 x 0.2 x sqrt(64) is 8 %: 4e-4."""
     model, recipe = Llama(config), OptimizerConfig(name=name, learning_rate=0.05, schedule="constant")
-    optimizer = make_optimizer(recipe, 10, partition_of(model).trained)
+    optimizer = make_optimizer(recipe, 10, partition_of(model).declared)
     init = initializer(model, optimizer)
     loss_fn = partial(language_loss, model)
     step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, seed=0, microbatches=1)
@@ -339,7 +339,7 @@ def test_optimizers_do_the_same_one_parameter_at_a_time(config, name):
     by 485 at most, of which 8 % reach a parameter (as in `test_other_optimizers`)."""
     model, mesh = Llama(config), mesh_of((1, 8, 1, 1, 1))
     recipe = OptimizerConfig(name=name, learning_rate=0.05, schedule="constant")
-    optimizer = make_optimizer(recipe, 10, partition_of(model).trained)
+    optimizer = make_optimizer(recipe, 10, partition_of(model).declared)
     init = initializer(model, optimizer)
     step = partial(
         train_step, loss_fn=partial(language_loss, model), optimizer=optimizer, seed=0, microbatches=1
