@@ -182,7 +182,7 @@ def algorithm_of(
     def learner(model: Model, optimizer: OptimizerConfig) -> Learner[Model]:
         return Learner(
             model,
-            make_optimizer(optimizer, config.updates, partition_of(model).trained),
+            make_optimizer(optimizer, config.updates, partition_of(model).declared),
             config.batch.microbatches,
             jnp.dtype(config.optimizer.gradient_dtype),
         )
@@ -246,7 +246,7 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
         iterate=iterate,
         tokens_per_step=tokens,
         flops_per_step=iteration_flops(config, model, tokens),
-        declared=partition_of(ppo.actor.model).trained,
+        declared=partition_of(ppo.actor.model).declared,
         trained=2,
         references=2,
         decodes=True,

@@ -88,7 +88,7 @@ def trainer(
         what the loss reads besides.
     """
     partition = partition_of(model)
-    optimizer = make_optimizer(config.optimizer, config.updates, partition.trained)
+    optimizer = make_optimizer(config.optimizer, config.updates, partition.declared)
     init = initializer(model, optimizer)
     step = partial(
         train_step,
@@ -115,5 +115,5 @@ def trainer(
         loss_fn=loss_fn,
         optimizer=optimizer,
         partition=partition,
-        declared=partition.trained,
+        declared=partition.declared,
     )

@@ -74,7 +74,7 @@ def accumulate(
         loss = loss_fn(partition.joined(params, kept).replace(slots=slots), part, key)
         return loss.total, loss
 
-    gradient_fn = partial(slotted_gradient, total_and_loss, dtype, partition.trained)
+    gradient_fn = partial(slotted_gradient, total_and_loss, dtype, partition.declared)
     if microbatches == 1:
         sums, loss = gradient_fn(params, batch, key)
     else:

@@ -235,7 +235,7 @@ def test_every_optimizer_goes_through_a_checkpoint(tmp_path: Path, tiny_model, c
     from maxllm.steps.state import abstract, create, initializer, partition_of
 
     model = Llama(tiny_model())
-    optimizer = make_optimizer(OptimizerConfig(**changes), 10, partition_of(model).trained)
+    optimizer = make_optimizer(OptimizerConfig(**changes), 10, partition_of(model).declared)
     init = initializer(model, optimizer)
     description = abstract(init, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
 
@@ -277,7 +277,7 @@ def test_a_checkpoint_of_any_layout_restores_into_any_other(tmp_path: Path, tiny
     from maxllm.steps.state import abstract, create, initializer, partition_of
 
     model = Llama(tiny_model(n_heads=16, n_kv_heads=8, head_dim=4, d_ff=64, n_layers=8))
-    init = initializer(model, make_optimizer(OptimizerConfig(), 10, partition_of(model).trained))
+    init = initializer(model, make_optimizer(OptimizerConfig(), 10, partition_of(model).declared))
     descriptions = [abstract(init, make_mesh(MeshConfig(**sizes)), zero) for sizes, zero in LAYOUTS]
     state = create(init, descriptions[number], jax.random.key(0))
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
@@ -306,7 +306,7 @@ def test_what_lies_in_the_hosts_memory_goes_through_a_checkpoint(tmp_path: Path,
 
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     model = Llama(tiny_model())
-    init = initializer(model, make_optimizer(OptimizerConfig(), 10, partition_of(model).trained))
+    init = initializer(model, make_optimizer(OptimizerConfig(), 10, partition_of(model).declared))
     described = {kind: abstract(init, mesh, offload=kind) for kind in KINDS}
     state = create(init, described[saved], jax.random.key(0))
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)

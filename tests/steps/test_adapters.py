@@ -157,8 +157,8 @@ def test_a_partition_is_put_together_again(tiny_model, kind, lora):
     assert len(jax.tree.leaves((params, kept))) == len(jax.tree.leaves(weights))
     jax.tree.map(np.testing.assert_array_equal, partition.joined(params, kept), weights)
     fresh = nn.unbox(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
-    assert jax.tree.structure(fresh) == jax.tree.structure(params) == jax.tree.structure(partition.trained)
-    kinds = {declaration.kind for declaration in jax.tree.leaves(partition.trained)}
+    assert jax.tree.structure(fresh) == jax.tree.structure(params) == jax.tree.structure(partition.declared)
+    kinds = {declaration.kind for declaration in jax.tree.leaves(partition.declared)}
     head = {Kind.HEAD} if kind is ScalarModel else {Kind.TABLE}
     assert kinds >= head if lora is None else kinds == {Kind.ADAPTER} | head - {Kind.TABLE}
 

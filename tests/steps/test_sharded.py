@@ -303,7 +303,7 @@ def test_other_optimizers(config, name):
     """Adafactor's rows and columns are means over split axes, Muon's iterations contract them; its moments
     lie as parameters do."""
     model, recipe = Llama(config), OptimizerConfig(name=name, learning_rate=0.05, schedule="constant")
-    optimizer = make_optimizer(recipe, 10, partition_of(model).trained)
+    optimizer = make_optimizer(recipe, 10, partition_of(model).declared)
     init = initializer(model, optimizer)
     loss_fn = partial(language_loss, model)
     step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, seed=0, microbatches=1)
@@ -359,7 +359,7 @@ def test_optimizers_do_the_same_one_parameter_at_a_time(config, name):
     """The same operations on the same numbers, fused otherwise."""
     model, mesh = Llama(config), mesh_of((1, 8, 1, 1, 1))
     recipe = OptimizerConfig(name=name, learning_rate=0.05, schedule="constant")
-    optimizer = make_optimizer(recipe, 10, partition_of(model).trained)
+    optimizer = make_optimizer(recipe, 10, partition_of(model).declared)
     init = initializer(model, optimizer)
     step = partial(
         train_step, loss_fn=partial(language_loss, model), optimizer=optimizer, seed=0, microbatches=1

@@ -257,7 +257,7 @@ def test_bfloat16_gradients_are_the_float32_ones_rounded(tiny_model):
         run = jax.jit(partial(accumulate, loss_fn, batch=batch, key=jax.random.key(0), **settings))
         return run(params=params)[0]
 
-    kinds = {path: leaf.kind for path, leaf in flatten_dict(partition_of(model).trained).items()}
+    kinds = {path: leaf.kind for path, leaf in flatten_dict(partition_of(model).declared).items()}
 
     for microbatches in (1, 2):
         exact = flatten_dict(gradients(jnp.dtype("float32"), microbatches))
