@@ -26,6 +26,7 @@ from maxllm.data.instruct import Question, question_of, read_split
 from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.tokenizer import without_piece
 from maxllm.errors import UserError
+from maxllm.folder import RunFolder
 from maxllm.generate.decode import decoder_of, generate
 from maxllm.losses.policy import kl_k1
 from maxllm.losses.token import Shaping
@@ -40,10 +41,9 @@ from maxllm.report.figures import NO_VERDICT, Facts, Row, both, compared, share_
 from maxllm.report.runs import Run, number
 from maxllm.report.stage import StageReport, Verdicts
 from maxllm.report.wording import bits, count
-from maxllm.run.checkpoint import load_params, restore
 from maxllm.run.loop import Job
-from maxllm.run.parents import run_dir_of
 from maxllm.run.program import Compiled, Part, Program, compile_reader
+from maxllm.run.restore import load_params, restore
 from maxllm.run.session import Session, check_same_model
 from maxllm.stages.program import abstract_base
 from maxllm.stages.shared import (
@@ -265,7 +265,7 @@ def critic_params(session: Session, checkpoint: Path) -> Params:
     """
     if session.config.stage != "ppo":
         stage = session.config.stage
-        raise UserError(f"{session.run_dir} is a {stage} run: only ppo trains a critic")
+        raise UserError(f"{session.folder} is a {stage} run: only ppo trains a critic")
     ppo = algorithm_with(session)
     init = partial(init_state, ppo)
     return restore(checkpoint, abstract(init, session.mesh)).critic.params
@@ -322,10 +322,10 @@ def check_reward_fits(session: Session) -> None:
     Raises:
       UserError: it was trained with another tokenizer, or with other settings that shapes do not show.
     """
-    reward_dir = run_dir_of(session.parent("reward"))
-    if load_tokenizer(reward_dir).fingerprint != session.tokenizer.fingerprint:
-        raise UserError(f"{reward_dir} was trained with another tokenizer than {session.config.start.policy}")
-    check_same_model(session.model, reward_dir)
+    reward = RunFolder.of_checkpoint(session.parent("reward"))
+    if load_tokenizer(reward.path).fingerprint != session.tokenizer.fingerprint:
+        raise UserError(f"{reward} was trained with another tokenizer than {session.config.start.policy}")
+    check_same_model(session.model, reward)
 
 
 def heldout_evaluator(
