@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from maxllm import recipe
 from maxllm.config.generation import GenerationConfig
@@ -24,6 +23,7 @@ from maxllm.folder import RunFolder
 from maxllm.generate.decode import decoder_of, generate
 from maxllm.model.adapters import merge
 from maxllm.model.llama import Llama
+from maxllm.optim import Optimizer
 from maxllm.parallel import sharding
 from maxllm.parallel.mesh import platform_of
 from maxllm.records import LmBatch, Params, PromptBatch, Rollout
@@ -46,9 +46,7 @@ def told(session: Session, tallies: Sequence[Tally]) -> list[dict[str, Any]]:
     return [tally.report() for tally in tallies]
 
 
-def start_from(
-    params: Params, optimizer: optax.GradientTransformation, abstract_state: TrainState
-) -> TrainState:
+def start_from(params: Params, optimizer: Optimizer, abstract_state: TrainState) -> TrainState:
     """Step 0 with given parameters and a fresh optimizer state, in the shardings of the abstract one."""
 
     def begin(params: Params) -> TrainState:
