@@ -26,6 +26,7 @@ from maxllm.data.instruct import Question, question_of, read_split
 from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.tokenizer import without_piece
 from maxllm.errors import UserError
+from maxllm.folder import RunFolder
 from maxllm.generate.decode import decoder_of, generate
 from maxllm.losses.policy import kl_k1
 from maxllm.losses.token import Shaping
@@ -35,10 +36,9 @@ from maxllm.optim import make_optimizer
 from maxllm.parallel.mesh import check_batch_divides, platform_of
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Metrics, Params, PromptBatch, Rollout
-from maxllm.run.checkpoint import load_params, restore
 from maxllm.run.loop import Job
-from maxllm.run.parents import run_dir_of
 from maxllm.run.program import Compiled, Part, Program, compile_reader
+from maxllm.run.restore import load_params, restore
 from maxllm.run.session import Session, check_same_model
 from maxllm.stages.ppo_report import REPORT
 from maxllm.stages.program import abstract_base
@@ -261,7 +261,7 @@ def critic_params(session: Session, checkpoint: Path) -> Params:
     """
     if session.config.stage != "ppo":
         stage = session.config.stage
-        raise UserError(f"{session.run_dir} is a {stage} run: only ppo trains a critic")
+        raise UserError(f"{session.folder} is a {stage} run: only ppo trains a critic")
     ppo = algorithm_with(session)
     init = partial(init_state, ppo)
     return restore(checkpoint, abstract(init, session.mesh)).critic.params
@@ -318,10 +318,10 @@ def check_reward_fits(session: Session) -> None:
     Raises:
       UserError: it was trained with another tokenizer, or with other settings that shapes do not show.
     """
-    reward_dir = run_dir_of(session.parent("reward"))
-    if load_tokenizer(reward_dir).fingerprint != session.tokenizer.fingerprint:
-        raise UserError(f"{reward_dir} was trained with another tokenizer than {session.config.start.policy}")
-    check_same_model(session.model, reward_dir)
+    reward = RunFolder.of_checkpoint(session.parent("reward"))
+    if load_tokenizer(reward.path).fingerprint != session.tokenizer.fingerprint:
+        raise UserError(f"{reward} was trained with another tokenizer than {session.config.start.policy}")
+    check_same_model(session.model, reward)
 
 
 def heldout_evaluator(

@@ -35,7 +35,7 @@ from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start
 from maxllm.errors import UserError
 from maxllm.files import read_json, whole_folder, write_bytes, write_json
 from maxllm.run.changes import flat
-from maxllm.run.record import console, progress
+from maxllm.run.console import console, progress
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
