@@ -39,7 +39,7 @@ class Job:
     """What is compiled."""
     fresh: Callable[[], Any]
     """Makes the state a new run starts from; not called when a checkpoint is there."""
-    batches: Batches
+    batches: Batches[Any]
     """The data, in order."""
     heldout: Any
     """Records of arrays, and lists of texts, that `evaluate` reads: part of what a run is."""
@@ -133,7 +133,7 @@ def check_same_data(run_dir: Path, job: Job, step: int | None) -> None:
     Raises:
       UserError: one of them is another.
     """
-    now = {"training": fingerprint(job.batches.rows), "held-out": fingerprint(job.heldout)}
+    now = {"training": job.batches.fingerprint(), "held-out": fingerprint(job.heldout)}
     if step is not None and (run_dir / DATA).is_file():
         former = read_json(run_dir / DATA)
         for name, data in now.items():
@@ -187,7 +187,7 @@ class _Loop:
 
         self.window.restart()
         for step in range(first + 1, run.steps + 1):
-            batch = processes.to_global(job.batches.at(step - 1), rows)
+            batch = processes.own_rows(partial(job.batches.at, step - 1), job.program.abstract_batch, rows)
             if self.is_over():
                 self.note_pending()
             state, metrics = iterate(state, batch, *job.frozen)

@@ -88,7 +88,7 @@ def job(session: Session) -> Job:
     return Job(
         program=compiled,
         fresh=lambda: start_from(reference.base, compiled.optimizer, compiled.abstract_state),
-        batches=loader.Batches(pairs, config.batch.rows, config.run.seed),
+        batches=loader.ArrayBatches(pairs, config.batch.rows, config.run.seed),
         heldout=(heldout, [question.answer for question in questions]),
         evaluate=lambda state: figures(Weights(state.params)) | answers(state),
         best=("loss", "min"),

@@ -145,7 +145,7 @@ def job(session: Session) -> Job:
     return Job(
         program=compiled,
         fresh=lambda: fresh_state(ppo, frozen, compiled.abstract_state),
-        batches=loader.Batches(
+        batches=loader.PromptBatches(
             prompts_of(train_questions, length, ppo.pad), config.batch.rows, config.run.seed
         ),
         heldout=(prompts_of(heldout, length, ppo.pad), [question.answer for question in heldout]),
@@ -225,6 +225,7 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
     state = abstract(init, mesh, config.mesh.zero, config.mesh.offload)
     batch = PromptBatch(
         jax.ShapeDtypeStruct((config.batch.rows, prompt), jnp.int32),
+        jax.ShapeDtypeStruct((config.batch.rows,), jnp.int32),
         jax.ShapeDtypeStruct((config.batch.rows,), jnp.int32),
     )
     sampler = decoder_of(ppo.actor.model, platform_of(mesh))

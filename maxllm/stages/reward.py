@@ -64,7 +64,7 @@ def job(session: Session) -> Job:
     return Job(
         program=compiled,
         fresh=lambda: start_from(with_new_head(session, start), compiled.optimizer, compiled.abstract_state),
-        batches=loader.Batches(rows, config.batch.rows, config.run.seed),
+        batches=loader.ArrayBatches(rows, config.batch.rows, config.run.seed),
         heldout=heldout,
         evaluate=lambda state: figures(Weights(state.params)),
         best=("accuracy", "max"),

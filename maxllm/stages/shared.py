@@ -124,7 +124,7 @@ def language_job(
     return Job(
         program=program,
         fresh=fresh,
-        batches=loader.Batches(rows, config.batch.rows, config.run.seed),
+        batches=loader.ArrayBatches(rows, config.batch.rows, config.run.seed),
         heldout=heldout,
         evaluate=evaluate,
         best=best,
