@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxllm.data.loader import Batches, fingerprint
+from maxllm.data.store import write_record
 from maxllm.errors import Interrupted, RunFailed, UserError
 from maxllm.files import read_json, write_json
 from maxllm.parallel import processes, sharding
 from maxllm.plan.hardware import peak_flops
-from maxllm.records import Metrics
+from maxllm.records import Metrics, Params
 from maxllm.run.checkpoint import FOLDER, UNRANKED, Checkpoints, latest_step
 from maxllm.run.faults import StopRequest, stop_on_signals
+from maxllm.run.heldout import HELDOUT
 from maxllm.run.parents import check_parents, in_use, record_parents, roles_of
 from maxllm.run.program import Program, compile_program
 from maxllm.run.record import METRICS, SUMMARY, Recorder, hardware, peak_rss_bytes, read_summary
@@ -42,11 +44,13 @@ class Job:
     batches: Batches[Any]
     """The data, in order."""
     heldout: Any
-    """Records of arrays, and lists of texts, that `evaluate` reads: part of what a run is."""
-    evaluate: Callable[[Any], dict[str, float]]
-    """Held-out figures of a state."""
+    """A record of arrays and lists of texts that `evaluate` reads: part of what a run is."""
+    evaluate: Callable[[Params], dict[str, float]]
+    """Held-out figures of the exported parameters of a state."""
     best: tuple[str, Literal["min", "max"]]
     """Which held-out figure ranks checkpoints, and which end of it is good."""
+    store_heldout: bool = False
+    """Whether the run's folder keeps the held-out rows; without, they are in files of their own already."""
     frozen: tuple[Any, ...] = ()
     """The program's frozen trees."""
     facts: dict[str, Any] | None = None
@@ -107,6 +111,8 @@ def _train_in_folder(session: Session, job: Job, state: Any, stop: StopRequest) 
     first = None if newest < 0 else newest
     check_not_lost(run_dir, first)
     check_same_data(run_dir, job, first)
+    if job.store_heldout and processes.is_main():
+        write_record(run_dir / HELDOUT, job.heldout)
     parents = {role: session.parent(role) for role in roles_of(session.config)}
     check_parents(run_dir, parents)
     if processes.is_main():
@@ -265,7 +271,7 @@ class _Loop:
     def evaluate(self, state: Any, step: int) -> dict[str, float]:
         """Held-out figures, recorded."""
         started = time.perf_counter()
-        heldout = self.job.evaluate(state)
+        heldout = self.job.evaluate(state.detach()[0])
         self.recorder.write({"step": step, "seconds": self.seconds(), "heldout": heldout})
         self.recorder.say(f"step {step} held out: " + ", ".join(f"{k} {v:.4g}" for k, v in heldout.items()))
         self.window.paused(time.perf_counter() - started)

@@ -50,8 +50,8 @@ def build(tmp_path, tiny_tokenizer):
             state = TrainState(jnp.int32(0), {"w": jnp.zeros(8)}, {"m": jnp.zeros(())})
             return jax.device_put(state, everywhere)
 
-        def evaluate(state):
-            figure = figures.get(int(state.step), 9.0)
+        def evaluate(params):
+            figure = figures.get(int(params["w"][0]), 9.0)
             if isinstance(figure, BaseException):
                 raise figure
             return {"loss": figure}
