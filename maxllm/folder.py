@@ -6,6 +6,7 @@
     hf_generation_config.json   that model's generation_config.json
     metrics.jsonl               one line for each log line and each evaluation
     summary.json                the run's final figures; there once the run is complete
+    heldout/                    rows that the run is measured on, where they are in no files of their own
     data.json                   fingerprints of the data that the run is made of
     parents.json                the checkpoints that the run began from
     dependents/                 one file for each run that began from a checkpoint of this one
@@ -36,7 +37,7 @@ from maxllm.files import finite, read_json, read_yaml, write_bytes, write_json, 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 HF_CONFIG, HF_GENERATION = "hf_config.json", "hf_generation_config.json"
 DATA, PARENTS, DEPENDENTS, CHANGES = "data.json", "parents.json", "dependents", "changes.jsonl"
-LOCK, CHECKPOINTS = ".lock", "checkpoints"
+LOCK, CHECKPOINTS, HELDOUT = ".lock", "checkpoints", "heldout"
 
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 """What Orbax calls the folder of a checkpoint that is being written."""
@@ -177,6 +178,11 @@ class RunFolder:
     def write_data(self, fingerprints: Mapping[str, Any]) -> None:
         """Records which data the run is made of."""
         write_json(self.path / DATA, dict(fingerprints))
+
+    @property
+    def heldout(self) -> Path:
+        """The folder of held-out rows, which `data/store.py` writes and reads."""
+        return self.path / HELDOUT
 
     def append_changes(self, changes: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines {"step", "setting", "from", "to"} to changes.jsonl."""

@@ -70,6 +70,8 @@ class PromptBatch(struct.PyTreeNode):
     """int32 ids, padding first."""
     lengths_B: Array
     """int32 real tokens at the end of each row."""
+    row_B: Array | None = None
+    """int32 number of each prompt's row in the data, where there is somebody to look it up."""
 
 
 class Rollout(struct.PyTreeNode):
@@ -87,6 +89,8 @@ class Rollout(struct.PyTreeNode):
     """float32; 1 on response tokens, the stop token included."""
     finished_B: Array
     """bool; the response ended with a stop token."""
+    row_B: Array | None = None
+    """int32 number of each prompt's row in the data, if the prompts had one."""
 
 
 class Experience(struct.PyTreeNode):

@@ -78,6 +78,7 @@ def read_split(
     tokenizer: Tokenizer,
     parse: Callable[[dict[str, Any]], Parsed],
     asked: Callable[[Parsed], Sequence[chat.Message]],
+    training: bool = True,
 ) -> tuple[list[Parsed], list[Parsed], list[Tally]]:
     """(training rows, held-out rows, counts by source), no held-out prompt among those that are trained on.
 
@@ -93,11 +94,13 @@ def read_split(
       tokenizer: renders prompts.
       parse: makes of a row what is trained on, or raises `chat.RowError` for one that cannot be used.
       asked: the messages before the first reply that is trained on or measured.
+      training: whether training rows are wanted: without, `data.sources` are only read where a share of them
+        is held out.
 
     Raises:
       UserError: a source is missing or empty, too large a share of it is unusable, or a side stays empty.
     """
-    if not data.sources:
+    if not data.sources and (training or not data.heldout_sources):
         raise UserError("data.sources is empty: name at least one file")
 
     def read(sources: Sequence[str], held: Container[int] = ()) -> tuple[list[Keyed], list[Tally]]:
@@ -122,6 +125,8 @@ def read_split(
 
     if data.heldout_sources:
         heldout, heldout_tallies = read(data.heldout_sources)
+        if not training:
+            return [], [row for _, row in heldout], heldout_tallies
         train, tallies = read(data.sources, {key for key, _ in heldout})
         return [row for _, row in train], [row for _, row in heldout], tallies + heldout_tallies
     rows, tallies = read(data.sources)

@@ -1,8 +1,8 @@
-"""The order of data: a batch is a pure function of (seed, step).
+"""The order of data: a batch is a pure function of (seed, step), and so is every part of its rows.
 
-Every dataset is a record of numpy arrays whose first axis counts its rows: an `LmBatch` of all packed rows,
-a `PairBatch` of all pairs, a `PromptBatch` of all prompts. Resuming needs the step number and nothing else,
-and works on another number of hosts.
+A dataset is a record of numpy arrays whose first axis counts its rows: an `LmBatch` of all packed rows, a
+`PairBatch` of all pairs, a `PromptBatch` of all prompts. Resuming needs the step number and nothing else, and
+works on another number of hosts, of which each asks for the rows of its own devices.
 """
 
 from __future__ import annotations
@@ -10,18 +10,40 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import grain.python as grain
 import jax
 import numpy as np
 import xxhash
 
-Record = TypeVar("Record")
+from maxllm.records import PromptBatch
 
+Record = TypeVar("Record")
+Given = TypeVar("Given", covariant=True)
+
+ALL = slice(None)
+"""Every row of a batch."""
 
 HASHED_ROWS = 1 << 10
 """Rows that are hashed at a time."""
+
+
+class Batches(Protocol[Given]):
+    """The training data of a run, in order."""
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a global batch."""
+
+    def at(self, step: int, rows: slice = ALL) -> Given:
+        """Some rows of the global batch at `step`, a record of numpy arrays; the same whoever asks, and when.
+
+        No other row of the batch is built.
+        """
+
+    def fingerprint(self) -> dict[str, Any]:
+        """{"rows", "hash"}: which data this is."""
 
 
 def row_count(rows: Any) -> int:
@@ -29,24 +51,47 @@ def row_count(rows: Any) -> int:
     return len(jax.tree.leaves(rows)[0])
 
 
+def shuffled(rows: int, seed: int) -> grain.MapDataset:
+    """An endless order of `rows` row numbers: each epoch is another permutation of all of them."""
+    return grain.MapDataset.range(rows).seed(seed).shuffle().repeat()
+
+
+def places(step: int, batch_rows: int, rows: slice) -> range:
+    """The places of some rows of a batch in the endless order of all rows."""
+    return range(step * batch_rows, (step + 1) * batch_rows)[rows]
+
+
 @dataclass(frozen=True)
-class Batches(Generic[Record]):
-    """An endless, seeded order over a dataset: each epoch is another permutation of all rows."""
+class ArrayBatches(Generic[Record]):
+    """Batches of a dataset in memory or in mapped files, in a seeded order without an end."""
 
     rows: Record
     batch_rows: int
     seed: int
 
-    def indices(self, step: int) -> np.ndarray:
-        """Row numbers of the batch at `step`."""
-        order = grain.MapDataset.range(row_count(self.rows)).seed(self.seed).shuffle().repeat()
-        start = step * self.batch_rows
-        return np.array([order[i] for i in range(start, start + self.batch_rows)])
+    def indices(self, step: int, rows: slice = ALL) -> np.ndarray:
+        """Row numbers in the dataset of some rows of the batch at `step`, [rows]."""
+        order = shuffled(row_count(self.rows), self.seed)
+        return np.array([order[place] for place in places(step, self.batch_rows, rows)], np.int64)
 
-    def at(self, step: int) -> Record:
-        """The batch at `step`, numpy arrays."""
-        chosen = self.indices(step)
+    def at(self, step: int, rows: slice = ALL) -> Record:
+        """Some rows of the batch at `step`."""
+        chosen = self.indices(step, rows)
         return jax.tree.map(lambda array: np.asarray(array[chosen]), self.rows)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Which data this is, whatever its order."""
+        return fingerprint(self.rows)
+
+
+@dataclass(frozen=True)
+class PromptBatches(ArrayBatches[PromptBatch]):
+    """Batches of prompts that keep their row numbers, by which a host finds what belongs to them."""
+
+    def at(self, step: int, rows: slice = ALL) -> PromptBatch:
+        """Some rows of the batch at `step`, with their numbers."""
+        numbers_B = self.indices(step, rows).astype(np.int32)
+        return super().at(step, rows).replace(row_B=numbers_B)
 
 
 def fingerprint(rows: Any) -> dict[str, Any]:

@@ -242,4 +242,5 @@ def generate(
         logps_BR=end.logps_BR,
         mask_BR=end.mask_BR,
         finished_B=end.done_B,
+        row_B=prompts.row_B,
     )

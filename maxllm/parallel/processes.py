@@ -7,7 +7,8 @@ Cloud TPU and Slurm, what `jax.distributed.initialize()` finds by itself when MA
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -94,3 +95,30 @@ def to_global(batch: Any, sharding: Sharding) -> Any:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(place, batch)
+
+
+def own_rows(rows_at: Callable[[slice], Any], abstract: Any, sharding: Sharding) -> Any:
+    """Global arrays of which each process builds the rows that its own devices hold, and no others.
+
+    Args:
+      rows_at: some rows of the record of arrays, the same in every process.
+      abstract: shapes of the whole record, rows first.
+      sharding: splits rows, and nothing else.
+    """
+    leaves: list[jax.ShapeDtypeStruct] = jax.tree.leaves(abstract)
+    structure: Any = jax.tree.structure(abstract)
+    built: dict[tuple[int, int], list[np.ndarray]] = {}  # several devices may hold the same rows
+
+    def part(number: int, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(leaves[number].shape[0])
+        if (start, stop) not in built:
+            record = rows_at(slice(start, stop))
+            assert jax.tree.structure(record) == structure, "data has the form that was compiled for"
+            built[start, stop] = jax.tree.leaves(record)
+        return built[start, stop][number]
+
+    arrays = [
+        jax.make_array_from_callback(leaf.shape, sharding, partial(part, number))
+        for number, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, arrays)

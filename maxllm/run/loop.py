@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxllm.data.loader import Batches, fingerprint
+from maxllm.data.store import write_record
 from maxllm.errors import Interrupted, RunFailed, UserError
 from maxllm.folder import METRICS, UNRANKED, RunFolder
 from maxllm.parallel import processes, sharding
-from maxllm.records import Metrics
+from maxllm.records import Metrics, Params
 from maxllm.run.checkpoint import Checkpoints
 from maxllm.run.faults import StopRequest, stop_on_signals
 from maxllm.run.machine import hardware, peak_rss_bytes
@@ -37,14 +38,16 @@ class Job:
     """What is compiled."""
     fresh: Callable[[], Any]
     """Makes the state a new run starts from; not called when a checkpoint is there."""
-    batches: Batches
+    batches: Batches[Any]
     """The data, in order."""
     heldout: Any
-    """Records of arrays, and lists of texts, that `evaluate` reads: part of what a run is."""
-    evaluate: Callable[[Any], dict[str, float]]
-    """Held-out figures of a state."""
+    """A record of arrays and lists of texts that `evaluate` reads: part of what a run is."""
+    evaluate: Callable[[Params], dict[str, float]]
+    """Held-out figures of the exported parameters of a state."""
     best: tuple[str, Literal["min", "max"]]
     """Which held-out figure ranks checkpoints, and which end of it is good."""
+    store_heldout: bool = False
+    """Whether the run's folder keeps the held-out rows; without, they are in files of their own already."""
     frozen: tuple[Any, ...] = ()
     """The program's frozen trees."""
     facts: dict[str, Any] | None = None
@@ -106,6 +109,8 @@ def _train_in_folder(session: Session, job: Job, state: Any, stop: StopRequest) 
     if first is None:
         folder.check_not_lost()
     check_same_data(folder, job, first)
+    if job.store_heldout and main:
+        write_record(folder.heldout, job.heldout)
     parents = {role: session.parent(role) for role in roles_of(session.config)}
     check_parents(folder, parents)
     if main:
@@ -135,7 +140,7 @@ def check_same_data(folder: RunFolder, job: Job, step: int | None) -> None:
     Raises:
       UserError: one of them is another.
     """
-    now = {"training": fingerprint(job.batches.rows), "held-out": fingerprint(job.heldout)}
+    now = {"training": job.batches.fingerprint(), "held-out": fingerprint(job.heldout)}
     if step is not None and (former := folder.data()):
         for name, data in now.items():
             if former.get(name) != data:
@@ -197,7 +202,7 @@ class _Loop:
         self.window.restart()
         for step in range(first + 1, run.steps + 1):
             asked = time.perf_counter()
-            batch = processes.to_global(job.batches.at(step - 1), rows)
+            batch = processes.own_rows(partial(job.batches.at, step - 1), job.program.abstract_batch, rows)
             waited = time.perf_counter() - asked
             if self.is_over():
                 self.note_pending()
@@ -276,7 +281,7 @@ class _Loop:
     def evaluate(self, state: Any, step: int) -> dict[str, float]:
         """Held-out figures, recorded."""
         started = time.perf_counter()
-        heldout = self.job.evaluate(state)
+        heldout = self.job.evaluate(state.detach()[0])
         record = {"step": step, "seconds": self.seconds(), "heldout": heldout}
         self.records.append(record)
         self.observers.heldout(record)

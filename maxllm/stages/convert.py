@@ -347,7 +347,7 @@ def bar(what: str, size: int) -> Iterator[Callable[[int], None]]:
 
 
 def trains_nothing(*asked: object) -> NoReturn:
-    """Stands where a stage has its program and its job.
+    """Stands where a stage has its program, its job and its held-out figures.
 
     Raises:
       UserError: always.
@@ -366,6 +366,7 @@ def replies(session: Session) -> Reply:
 STAGE = Stage(
     program=trains_nothing,
     job=trains_nothing,
+    evaluator=trains_nothing,
     replies=replies,
     report=StageReport(title="Converted model"),
 )

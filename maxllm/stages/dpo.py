@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import Mesh
 
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
 from maxllm.data import loader
 from maxllm.data.instruct import Question, ReplyPair, answer_of, pad_reply_pairs, read_split, reply_pair
+from maxllm.data.sources import Tally
+from maxllm.data.store import read_record
 from maxllm.model.llama import Llama
-from maxllm.records import ReplyPairBatch
+from maxllm.records import Params, PromptBatch, ReplyPairBatch
 from maxllm.report.charts import COIN, Chart, Level, Line, shares, training_and_heldout
 from maxllm.report.figures import Facts, Row, both, pairs_row, share_row
 from maxllm.report.runs import Run, number
@@ -38,7 +42,7 @@ from maxllm.stages.shared import (
 )
 from maxllm.stages.stage import Stage
 from maxllm.steps.dpo import dpo_loss
-from maxllm.steps.state import TrainState
+from maxllm.steps.update import Loss
 from maxllm.weights import Weights
 
 
@@ -47,7 +51,7 @@ def program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
     llama = Llama(model)
     B, T = config.batch.rows, config.batch.sequence_length
     batch = ReplyPairBatch(pair_batch(B, T), jax.ShapeDtypeStruct((B, 2), jnp.int32))
-    loss = partial(dpo_loss, llama, config.dpo)
+    loss = loss_of(config, model)
     return trainer(
         config,
         model,
@@ -61,65 +65,109 @@ def program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
     )
 
 
+def loss_of(config: Config, model: ModelConfig) -> Callable[..., Loss]:
+    """The loss of a recipe."""
+    return partial(dpo_loss, Llama(model), config.dpo)
+
+
 def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
     config = session.config
     # 1. Data: prompt + chosen and prompt + rejected, right-padded.
-    length, pad = config.batch.sequence_length, session.tokenizer.pad
-    train_rows, heldout_rows, tallies = read_split(
-        config.data,
-        "preference",
-        config.run.seed,
-        session.tokenizer,
-        partial(pair_and_question, session),
-        lambda row: row[0].prompt,
-    )
-    pairs = pad_reply_pairs([pair for pair, _ in train_rows], length, pad)
+    train_rows, heldout_rows, tallies = read_preferences(session)
+    pairs, heldout = padded(session, train_rows), heldout_of(session, heldout_rows)
     # 2. State: the policy; where it begins is also the reference, which stays.
     compiled = program(config, session.model, session.mesh)
     reference = Weights(start_policy(session)())
-    # 3. Held-out figures: the loss's (order of the pairs, implicit rewards, log-probabilities), and right
-    #    answers, where rows say which these are.
-    heldout = pad_reply_pairs([pair for pair, _ in heldout_rows], length, pad)
-    figures = heldout_loss(session, compiled.loss_fn, heldout, reference)
-    room = length - config.generation.max_new_tokens
-    questions = [q for _, q in heldout_rows if q.answer is not None and len(q.ids) <= room]
-    answers = heldout_answers(session, questions, room)
     return Job(
         program=compiled,
         fresh=lambda: start_from(reference.base, compiled.optimizer, compiled.abstract_state),
-        batches=loader.Batches(pairs, config.batch.rows, config.run.seed),
-        heldout=(heldout, [question.answer for question in questions]),
-        evaluate=lambda state: figures(Weights(state.params)) | answers(state),
+        batches=loader.ArrayBatches(pairs, config.batch.rows, config.run.seed),
+        heldout=heldout,
+        evaluate=figures_of(session, heldout, reference),
         best=("loss", "min"),
+        store_heldout=True,
         frozen=(reference,),
         facts={
             "heldout_items": len(heldout_rows),
-            "heldout_questions": len(questions),
+            "heldout_questions": len(heldout.answers),
             "sources": told(session, tallies),
         },
     )
 
 
-def pair_and_question(session: Session, row: dict[str, Any]) -> tuple[ReplyPair, Question]:
+class Heldout(struct.PyTreeNode):
+    """What is measured."""
+
+    pairs: ReplyPairBatch
+    answers: list[str]
+    """The right replies, to the prompts of the rows that say which these are."""
+    prompts: PromptBatch = struct.field(pytree_node=False)
+    """These prompts. They stand in `pairs` too, and are left out of the data's fingerprint."""
+
+
+Preference = tuple[ReplyPair, Question]
+
+
+def read_preferences(
+    session: Session, training: bool = True
+) -> tuple[list[Preference], list[Preference], list[Tally]]:
+    """(training rows, held-out ones, counts by source)."""
+    return read_split(
+        session.config.data,
+        "preference",
+        session.config.run.seed,
+        session.tokenizer,
+        partial(pair_and_question, session),
+        lambda row: row[0].prompt,
+        training,
+    )
+
+
+def padded(session: Session, rows: Sequence[Preference]) -> ReplyPairBatch:
+    """The pairs of rows as arrays."""
+    length, pad = session.config.batch.sequence_length, session.tokenizer.pad
+    return pad_reply_pairs([pair for pair, _ in rows], length, pad)
+
+
+def heldout_of(session: Session, rows: Sequence[Preference]) -> Heldout:
+    """Held-out rows as they are measured."""
+    config = session.config
+    room = config.batch.sequence_length - config.generation.max_new_tokens
+    asked = [(q, q.answer) for _, q in rows if q.answer is not None and len(q.ids) <= room]
+    prompts = prompts_of([question for question, _ in asked], room, session.tokenizer.pad)
+    return Heldout(padded(session, rows), [answer for _, answer in asked], prompts)
+
+
+def pair_and_question(session: Session, row: dict[str, Any]) -> Preference:
     """A row of preferences: its two replies, and its prompt with the right answer, if the row has one."""
     pair = reply_pair(session.tokenizer, row, session.config.batch.sequence_length)
     return pair, Question(pair.prompt, answer_of(row), pair.ids[0][: pair.starts[0]])
 
 
-def heldout_answers(
-    session: Session, questions: Sequence[Question], room: int
-) -> Callable[[TrainState], dict[str, float]]:
-    """Share of replies that are the known answer, decoded as `generation` says; nothing without questions."""
-    if not questions:
-        return lambda state: {}
-    respond = responder(session, session.config.generation)
-    prompts = prompts_of(questions, room, session.tokenizer.pad)
+def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
+    """Held-out figures over stored rows, or over those of the data."""
+    if stored is None:
+        heldout = heldout_of(session, read_preferences(session, training=False)[1])
+    else:
+        heldout = read_record(stored, Heldout)
+    return figures_of(session, heldout, Weights(start_policy(session)()))
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        weights = Weights(state.params)
-        texts = replies(respond, session.tokenizer, weights, prompts, session.config.batch.rows)
-        return {"exact_match": exact_match(texts, questions)}
+
+def figures_of(
+    session: Session, heldout: Heldout, reference: Weights
+) -> Callable[[Params], dict[str, float]]:
+    """The loss's figures (order of the pairs, implicit rewards, log-probabilities), and the share of replies
+    that are the known answer, decoded as `generation` says; that one only where answers are known."""
+    figures = heldout_loss(session, loss_of(session.config, session.model), heldout.pairs, reference)
+    if not heldout.answers:
+        return lambda params: figures(Weights(params))
+    respond = responder(session, session.config.generation)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        weights = Weights(params)
+        texts = replies(respond, session.tokenizer, weights, heldout.prompts, session.config.batch.rows)
+        return figures(weights) | {"exact_match": exact_match(texts, heldout.answers)}
 
     return evaluate
 
@@ -161,6 +209,7 @@ def charts(run: Run, facts: Facts) -> list[Chart]:
 STAGE = Stage(
     program=program,
     job=job,
+    evaluator=evaluator,
     replies=lambda session: "turns",
     report=StageReport(
         title="DPO",

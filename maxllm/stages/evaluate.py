@@ -13,15 +13,18 @@ from typing import Any
 from maxllm import recipe
 from maxllm.folder import RunFolder, Which
 from maxllm.parallel.mesh import check_batch_divides
-from maxllm.run.restore import restore
+from maxllm.run.heldout import kept_heldout
+from maxllm.run.restore import load_params
 from maxllm.run.session import check_replies_fit, reopen
 from maxllm.stages.registry import stage_of
 
 
 def run(folder: RunFolder, overrides: Sequence[str] = (), which: Which = "latest") -> dict[str, Any]:
-    """Restores a checkpoint and evaluates it as training does.
+    """Reads a checkpoint's parameters and evaluates them as training does.
 
-    Pretrain's held-out text was packed by `prepare`: another one is another data.prepared_dir.
+    Held-out rows are those that the run's folder keeps. They are read from the data where the overrides name
+    other data or another length of replies, or where the folder is of a version that kept none. Held-out text
+    of pretraining was packed by `prepare`: another one is another data.prepared_dir.
     """
     name = recipe.of_run(folder).stage
     stage = stage_of(name)
@@ -29,6 +32,7 @@ def run(folder: RunFolder, overrides: Sequence[str] = (), which: Which = "latest
     check_replies_fit(session.config)
     check_batch_divides(session.mesh, session.config.batch, session.model)
     checkpoint = folder.find(which)
-    job = stage.job(session)
-    figures = job.evaluate(restore(checkpoint, job.program.abstract_state))
+    evaluate = stage.evaluator(session, kept_heldout(folder, session.config))
+    program = stage.program(session.config, session.model, session.mesh)
+    figures = evaluate(load_params(checkpoint, program.abstract_state.detach()[0]))
     return {"run": str(folder), "stage": name, "step": int(checkpoint.name), **figures}

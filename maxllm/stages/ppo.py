@@ -8,13 +8,14 @@ Four models: actor (trained, starts as the SFT model), critic (trained, starts a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import Mesh
 
 from maxllm.config.generation import GenerationConfig
@@ -24,6 +25,8 @@ from maxllm.config.root import Config
 from maxllm.data import loader
 from maxllm.data.instruct import Question, question_of, read_split
 from maxllm.data.load_tokenizer import load_tokenizer
+from maxllm.data.sources import Tally
+from maxllm.data.store import read_record
 from maxllm.data.tokenizer import without_piece
 from maxllm.errors import UserError
 from maxllm.folder import RunFolder
@@ -114,43 +117,81 @@ def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
     config = session.config
     check_sampling(config.generation)
+    read_frozen = frozen_models(session)
+    check_batch_divides(session.mesh, config.batch, session.model, config.ppo.minibatches)
+    # 1. Data: prompts. Answers, where rows have them, are for the held-out check; training never sees them.
+    train_questions, heldout_questions, tallies = read_questions(session)
+    rows, heldout = padded(session, train_questions), heldout_of(session, heldout_questions)
+    # 2. The algorithm and its four models.
+    ppo = algorithm_with(session)
+    compiled = program_of(config, session.model, session.mesh, ppo)
+    frozen = read_frozen()
+    # 3. Train; the best checkpoint is the one with the highest held-out score.
+    return Job(
+        program=compiled,
+        fresh=lambda: fresh_state(ppo, frozen, compiled.abstract_state),
+        batches=loader.PromptBatches(rows, config.batch.rows, config.run.seed),
+        heldout=heldout,
+        evaluate=figures_of(session, ppo, frozen, heldout),
+        best=("score", "max"),
+        store_heldout=True,
+        frozen=(frozen,),
+        facts={"heldout_items": len(heldout.answers), "sources": told(session, tallies)},
+        warning=nothing_to_learn,
+    )
+
+
+def frozen_models(session: Session) -> Callable[[], Frozen]:
+    """Reads the reference and the reward model, when called; now they are looked at, and told.
+
+    Raises:
+      UserError: one of them is gone, or does not fit the policy.
+    """
     start = start_policy(session)
     reward = abstract_params(session, ScalarModel(session.model))
     judge = session.parent("reward")
     check_start(session, judge, reward)
     check_reward_fits(session)
-    check_batch_divides(session.mesh, config.batch, session.model, config.ppo.minibatches)
-    # 1. Data: prompts. Answers, where rows have them, are for the held-out check; training never sees them.
-    length = config.batch.sequence_length - config.generation.max_new_tokens
-    train_questions, heldout, tallies = read_split(
-        config.data,
+    return lambda: Frozen(reference=Weights(start()), reward=Weights(load_params(judge, reward)))
+
+
+class Heldout(struct.PyTreeNode):
+    """What is measured."""
+
+    prompts: PromptBatch
+    answers: list[str | None]
+    """The right reply to each prompt, where it is known."""
+
+
+def read_questions(
+    session: Session, training: bool = True
+) -> tuple[list[Question], list[Question], list[Tally]]:
+    """(training prompts, held-out ones, counts by source)."""
+    length = prompt_length(session.config)
+    return read_split(
+        session.config.data,
         "prompt",
-        config.run.seed,
+        session.config.run.seed,
         session.tokenizer,
         lambda row: question_of(session.tokenizer, row, length),
         lambda question: question.messages,
+        training,
     )
-    # 2. The algorithm and its four models.
-    ppo = algorithm_with(session)
-    compiled = program_of(config, session.model, session.mesh, ppo)
-    frozen = Frozen(
-        reference=Weights(start()),
-        reward=Weights(load_params(judge, reward)),
-    )
-    # 3. Train; the best checkpoint is the one with the highest held-out score.
-    return Job(
-        program=compiled,
-        fresh=lambda: fresh_state(ppo, frozen, compiled.abstract_state),
-        batches=loader.Batches(
-            prompts_of(train_questions, length, ppo.pad), config.batch.rows, config.run.seed
-        ),
-        heldout=(prompts_of(heldout, length, ppo.pad), [question.answer for question in heldout]),
-        evaluate=heldout_evaluator(session, ppo, frozen, heldout, length),
-        best=("score", "max"),
-        frozen=(frozen,),
-        facts={"heldout_items": len(heldout), "sources": told(session, tallies)},
-        warning=nothing_to_learn,
-    )
+
+
+def prompt_length(config: Config) -> int:
+    """Positions of a row that a prompt may take."""
+    return config.batch.sequence_length - config.generation.max_new_tokens
+
+
+def padded(session: Session, questions: Sequence[Question]) -> PromptBatch:
+    """Prompts as arrays."""
+    return prompts_of(questions, prompt_length(session.config), session.tokenizer.pad)
+
+
+def heldout_of(session: Session, questions: Sequence[Question]) -> Heldout:
+    """Held-out prompts as they are measured."""
+    return Heldout(padded(session, questions), [question.answer for question in questions])
 
 
 def nothing_to_learn(means: dict[str, float]) -> str | None:
@@ -216,11 +257,11 @@ def program(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
 def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Program:
     """Rollout, judgement and learning: four models, of which each part holds those that it reads."""
     init = partial(init_state, ppo)
-    prompt = config.batch.sequence_length - config.generation.max_new_tokens
     reference, reward = (abstract_base(learner.model, mesh) for learner in (ppo.actor, ppo.critic))
     state = abstract(init, mesh, config.mesh.zero, config.mesh.offload)
     batch = PromptBatch(
-        jax.ShapeDtypeStruct((config.batch.rows, prompt), jnp.int32),
+        jax.ShapeDtypeStruct((config.batch.rows, prompt_length(config)), jnp.int32),
+        jax.ShapeDtypeStruct((config.batch.rows,), jnp.int32),
         jax.ShapeDtypeStruct((config.batch.rows,), jnp.int32),
     )
     sampler = decoder_of(ppo.actor.model, platform_of(mesh))
@@ -324,13 +365,23 @@ def check_reward_fits(session: Session) -> None:
     check_same_model(session.model, reward)
 
 
-def heldout_evaluator(
-    session: Session, ppo: Ppo, frozen: Frozen, questions: list[Question], length: int
-) -> Callable[[PpoState], dict[str, float]]:
+def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
+    """Held-out figures over stored rows, or over those of the data."""
+    read_frozen = frozen_models(session)
+    if stored is None:
+        heldout = heldout_of(session, read_questions(session, training=False)[1])
+    else:
+        heldout = read_record(stored, Heldout)
+    return figures_of(session, algorithm_with(session), read_frozen(), heldout)
+
+
+def figures_of(
+    session: Session, ppo: Ppo, frozen: Frozen, heldout: Heldout
+) -> Callable[[Params], dict[str, float]]:
     """Held-out prompts answered by sampling as in training, and greedily.
 
     Figures: `score` of the reward model, `kl` to the reference in nats per response (k1), `finished` share;
-    where every question has its answer, `exact_match` with it (which no model was shown), and the same for
+    where every prompt has its answer, `exact_match` with it (which no model was shown), and the same for
     greedy replies.
     """
     config = session.config
@@ -350,27 +401,23 @@ def heldout_evaluator(
 
     reader = compile_reader(session.mesh, judge)
 
-    def evaluate(state: PpoState) -> dict[str, float]:
+    def evaluate(params: Params) -> dict[str, float]:
         texts: list[str] = []
         greedy_texts: list[str] = []
         sums = {"score": 0.0, "kl": 0.0, "finished": 0.0}
-        for part, (batch, real) in enumerate(
-            loader.in_order(prompts_of(questions, length, ppo.pad), config.batch.rows)
-        ):
+        for part, (batch, real) in enumerate(loader.in_order(heldout.prompts, config.batch.rows)):
             key = jax.random.fold_in(jax.random.key(config.run.seed), part)
-            sampled, best, scores_B, kl_B = jax.device_get(
-                reader(Weights(state.actor.params), batch, frozen, key)
-            )
+            sampled, best, scores_B, kl_B = jax.device_get(reader(Weights(params), batch, frozen, key))
             texts += [reply_text(session.tokenizer, sampled, row) for row in range(real)]
             greedy_texts += [reply_text(session.tokenizer, best, row) for row in range(real)]
             for name, values in (("score", scores_B), ("kl", kl_B), ("finished", sampled.finished_B)):
                 sums[name] += float(values[:real].sum())
-        means = {name: total / len(questions) for name, total in sums.items()}
-        if any(question.answer is None for question in questions):
+        means = {name: total / len(heldout.answers) for name, total in sums.items()}
+        if None in heldout.answers:
             return means
         return means | {
-            "exact_match": exact_match(texts, questions),
-            "exact_match_greedy": exact_match(greedy_texts, questions),
+            "exact_match": exact_match(texts, heldout.answers),
+            "exact_match_greedy": exact_match(greedy_texts, heldout.answers),
         }
 
     return evaluate
@@ -379,6 +426,7 @@ def heldout_evaluator(
 STAGE = Stage(
     program=program,
     job=job,
+    evaluator=evaluator,
     replies=lambda session: "turns",
     report=REPORT,
 )

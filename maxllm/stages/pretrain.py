@@ -15,7 +15,7 @@ import jax
 
 from maxllm.data.rows import read_rows
 from maxllm.errors import UserError
-from maxllm.records import LmBatch
+from maxllm.records import LmBatch, Params
 from maxllm.report.charts import Chart, Level, Line, training_and_heldout
 from maxllm.report.figures import NO_VERDICT, NOT_YET, Facts, Row, compared, shown
 from maxllm.report.runs import Run, number
@@ -42,9 +42,7 @@ def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
     config = session.config
     # 1. Data: packed rows, made with this tokenizer and this row length.
-    prepared = Path(config.data.prepared_dir or "")
-    manifest = prepare.read_manifest(prepared)
-    check_prepared(session, prepared, manifest)
+    prepared, manifest = open_corpus(session)
     # 2. State: initialized, or read, straight into its shardings.
     program = language_program(config, session.model, session.mesh)
     start = start_policy(session) if config.start.policy else None
@@ -73,9 +71,16 @@ def job(session: Session) -> Job:
     )
 
 
+def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
+    """Held-out figures; the rows are the corpus's, which a run does not keep a second time."""
+    assert stored is None, "job stores none"
+    prepared, manifest = open_corpus(session)
+    return bits_per_byte(session, read_rows(prepared, "heldout"), manifest)
+
+
 def bits_per_byte(
     session: Session, rows: LmBatch, manifest: dict[str, Any]
-) -> Callable[[TrainState], dict[str, float]]:
+) -> Callable[[Params], dict[str, float]]:
     """Held-out loss, accuracy and bits per byte of text.
 
     Bits are counted over every token of every held-out document, its end-of-text token included, and divided
@@ -84,22 +89,25 @@ def bits_per_byte(
     measure = heldout_language(session, rows)
     tokens, size = manifest["heldout"]["tokens"], manifest["heldout"]["bytes"]
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        figures = measure(Weights(state.params))
+    def evaluate(params: Params) -> dict[str, float]:
+        figures = measure(Weights(params))
         return figures | {"bits_per_byte": figures["loss"] * tokens / math.log(2) / size}
 
     return evaluate
 
 
-def check_prepared(session: Session, prepared: Path, manifest: dict[str, Any]) -> None:
-    """The rows must fit the session.
+def open_corpus(session: Session) -> tuple[Path, dict[str, Any]]:
+    """(folder, manifest) of the prepared corpus, which must fit the session.
 
     Raises:
-      UserError: they were made with another tokenizer, from other data or with another row length.
+      UserError: it was made with another tokenizer, from other data or with another row length.
     """
+    prepared = Path(session.config.data.prepared_dir or "")
+    manifest = prepare.read_manifest(prepared)
     if manifest["tokenizer_sha256"] != session.tokenizer.fingerprint:
         raise UserError(f"{prepared} was prepared with another tokenizer than {session.config.tokenizer}")
     prepare.check_settings(session.config, prepared, manifest, read=False)
+    return prepared, manifest
 
 
 # --- what a report tells ----------------------------------------------------------------------------------
@@ -173,6 +181,7 @@ def remarks(verdicts: Verdicts) -> list[str]:
 STAGE = Stage(
     program=language_program,
     job=job,
+    evaluator=evaluator,
     replies=lambda session: "text",
     heldout="data.prepared_dir",
     report=StageReport(

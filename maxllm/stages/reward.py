@@ -5,8 +5,9 @@ maxllm reward configs/reward/tiny_tasks_cpu.yaml
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -14,9 +15,11 @@ from jax.sharding import Mesh
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
 from maxllm.data import loader
-from maxllm.data.instruct import pad_pairs, read_split, reply_pair
+from maxllm.data.instruct import ReplyPair, pad_pairs, read_split, reply_pair
+from maxllm.data.sources import Tally
+from maxllm.data.store import read_record
 from maxllm.model.heads import ScalarModel
-from maxllm.records import Params
+from maxllm.records import PairBatch, Params
 from maxllm.report.charts import COIN, Chart, Level, Line, shares, training_and_heldout
 from maxllm.report.figures import Facts, Row, pairs_row
 from maxllm.report.runs import Run
@@ -28,48 +31,76 @@ from maxllm.stages.shared import heldout_loss, start_from, start_policy, told
 from maxllm.stages.stage import Stage
 from maxllm.steps.reward import reward_loss
 from maxllm.steps.state import abstract, create, init_params
+from maxllm.steps.update import Loss
 from maxllm.weights import Weights
 
 
 def program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
     """The reward model, on pairs."""
-    scalar = ScalarModel(model)
     batch = pair_batch(config.batch.rows, config.batch.sequence_length)
-    loss = partial(reward_loss, scalar, config.reward)
-    return trainer(config, model, mesh, scalar, loss, batch, sequences=2, head=1)
+    loss = loss_of(config, model)
+    return trainer(config, model, mesh, ScalarModel(model), loss, batch, sequences=2, head=1)
+
+
+def loss_of(config: Config, model: ModelConfig) -> Callable[..., Loss]:
+    """The loss of a recipe."""
+    return partial(reward_loss, ScalarModel(model), config.reward)
 
 
 def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
     config = session.config
     # 1. Data: prompt + chosen and prompt + rejected, right-padded.
-    length = config.batch.sequence_length
-    train_pairs, heldout_pairs, tallies = read_split(
-        config.data,
-        "preference",
-        config.run.seed,
-        session.tokenizer,
-        lambda row: reply_pair(session.tokenizer, row, length),
-        lambda pair: pair.prompt,
-    )
-    pad = session.tokenizer.pad
+    train_pairs, heldout_pairs, tallies = read_pairs(session)
+    rows, heldout = (padded(session, pairs) for pairs in (train_pairs, heldout_pairs))
     # 2. State: the policy's decoder under a new head.
-    rows = pad_pairs([pair.ids for pair in train_pairs], length, pad)
-    heldout = pad_pairs([pair.ids for pair in heldout_pairs], length, pad)
     compiled = program(config, session.model, session.mesh)
     start = start_policy(session)
-    # 3. Held-out figures: loss, pair accuracy and mean scores.
-    figures = heldout_loss(session, compiled.loss_fn, heldout)
-    # 4. Train; the best checkpoint is the one that orders most held-out pairs right.
+    # 3. Train; the best checkpoint is the one that orders most held-out pairs right.
     return Job(
         program=compiled,
         fresh=lambda: start_from(with_new_head(session, start), compiled.optimizer, compiled.abstract_state),
-        batches=loader.Batches(rows, config.batch.rows, config.run.seed),
+        batches=loader.ArrayBatches(rows, config.batch.rows, config.run.seed),
         heldout=heldout,
-        evaluate=lambda state: figures(Weights(state.params)),
+        evaluate=figures_of(session, heldout),
         best=("accuracy", "max"),
+        store_heldout=True,
         facts={"heldout_items": len(heldout_pairs), "sources": told(session, tallies)},
     )
+
+
+def read_pairs(
+    session: Session, training: bool = True
+) -> tuple[list[ReplyPair], list[ReplyPair], list[Tally]]:
+    """(training pairs, held-out ones, counts by source)."""
+    return read_split(
+        session.config.data,
+        "preference",
+        session.config.run.seed,
+        session.tokenizer,
+        lambda row: reply_pair(session.tokenizer, row, session.config.batch.sequence_length),
+        lambda pair: pair.prompt,
+        training,
+    )
+
+
+def padded(session: Session, pairs: Sequence[ReplyPair]) -> PairBatch:
+    """Pairs as arrays."""
+    length, pad = session.config.batch.sequence_length, session.tokenizer.pad
+    return pad_pairs([pair.ids for pair in pairs], length, pad)
+
+
+def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
+    """Held-out figures over stored rows, or over those of the data."""
+    if stored is not None:
+        return figures_of(session, read_record(stored, PairBatch))
+    return figures_of(session, padded(session, read_pairs(session, training=False)[1]))
+
+
+def figures_of(session: Session, heldout: PairBatch) -> Callable[[Params], dict[str, float]]:
+    """Loss, pair accuracy and mean scores."""
+    figures = heldout_loss(session, loss_of(session.config, session.model), heldout)
+    return lambda params: figures(Weights(params))
 
 
 def with_new_head(session: Session, start: Callable[[], Params]) -> Params:
@@ -115,6 +146,7 @@ def remarks(verdicts: Verdicts) -> list[str]:
 STAGE = Stage(
     program=program,
     job=job,
+    evaluator=evaluator,
     replies=lambda session: "score",
     report=StageReport(
         title="Reward model",

@@ -6,11 +6,13 @@ maxllm sft configs/sft/tiny_tasks_cpu.yaml lora.rank=8 run.dir=runs/tiny/sft-lor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
+from flax import struct
 
 from maxllm.data.chat import Message, messages_of
 from maxllm.data.instruct import (
@@ -22,7 +24,10 @@ from maxllm.data.instruct import (
 from maxllm.data.pack import Piece, pack
 from maxllm.data.render import render_prompt
 from maxllm.data.sources import Tally
+from maxllm.data.store import read_record
 from maxllm.errors import UserError
+from maxllm.model.llama import Llama
+from maxllm.records import LmBatch, Params, PromptBatch
 from maxllm.report.charts import Chart, Line, shares, training_and_heldout
 from maxllm.report.figures import Facts, Row, both, share_row
 from maxllm.report.runs import Run
@@ -43,7 +48,7 @@ from maxllm.stages.shared import (
     told,
 )
 from maxllm.stages.stage import Stage
-from maxllm.steps.state import TrainState, create
+from maxllm.steps.state import TrainState, create, partition_of
 from maxllm.weights import Weights
 
 
@@ -52,31 +57,16 @@ def job(session: Session) -> Job:
     config = session.config
     # 1. Data: conversations packed with their loss masks.
     train_talks, heldout_talks, tallies = read_conversations(session)
-    length, pad = config.batch.sequence_length, session.tokenizer.pad
-    rows = pack([talk.piece for talk in train_talks], length, pad)
-    heldout = pack([talk.piece for talk in heldout_talks], length, pad)
+    rows, heldout = packed(session, train_talks), heldout_of(session, heldout_talks)
     # 2. State: all parameters, or adapters beside parameters that stay.
     program = language_program(config, session.model, session.mesh)
-    start, partition = start_policy(session), program.partition
-    frozen = (Weights(start()),) if partition.keeps else ()
-    # 3. Held-out figures: loss on the replies, and greedy exact match.
-    loss_of = heldout_language(session, heldout)
-    respond = responder(session, config.generation)
-    room = length - config.generation.max_new_tokens
-    questions = last_questions(session, heldout_talks, room)
-    prompts = prompts_of(questions, room, pad)
+    start = start_policy(session)
+    frozen = () if config.lora is None else (Weights(start()),)
 
     def fresh() -> TrainState:
         if frozen:
             return create(program.init, program.abstract_state, jax.random.key(config.run.seed))
         return start_from(start(), program.optimizer, program.abstract_state)
-
-    merged = merging(config.lora)
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        weights = merged(partition.joined(state.params, *frozen))
-        texts = replies(respond, session.tokenizer, weights, prompts, config.batch.rows)
-        return loss_of(weights) | {"exact_match": exact_match(texts, questions)}
 
     return language_job(
         session,
@@ -84,15 +74,69 @@ def job(session: Session) -> Job:
         fresh=fresh,
         frozen=frozen,
         rows=rows,
-        heldout=(heldout, prompts, [question.answer for question in questions]),
-        evaluate=evaluate,
+        heldout=heldout,
+        evaluate=figures_of(session, heldout, frozen),
         best=("loss", "min"),
+        store_heldout=True,
         facts={
-            "heldout_items": len(questions),
+            "heldout_items": len(heldout.answers),
             "heldout_conversations": len(heldout_talks),
             "sources": told(session, tallies),
         },
     )
+
+
+class Heldout(struct.PyTreeNode):
+    """What is measured."""
+
+    rows: LmBatch
+    """The held-out conversations, packed."""
+    prompts: PromptBatch
+    """Those of them whose last prompt leaves room for a reply, up to that prompt's end."""
+    answers: list[str]
+    """The right reply to each prompt."""
+
+
+def heldout_of(session: Session, talks: Sequence[Talk]) -> Heldout:
+    """Held-out conversations as they are measured."""
+    config = session.config
+    room = config.batch.sequence_length - config.generation.max_new_tokens
+    rows, questions = packed(session, talks), last_questions(session, talks, room)
+    prompts = prompts_of(questions, room, session.tokenizer.pad)
+    return Heldout(rows, prompts, [question.answer or "" for question in questions])
+
+
+def packed(session: Session, talks: Sequence[Talk]) -> LmBatch:
+    """Conversations as rows with their loss masks."""
+    length, pad = session.config.batch.sequence_length, session.tokenizer.pad
+    return pack([talk.piece for talk in talks], length, pad)
+
+
+def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
+    """Held-out figures over stored rows, or over those of the data."""
+    if stored is None:
+        heldout = heldout_of(session, read_conversations(session, training=False)[1])
+    else:
+        heldout = read_record(stored, Heldout)
+    frozen = () if session.config.lora is None else (Weights(start_policy(session)()),)
+    return figures_of(session, heldout, frozen)
+
+
+def figures_of(
+    session: Session, heldout: Heldout, frozen: tuple[Weights, ...]
+) -> Callable[[Params], dict[str, float]]:
+    """Loss on the replies, and greedy exact match."""
+    config = session.config
+    partition, merged = partition_of(Llama(session.model, config.lora)), merging(config.lora)
+    loss_of = heldout_language(session, heldout.rows)
+    respond = responder(session, config.generation)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        weights = merged(partition.joined(params, *frozen))
+        texts = replies(respond, session.tokenizer, weights, heldout.prompts, config.batch.rows)
+        return loss_of(weights) | {"exact_match": exact_match(texts, heldout.answers)}
+
+    return evaluate
 
 
 @dataclass(frozen=True)
@@ -103,7 +147,7 @@ class Talk:
     piece: Piece
 
 
-def read_conversations(session: Session) -> tuple[list[Talk], list[Talk], list[Tally]]:
+def read_conversations(session: Session, training: bool = True) -> tuple[list[Talk], list[Talk], list[Tally]]:
     """(training conversations, held-out ones, counts by source)."""
     length = session.config.batch.sequence_length
 
@@ -118,6 +162,7 @@ def read_conversations(session: Session) -> tuple[list[Talk], list[Talk], list[T
         session.tokenizer,
         parse,
         lambda talk: before_first_reply(talk.messages),
+        training,
     )
 
 
@@ -174,6 +219,7 @@ def charts(run: Run, facts: Facts) -> list[Chart]:
 STAGE = Stage(
     program=language_program,
     job=job,
+    evaluator=evaluator,
     replies=lambda session: "turns",
     report=StageReport(
         title="Supervised fine-tuning (SFT)",

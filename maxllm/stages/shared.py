@@ -114,9 +114,10 @@ def language_job(
     fresh: Callable[[], TrainState],
     rows: LmBatch,
     heldout: Any,
-    evaluate: Callable[[TrainState], dict[str, float]],
+    evaluate: Callable[[Params], dict[str, float]],
     best: tuple[str, Any],
     facts: dict[str, Any],
+    store_heldout: bool = False,
     frozen: tuple[Weights, ...] = (),
 ) -> Job:
     """The loop's job for next-token prediction, in pretraining and SFT."""
@@ -124,10 +125,11 @@ def language_job(
     return Job(
         program=program,
         fresh=fresh,
-        batches=loader.Batches(rows, config.batch.rows, config.run.seed),
+        batches=loader.ArrayBatches(rows, config.batch.rows, config.run.seed),
         heldout=heldout,
         evaluate=evaluate,
         best=best,
+        store_heldout=store_heldout,
         frozen=frozen,
         facts=facts,
     )
@@ -191,10 +193,10 @@ def response_ids(rollout: Rollout, row: int) -> list[int]:
     return [int(i) for i in np.asarray(rollout.tokens_BT[row, -len(mask_R) :])[mask_R > 0]]
 
 
-def exact_match(texts: Sequence[str], questions: Sequence[Question]) -> float:
+def exact_match(texts: Sequence[str], answers: Sequence[str | None]) -> float:
     """Share of replies equal to the known answer, white space around both ignored."""
     right = 0
-    for text, question in zip(texts, questions, strict=True):
-        assert question.answer is not None, "whoever asks knows the answers"
-        right += text.strip() == question.answer.strip()
-    return right / len(questions)
+    for text, answer in zip(texts, answers, strict=True):
+        assert answer is not None, "whoever asks knows the answers"
+        right += text.strip() == answer.strip()
+    return right / len(answers)

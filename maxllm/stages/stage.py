@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from jax.sharding import Mesh
 
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
+from maxllm.records import Params
 from maxllm.report.stage import StageReport
 from maxllm.run.loop import Job, finished, train
 from maxllm.run.program import Program
@@ -30,6 +32,9 @@ class Stage:
     """What is compiled for a recipe: training runs it, `plan` asks the compilers about it."""
     job: Callable[[Session], Job]
     """Data, start and held-out figures of a run: all that the loop needs."""
+    evaluator: Callable[[Session, Path | None], Callable[[Params], dict[str, float]]]
+    """Held-out figures of exported parameters, as training computes them: over the rows stored in a folder,
+    or, without one, over those of the session's data. Nothing that is only trained on is read."""
     replies: Callable[[Session], Reply]
     """What the model that it makes does with a prompt."""
     report: StageReport

@@ -1,5 +1,6 @@
 """The training loop on a state of one array, with evaluations whose figures are written down here."""
 
+import dataclasses
 import json
 import math
 
@@ -10,7 +11,7 @@ import pytest
 
 from maxllm import recipe
 from maxllm.config.mesh import MeshConfig
-from maxllm.data.loader import Batches
+from maxllm.data.loader import ArrayBatches
 from maxllm.errors import UserError
 from maxllm.folder import METRICS, SUMMARY, RunFolder
 from maxllm.parallel.mesh import make_mesh
@@ -48,8 +49,8 @@ def build(tmp_path, tiny_tokenizer):
             state = TrainState(jnp.int32(0), {"w": jnp.zeros(8)}, {"m": jnp.zeros(())})
             return jax.device_put(state, everywhere)
 
-        def evaluate(state):
-            figure = figures.get(int(state.step), 9.0)
+        def evaluate(params):
+            figure = figures.get(int(params["w"][0]), 9.0)
             if isinstance(figure, BaseException):
                 raise figure
             return {"loss": figure}
@@ -69,7 +70,7 @@ def build(tmp_path, tiny_tokenizer):
                 flops_per_step=1.0,
             ),
             fresh=fresh,
-            batches=Batches(rows, 8, 0),
+            batches=ArrayBatches(rows, 8, 0),
             heldout=list(answers),
             evaluate=evaluate,
             best=("loss", "min"),
@@ -86,6 +87,22 @@ def test_a_state_that_is_the_best_so_far_is_saved_whenever_it_is_evaluated(build
     loop.train(session, job)
     assert session.folder.best_step() == 6
     assert session.folder.steps() == [6, 10, 12]
+
+
+def test_the_loop_asks_for_rows_of_each_device_and_for_none_twice(build):
+    """Eight devices of one row each; what arrives is the batch of that step."""
+    session, job = build({}, f"run.eval_every={STEPS}", f"run.log_every={STEPS}")
+    asked = []
+
+    class Asked(ArrayBatches):
+        def at(self, step, rows=slice(None)):
+            asked.append((step, rows.start, rows.stop))
+            return super().at(step, rows)
+
+    loop.train(session, dataclasses.replace(job, batches=Asked(job.batches.rows, 8, 0)))
+    assert sorted(asked) == [(number, row, row + 1) for number in range(STEPS) for row in range(8)]
+    [loss] = [record["loss"] for record in session.folder.records() if "loss" in record]
+    assert loss == np.mean([job.batches.at(number).sum() for number in range(STEPS)])
 
 
 def test_what_is_no_number_never_ranks(build):
