@@ -29,8 +29,8 @@ from maxllm.model.attend import resolve
 from maxllm.parallel import processes
 from maxllm.parallel.memory import check_offload
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
-from maxllm.recipe import CONFIG
-from maxllm.run.changes import flat, is_of, record_changes
+from maxllm.recipe import CONFIG, flat
+from maxllm.run.changes import is_of, record_changes
 from maxllm.run.checkpoint import latest_step, remove_unfinished
 from maxllm.run.parents import Role, parent_of
 from maxllm.run.record import console
