@@ -226,7 +226,7 @@ def generate(options: argparse.Namespace) -> None:
     from maxllm.stages import chat as stage
 
     prompts = [utf8(prompt) for prompt in options.prompt]
-    replies = stage.generate(options.run_dir, prompts, options.overrides, options.checkpoint)
+    replies = stage.generate(options.folder, prompts, options.overrides, options.checkpoint)
     if options.json:
         print(json.dumps(replies, ensure_ascii=False))
         return
@@ -238,7 +238,7 @@ def chat(options: argparse.Namespace) -> None:
     """maxllm chat"""
     from maxllm.stages import chat as stage
 
-    stage.converse(options.run_dir, typed_lines(), print, options.overrides, options.checkpoint)
+    stage.converse(options.folder, typed_lines(), print, options.overrides, options.checkpoint)
 
 
 def typed_lines() -> Iterator[str]:
@@ -274,7 +274,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """maxllm evaluate"""
     from maxllm.stages import evaluate as stage
 
-    figures = stage.run(options.run_dir, options.overrides, options.checkpoint)
+    figures = stage.run(options.folder, options.overrides, options.checkpoint)
     show(options, figures, "maxllm evaluate")
 
 
@@ -283,7 +283,7 @@ def export(options: argparse.Namespace) -> None:
     from maxllm.stages import export as stage
 
     result = stage.run(
-        options.run_dir,
+        options.folder,
         options.out,
         verify=not options.no_verify,
         overrides=options.overrides,

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and JSON that is read with a clear error."""
+"""Files and folders that are written whole or not at all; JSON and YAML that are read with a clear error."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+import yaml
 
 from maxllm.errors import UserError
 
@@ -63,6 +64,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
     return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no recipe: sections such as run: and batch: are expected")
+    return tree
 
 
 def file_hash(path: Path) -> str:

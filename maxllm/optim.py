@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -28,6 +28,17 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
+class Optimizer(NamedTuple):
+    """An optax transformation that also says by which learning rate it goes."""
+
+    init: Callable[[Any], Any]
+    """Parameters -> a fresh state."""
+    update: Callable[[Any, Any, Any], tuple[Any, Any]]
+    """(gradients, state, parameters) -> (what is added to the parameters, the next state)."""
+    learning_rate: Callable[[Any], jax.Array]
+    """State -> the learning rate of the update that is made from it."""
+
+
 def by_declaration(function: Callable[[Declaration, Any], Any], declared: Any, tree: Any) -> Any:
     """`function(declaration, leaf)` on every leaf of a tree of parameters, or of arrays like them.
 
@@ -38,7 +49,7 @@ def by_declaration(function: Callable[[Declaration, Any], Any], declared: Any, t
     )
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, declared: Any) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, declared: Any) -> Optimizer:
     """Gradient clipping by global norm, then a step along the optimizer's direction, with decay on what is
     neither a norm nor a bias.
 
@@ -54,16 +65,19 @@ def make_optimizer(config: OptimizerConfig, steps: int, declared: Any) -> optax.
             direction = adafactor(declared)
         case "muon":
             direction = muon(config, declared)
-    return optax.chain(
+    rates = schedule(config, steps)
+    whole = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.chain(
             direction,
             optax.add_decayed_weights(
                 config.weight_decay, partial(by_declaration, lambda d, _: d.kind.decayed, declared)
             ),
-            optax.scale_by_learning_rate(schedule(config, steps)),
+            optax.scale_by_learning_rate(rates),
         ),
     )
+    # The rate goes by the count of the last link's own state, which skipped updates do not advance.
+    return Optimizer(whole.init, whole.update, lambda state: rates(state[-1][-1].count))
 
 
 # --- directions --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import maxllm
 from maxllm.config.root import TRAINED
+from maxllm.folder import RunFolder
 from maxllm.stages.registry import described
 
 EPILOG = """\
@@ -192,7 +193,7 @@ def add_convert(verbs: Any) -> None:
 def add_readers(verbs: Any) -> None:
     """The verbs that take a run folder."""
     verb = add_verb(verbs, "generate", "complete prompts with the model of a run")
-    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of pretrain, sft or ppo")
+    verb.add_argument("folder", metavar="RUN", type=RunFolder, help="run folder of pretrain, sft or ppo")
     add_overrides(verb, "generation.temperature=0.8")
     add_checkpoint(verb)
     verb.add_argument(
@@ -201,18 +202,18 @@ def add_readers(verbs: Any) -> None:
     add_json(verb)
 
     verb = add_verb(verbs, "chat", "talk to the model of a run, line by line")
-    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of sft or ppo")
+    verb.add_argument("folder", metavar="RUN", type=RunFolder, help="run folder of sft or ppo")
     add_overrides(verb, "generation.temperature=0.7")
     add_checkpoint(verb)
 
     verb = add_verb(verbs, "evaluate", "compute the held-out figures of a run")
-    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of any stage")
+    verb.add_argument("folder", metavar="RUN", type=RunFolder, help="run folder of any stage")
     add_overrides(verb, "'data.heldout_sources=[\"mine.jsonl\"]' (pretrain: data.prepared_dir=…)")
     add_checkpoint(verb)
     add_json(verb)
 
     verb = add_verb(verbs, "export", "write a Hugging Face folder, checked against transformers")
-    verb.add_argument("run_dir", metavar="RUN", type=Path, help="run folder of any stage that trains")
+    verb.add_argument("folder", metavar="RUN", type=RunFolder, help="run folder of any stage that trains")
     verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     add_overrides(verb, "mesh.fsdp=4")
     add_checkpoint(verb)

@@ -17,11 +17,10 @@ from pydantic_core import ErrorDetails
 from maxllm.config.root import Config
 from maxllm.config.section import Section, section_in
 from maxllm.errors import UserError
+from maxllm.files import read_yaml
+from maxllm.folder import RunFolder
 
 INCLUDE = "include"
-
-CONFIG = "config.yaml"
-"""The resolved recipe in a run folder."""
 
 
 def find_recipe(name: str) -> Path:
@@ -61,16 +60,25 @@ def with_inherited_model(tree: dict[str, Any]) -> dict[str, Any]:
     policy = start.get("policy") if isinstance(start, dict) else None
     if not isinstance(own, dict) or not isinstance(policy, str):
         return tree
-    parent = Path(policy) / CONFIG
-    if not parent.is_file():
+    parent = RunFolder(policy)
+    if not parent.has_config:
         if "vocab_size" not in own:
             raise UserError(
                 f"the section model says {', '.join(own)} and leaves the rest to {policy}, which is not "
                 "there: train that stage first, or give the whole model"
             )
         return tree
-    inherited = read_yaml(parent).get("model")
+    inherited = parent.settings().get("model")
     return tree | {"model": merge(inherited if isinstance(inherited, dict) else {}, own)}
+
+
+def of_run(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
+    """The resolved configuration in a run folder, with dotted `key=value` words on top of it.
+
+    Raises:
+      UserError: it is no run folder, or an override is not allowed.
+    """
+    return apply_overrides(folder.settings(), overrides)
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
@@ -101,19 +109,6 @@ def validate(tree: dict[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(explain(error.errors()[0])) from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no recipe: sections such as run: and batch: are expected")
-    return tree
 
 
 def dump(config: Config) -> str:

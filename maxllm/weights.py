@@ -48,7 +48,7 @@ class Weights(struct.PyTreeNode):
 
 
 class Kind(enum.Enum):
-    """What a weight is to the model."""
+    """What a weight is to the model: what optimizer, memory and update go by."""
 
     MATRIX = "matrix"
     """A layer's matrix. Nearly all of a model's parameters are in these, so they alone can wait in the host's
@@ -71,8 +71,8 @@ class Kind(enum.Enum):
 class Box(nn.LogicallyPartitioned):
     """A fresh weight with the logical names of its axes and its kind, as initializers return it."""
 
-    kind: Kind = struct.field(default=Kind.MATRIX, pytree_node=False, kw_only=True)
-    inputs: int = struct.field(default=1, pytree_node=False, kw_only=True)
+    kind: Kind = struct.field(pytree_node=False, kw_only=True)
+    inputs: int = struct.field(pytree_node=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def declared(
 
 
 def declarations(boxed: Any) -> Any:
-    """The same tree with a `Declaration` in place of every box."""
+    """A tree of boxed weights with a `Declaration` in place of every box."""
     return jax.tree.map(
         lambda box: Declaration(box.kind, box.names, box.inputs),
         boxed,
@@ -117,7 +117,7 @@ class Partition:
     The trained part is one tree of parameters: gradients, optimizer and checkpoints have its structure.
     """
 
-    trained: Any = None
+    declared: Any = None
     """Declarations of the trained part; None where nobody asks what its weights are."""
     heads: frozenset[tuple[str, ...]] | None = None
     """Paths of what is trained of the base beside adapters; None where there are no adapters."""
@@ -145,9 +145,10 @@ class Partition:
         return unflatten_dict(trained), Weights(unflatten_dict(base))
 
     def joined(self, trained: Params, kept: Weights | None = None) -> Weights:
-        """Undoes `split`."""
-        if self.heads is None or kept is None:
+        """All weights again, from what is trained and what stays."""
+        if self.heads is None:
             return Weights(trained)
+        assert kept is not None, "adapters are trained beside weights that stay"
         base, adapters = flatten_dict(kept.base), flatten_dict(trained)
         base |= {path: adapters.pop(path) for path in self.heads}
         return Weights(unflatten_dict(base), unflatten_dict(adapters))

@@ -38,7 +38,7 @@ from maxllm.config.model import ModelConfig  # noqa: E402
 from maxllm.data import tasks  # noqa: E402
 from maxllm.data.sources import Tally, read_documents  # noqa: E402
 from maxllm.data.spm import SpmTokenizer, train  # noqa: E402
-from maxllm.files import write_bytes  # noqa: E402
+from maxllm.folder import RunFolder  # noqa: E402
 from maxllm.model.llama import Llama  # noqa: E402
 from maxllm.records import Params  # noqa: E402
 from maxllm.run.checkpoint import save_params  # noqa: E402
@@ -100,10 +100,10 @@ def policy_at(tiny_model, tiny_tokenizer, params_of) -> Callable[..., Path]:
             "model": model.model_dump(mode="json"),
             "batch": {"rows": 1, "sequence_length": 64},
         }
-        save_params(folder, params_of(Llama(model)))
-        for name, content in tiny_tokenizer.files.items():
-            write_bytes(folder / name, content)
-        (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+        run = RunFolder(folder)
+        save_params(run, params_of(Llama(model)))
+        run.write_tokenizer(tiny_tokenizer.files)
+        run.write_config(yaml.safe_dump(tree))
         return folder
 
     return make

@@ -71,7 +71,7 @@ TABLE, NORM = Declaration(Kind.TABLE, ()), Declaration(Kind.NORM, ())
 def test_decay_skips_norm_scales_alone(tiny_model, params_of):
     """Scanned norm scales are [L, D]: a rule by number of dimensions would take them for matrices."""
     model = Llama(tiny_model())
-    params, declared = params_of(model), partition_of(model).trained
+    params, declared = params_of(model), partition_of(model).declared
     assert jax.tree.structure(params) == jax.tree.structure(declared)
     named = {jax.tree_util.keystr(path): d for path, d in jax.tree_util.tree_leaves_with_path(declared)}
     skipped = [name for name, declaration in named.items() if not declaration.kind.decayed]
@@ -84,7 +84,7 @@ def test_decay_is_decoupled_and_by_the_rate(tiny_model, params_of):
     model = Llama(tiny_model())
     params = params_of(model)
     config = OptimizerConfig(learning_rate=0.01, schedule="constant", weight_decay=0.5)
-    optimizer = make_optimizer(config, 10, partition_of(model).trained)
+    optimizer = make_optimizer(config, 10, partition_of(model).declared)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     after = optax.apply_updates(params, updates)
@@ -153,7 +153,7 @@ def test_biases_are_not_decayed(tiny_model):
     model = Llama(tiny_model(attention_bias="qkvo", mlp_bias=True, qk_norm=True))
     decayed = {
         jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, declaration in jax.tree_util.tree_leaves_with_path(partition_of(model).trained)
+        for path, declaration in jax.tree_util.tree_leaves_with_path(partition_of(model).declared)
         if declaration.kind.decayed
     }
     layers = "decoder/layers/"
@@ -320,7 +320,7 @@ def test_adapters_have_every_optimizer(name, tiny_model):
     params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
     ones = jax.tree.map(jnp.ones_like, params)
     config = OptimizerConfig(name=name, learning_rate=0.1)
-    *_, after = steps_of(config, params, [ones] * 3, partition_of(model).trained)
+    *_, after = steps_of(config, params, [ones] * 3, partition_of(model).declared)
     for before, now in zip(jax.tree.leaves(params), jax.tree.leaves(after), strict=True):
         assert np.isfinite(now).all() and np.abs(now - before).min() > 0
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from maxllm.config.generation import GenerationConfig
 from maxllm.data.instruct import pad_prompts
+from maxllm.folder import RunFolder
 from maxllm.generate.decode import decoder_of, generate
 from maxllm.hf.export import export
 from maxllm.model.llama import Llama
@@ -52,9 +53,9 @@ def seconds_per_step(decode: Callable[[int], Any], tokens: int, repeats: int) ->
 
 def ours(run: Path, rows: int) -> Callable[[int], Any]:
     """Our decoding as a function of the number of new tokens."""
-    session = reopen(run, ["model.dtype=float32"], ("model.dtype",))
+    session = reopen(RunFolder(run), ["model.dtype=float32"], ("model.dtype",))
     model = decoder_of(Llama(session.model), jax.default_backend())
-    weights = Weights(policy_params(session, run))
+    weights = Weights(policy_params(session, session.folder.find()))
     prompts = pad_prompts(prompt_ids(session.model.vocab_size, rows), PROMPT, 0)
     compiled: dict[int, Any] = {}
 

@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from maxllm.folder import RunFolder
 from maxllm.run import checkpoint
+from maxllm.run import restore as read
 from maxllm.steps.state import TrainState
 
 LAYERS, ARRAYS = 8, 6
@@ -47,7 +49,7 @@ def compare(name: str, restore: Callable[[], Any], turns: int) -> None:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(2 * turns + 2):
         hashed = turn % 2 == 0
-        off = mock.patch.object(checkpoint, "verify", lambda *args, **options: None)
+        off = mock.patch.object(read, "verify", lambda *args, **options: None)
         started = time.perf_counter()
         if hashed:
             jax.block_until_ready(restore())
@@ -72,15 +74,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         params = {"decoder": {"layers": arrays(part, 0)}}
         state = TrainState(jnp.int32(1), params, {"mu": arrays(part, 1), "nu": arrays(part, 2)})
-        checkpoints = checkpoint.Checkpoints(Path(folder) / "trained", keep=1)
+        runs = [RunFolder(Path(folder) / name) for name in ("trained", "converted")]
+        checkpoints = checkpoint.Checkpoints(runs[0], keep=1)
         checkpoints.save(1, state)
         checkpoints.close()
-        checkpoint.save_params(Path(folder) / "converted", params)
-        trained, converted = (checkpoint.find(Path(folder) / name) for name in ("trained", "converted"))
-        compare("training state", lambda: checkpoint.restore(trained, described(state)), options.turns)
-        compare(
-            "converted weights", lambda: checkpoint.load_params(converted, described(params)), options.turns
-        )
+        checkpoint.save_params(runs[1], params)
+        trained, converted = (run.find() for run in runs)
+        compare("training state", lambda: read.restore(trained, described(state)), options.turns)
+        compare("converted weights", lambda: read.load_params(converted, described(params)), options.turns)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def ours(tokens: np.ndarray) -> Callable[[], object]:
 
 
 def theirs(tokens: np.ndarray) -> Callable[[], object]:
-    """The same in torch."""
+    """A step of the same model in torch."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

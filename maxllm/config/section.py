@@ -33,7 +33,7 @@ class Section(BaseModel):
     )
 
     effect: ClassVar[Effect] = Effect.TRAINING
-    """Of the section's fields that say nothing themselves."""
+    """What the section's fields change that say nothing themselves."""
 
     @classmethod
     def effects(cls, prefix: str = "") -> dict[str, Effect]:

@@ -59,12 +59,12 @@ class FastTokenizer:
 
     @cached_property
     def reader(self) -> tokenizers.Tokenizer:
-        """The same, but control tokens spelled in a text are those tokens: for rendered chat templates."""
+        """The tokenizer that takes a control token spelled in a text for that token, as templates need it."""
         return self.fresh()
 
     @cached_property
     def renamed(self) -> tokenizers.Tokenizer:
-        """The same with private spellings of the control tokens: no text is one of them.
+        """The tokenizer with private spellings of the control tokens, so that no text is one of them.
 
         Raises:
           RowError: merges lead to one of them, so that it is not to be told from text.

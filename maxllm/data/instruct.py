@@ -197,7 +197,7 @@ def pad_pairs(pairs: Sequence[tuple[list[int], list[int]]], length: int, pad: in
 
 
 def pad_reply_pairs(pairs: Sequence[ReplyPair], length: int, pad: int) -> ReplyPairBatch:
-    """The same, with the places where replies begin."""
+    """Pairs padded on the right, [N, 2, length], with the places where their replies begin."""
     starts = np.array([pair.starts for pair in pairs], np.int32)
     return ReplyPairBatch(pad_pairs([pair.ids for pair in pairs], length, pad), starts)
 

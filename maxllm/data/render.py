@@ -47,7 +47,8 @@ def render_to_reply(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[i
 
 
 def render_reply(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], int]:
-    """The same, and how many of these tokens stand before what the model is trained to say in that turn."""
+    """(token ids, how many of them stand before what the model is trained to say in the last turn) of a
+    conversation that ends with the token that ends that turn."""
     ids, mask = render(tokenizer, messages)
     end = len(mask) - mask[::-1].index(1)
     start = end - mask[:end][::-1].index(0)

@@ -75,10 +75,9 @@ def export(
     Raises:
       UserError: parameters or tokenizer do not fit the configuration, or out_dir holds something else.
     """
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model's vocab_size is {config.vocab_size}"
-        )
+    pieces, rows = tokenizer.vocab_size, config.vocab_size
+    if pieces > rows:
+        raise UserError(f"the tokenizer has {pieces} pieces, the model's vocab_size is {rows}")
     out_dir = Path(out_dir).absolute()
     fields = hf_config_of(config, tokenizer, dtype, base, head) | {MARK: __version__}
     with whole_folder(out_dir, is_replaceable) as folder:
@@ -87,8 +86,7 @@ def export(
         written = write_weights(folder, params, config, file_dtype, max_shard_bytes, head, tick, read)
         save_tokenizer(tokenizer, folder)
         if head == "lm":
-            defaults = fields_of(tokenizer, generation, base_generation, fields)
-            write_json(folder / GENERATION_CONFIG, defaults)
+            write_json(folder / GENERATION_CONFIG, fields_of(tokenizer, generation, base_generation, fields))
         card = model_card(out_dir.name, config, dtype, written["parameters"], description, head)
         write_text(folder / "README.md", card)
         verify(folder)

@@ -32,7 +32,7 @@ NAMES = {
     "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
     "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
 }
-"""Their name -> Hugging Face's, {} for the layer."""
+"""Name of a tensor in Meta's files -> its name in Hugging Face's, {} for the layer's number."""
 
 TUTORIAL = "Tiny-K"
 """model_type in the tutorial's config.json."""
@@ -91,7 +91,7 @@ def tied(source: Source) -> bool:
 
 
 def as_hf(source: Source, heads: int, kv_heads: int, tie: bool) -> Source:
-    """The same weights under Hugging Face's names, wq and wk reordered."""
+    """Weights of Meta's files under Hugging Face's names, the rows of wq and wk in Hugging Face's order."""
     patterns = {re.escape(theirs).replace(r"\{\}", r"(\d+)"): ours for theirs, ours in NAMES.items()}
     tensors: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():

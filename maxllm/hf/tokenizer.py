@@ -67,7 +67,7 @@ def tokenizer_config() -> dict[str, Any]:
 
 
 def fast_tokenizer(tokenizer: SpmTokenizer) -> tokenizers.Tokenizer:
-    """The same segmentation by the `tokenizers` library.
+    """A tokenizer of the `tokenizers` library that segments every text as a SentencePiece model does.
 
     Pieces are written with real spaces instead of SentencePiece's U+2581, so text needs no normalizer and a
     literal U+2581 falls back to its bytes, as in `Tokenizer.encode`: every text comes back as it was.

@@ -118,7 +118,10 @@ def check_bos(tokenizer: Tokenizer, theirs: Any) -> None:
 
 
 def texts(tokenizer: Tokenizer, theirs: Any) -> Iterator[tuple[str, list[int], list[int]]]:
-    """(what it is, our ids, theirs) of every text, without and with control tokens."""
+    """(what it is, our ids, transformers' ids) of conversations, whole and up to a reply.
+
+    Those that a template refuses are left out.
+    """
     for text in TEXTS:
         yield repr(text), tokenizer.encode(text), theirs(text, add_special_tokens=False)["input_ids"]
     if isinstance(tokenizer, FastTokenizer):
@@ -133,7 +136,10 @@ def texts(tokenizer: Tokenizer, theirs: Any) -> Iterator[tuple[str, list[int], l
 
 
 def conversations(tokenizer: Tokenizer, theirs: Any) -> Iterator[tuple[str, list[int], list[int]]]:
-    """The same of conversations, whole and up to a reply; those that a template refuses are left out."""
+    """(what it is, our ids, transformers' ids) of conversations, whole and up to a reply.
+
+    Those that a template refuses are left out.
+    """
     if tokenizer.chat_template is None:
         return
     for talk in TALKS:

@@ -137,7 +137,7 @@ def write_file(
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, the next one under way while this one is used."""
+    """Yields the items, with the next one under way while one is used."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, items, None)
         while (item := following.result()) is not None:
@@ -190,7 +190,7 @@ def layer_of(array: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 def contiguous(view: np.ndarray) -> np.ndarray:
-    """The same array in row-major order. PJRT transposes in blocks, at ten times NumPy's speed."""
+    """An array's copy in row-major order. PJRT transposes in blocks, at ten times NumPy's speed."""
     if view.flags.c_contiguous:
         return view
     bits = view.view(np.dtype(f"u{view.dtype.itemsize}"))

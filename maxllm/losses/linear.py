@@ -126,18 +126,18 @@ def in_blocks(rows: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 class Softmax(NamedTuple):
-    """That of some rows, and its loss."""
+    """The softmax of some rows' logits, and their loss."""
 
     exp_nV: jax.Array
     """exp(logit - the row's largest)."""
     sum_n: jax.Array
-    """Of these, over the whole vocabulary."""
+    """Sum of these exponentials over the whole vocabulary."""
     target_nV: jax.Array
     """bool; where the target is."""
     losses_n: jax.Array
     """-log p(target)."""
     entropy_n: jax.Array
-    """Of the distribution, nats; XLA makes it where it is read."""
+    """Entropy of the distribution, nats; XLA makes it where it is read."""
     right_n: jax.Array
     """bool; the target is likelier than every other token. A tie is no answer: a collapsed model, to which
     all tokens are alike, would have all of them right."""

@@ -52,19 +52,19 @@ def adapted(
         )
         return cast(jax.Array, variable.value)  # unboxed by Flax
 
-    a_DR = declare("a", nn.initializers.normal(D**-0.5), (D, lora.rank), (axes[0], None))
-    b_RO = declare("b", nn.initializers.zeros, (lora.rank, width), (None, axes[1]))
+    a_DA = declare("a", nn.initializers.normal(D**-0.5), (D, lora.rank), (axes[0], None))
+    b_AO = declare("b", nn.initializers.zeros, (lora.rank, width), (None, axes[1]))
     x_BTD = nn.Dropout(lora.dropout, deterministic=deterministic)(x_BTD)
-    delta = (x_BTD.reshape(B * T, D) @ a_DR.astype(x_BTD.dtype)) @ b_RO.astype(x_BTD.dtype)
+    delta = (x_BTD.reshape(B * T, D) @ a_DA.astype(x_BTD.dtype)) @ b_AO.astype(x_BTD.dtype)
     return y + (lora.scale * delta).reshape(y.shape).astype(y.dtype)
 
 
 def merge(weights: Weights, lora: LoraConfig) -> Weights:
     """Weights without adapters that compute the same: W + (alpha / r) A B."""
     flat, low = flatten_dict(weights.base, sep="/"), flatten_dict(weights.adapters, sep="/")
-    for path, a_LDR in low.items():
+    for path, a_LDA in low.items():
         if path.endswith("_a"):
             weight = path.removesuffix("_a")
-            delta = lora.scale * jnp.einsum("ldr,lro->ldo", a_LDR, low[weight + "_b"])
+            delta = lora.scale * jnp.einsum("lda,lao->ldo", a_LDA, low[weight + "_b"])
             flat[weight] = flat[weight] + delta.reshape(flat[weight].shape).astype(flat[weight].dtype)
     return Weights(unflatten_dict(flat, sep="/"))

@@ -32,21 +32,14 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """[B, T, D] -> [B, T, D]; with a cache_length, keys and values are kept in the `cache` collection."""
         c = self.config
-        D, H, G, K = c.d_model, c.n_heads, c.n_kv_heads, c.k_dim
+        B, T, D = x_BTD.shape
+        H, G, K = c.n_heads, c.n_kv_heads, c.k_dim
         wq_DHK = matrix(self, c, "wq", (D, H, K), ("embed", "heads", "head_dim"))
         wk_DGK = matrix(self, c, "wk", (D, G, K), ("embed", "kv_heads", "head_dim"))
         wv_DGK = matrix(self, c, "wv", (D, G, K), ("embed", "kv_heads", "head_dim"))
         wo_HKD = matrix(self, c, "wo", (H, K, D), ("heads", "head_dim", "embed"), inputs=2, residual=True)
 
-        q_BTHK = self._adapted("wq", x_BTD, matmul(x_BTD, wq_DHK), ("embed", "heads"), deterministic)
-        k_BSGK = self._adapted("wk", x_BTD, matmul(x_BTD, wk_DGK), ("embed", "kv_heads"), deterministic)
-        v_BSGK = self._adapted("wv", x_BTD, matmul(x_BTD, wv_DGK), ("embed", "kv_heads"), deterministic)
-        if c.attention_bias != "none":
-            q_BTHK += bias(self, "q_bias", (H, K), ("heads", "head_dim")).astype(q_BTHK.dtype)
-            k_BSGK += bias(self, "k_bias", (G, K), ("kv_heads", "head_dim")).astype(k_BSGK.dtype)
-            v_BSGK += bias(self, "v_bias", (G, K), ("kv_heads", "head_dim")).astype(v_BSGK.dtype)
-        if c.qk_norm:
-            q_BTHK, k_BSGK = RMSNorm(c, name="q_norm")(q_BTHK), RMSNorm(c, name="k_norm")(k_BSGK)
+        q_BTHK, k_BSGK, v_BSGK = self._projected(x_BTD, (wq_DHK, wk_DGK, wv_DGK), deterministic)
         if c.position == "rope":
             q_BTHK, k_BSGK = rope.rotate(q_BTHK, cos, sin), rope.rotate(k_BSGK, cos, sin)
         slopes_H = alibi.slopes(H) if c.position == "alibi" else None
@@ -78,13 +71,32 @@ class Attention(nn.Module):
             dropout=c.attention_dropout,
             dropout_key=dropout_key,
         )
-        B, T, _ = x_BTD.shape
         o_BTD = o_BTHK.reshape(B, T, H * K)
         y_BTD = matmul(o_BTD, wo_HKD.reshape(H * K, D))
         y_BTD = self._adapted("wo", o_BTD, y_BTD, ("heads", "embed"), deterministic)
         if c.attention_bias == "qkvo":
             y_BTD += bias(self, "o_bias", (D,), ("embed",)).astype(y_BTD.dtype)
         return y_BTD
+
+    def _projected(
+        self, x_BTD: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array], deterministic: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, K], keys and values [B, T, G, K], with adapters, biases and norms."""
+        c = self.config
+        H, G, K = c.n_heads, c.n_kv_heads, c.k_dim
+        q, k, v = (
+            self._adapted(name, x_BTD, matmul(x_BTD, w), ("embed", axis), deterministic)
+            for name, w, axis in zip(
+                ("wq", "wk", "wv"), weights, ("heads", "kv_heads", "kv_heads"), strict=True
+            )
+        )
+        if c.attention_bias != "none":
+            q += bias(self, "q_bias", (H, K), ("heads", "head_dim")).astype(q.dtype)
+            k += bias(self, "k_bias", (G, K), ("kv_heads", "head_dim")).astype(k.dtype)
+            v += bias(self, "v_bias", (G, K), ("kv_heads", "head_dim")).astype(v.dtype)
+        if c.qk_norm:
+            q, k = RMSNorm(c, name="q_norm")(q), RMSNorm(c, name="k_norm")(k)
+        return q, k, v
 
     def _adapted(
         self, name: str, x_BTD: jax.Array, y: jax.Array, axes: tuple[str, str], deterministic: bool

@@ -35,7 +35,7 @@ def attend(
 
     def per_device(q_BTHK, k_BTGK, v_BTGK, segments_BT, slots_T):
         k_BSGK, v_BSGK, key_segments_BS = (
-            context.gathered(a, keys.shards) for a in (k_BTGK, v_BTGK, segments_BT)
+            context.whole_row(a, keys.shards) for a in (k_BTGK, v_BTGK, segments_BT)
         )
         slots_S = jnp.arange(k_BSGK.shape[1])
         seen_BTS = seen(slots_T, slots_S, segments_BT, key_segments_BS, window)

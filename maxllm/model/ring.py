@@ -39,10 +39,10 @@ def ring(
     block: Block, q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
     """One device's outputs, inside `shard_map`; T is its share of the row."""
-    return forward(block, q_BTHK, k_BTGK, v_BTGK, segments_BT)[0]
+    return ring_forward(block, q_BTHK, k_BTGK, v_BTGK, segments_BT)[0]
 
 
-def forward(
+def ring_forward(
     block: Block, q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array
 ) -> tuple[jax.Array, Any]:
     """The outputs, and what the backward pass needs."""
@@ -74,7 +74,7 @@ def forward(
     return o, (q_BTHK, k_BTGK, v_BTGK, segments_BT, o, lse)
 
 
-def backward(block: Block, kept: Any, do: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def ring_backward(block: Block, kept: Any, do: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     """Blocks go around with the gradients of their keys and values, which are complete when they are home."""
     q_BTHK, k_BTGK, v_BTGK, segments_BT, o, lse = kept
     half = q_BTHK.shape[1] // 2
@@ -106,7 +106,7 @@ def backward(block: Block, kept: Any, do: jax.Array) -> tuple[jax.Array, jax.Arr
     return dq.astype(q_BTHK.dtype), dk.astype(k_BTGK.dtype), dv.astype(v_BTGK.dtype), None
 
 
-ring.defvjp(forward, backward)
+ring.defvjp(ring_forward, ring_backward)
 
 
 def onward(arrays: Any) -> Any:

@@ -35,7 +35,7 @@ def attend(
 
     def per_device(kernel, q_BTHK, k_BTGK, v_BTGK, segments_BT):
         k_BSGK, v_BSGK, key_segments_BS = (
-            context.gathered(a, keys.shards) for a in (k_BTGK, v_BTGK, segments_BT)
+            context.whole_row(a, keys.shards) for a in (k_BTGK, v_BTGK, segments_BT)
         )
 
         def one_row(q_THK, k_SGK, v_SGK, query_segments_T, key_segments_S):
@@ -102,7 +102,7 @@ def block_size(length: int) -> int:
 # --- one block of a ring -----------------------------------------------------------------------------------
 
 
-def forward(causal: bool, arrays: ring.Arrays) -> tuple[jax.Array, jax.Array]:
+def block_forward(causal: bool, arrays: ring.Arrays) -> tuple[jax.Array, jax.Array]:
     """One block of a ring."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
@@ -116,11 +116,14 @@ def forward(causal: bool, arrays: ring.Arrays) -> tuple[jax.Array, jax.Array]:
     return o_BHTK.swapaxes(1, 2), lse_BHT.swapaxes(1, 2)
 
 
-def backward(
+def block_backward(
     causal: bool, arrays: ring.Arrays, o_BTHK: jax.Array, lse_BTH: jax.Array, do_BTHK: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Its gradients. JAX differentiates the kernel by its own logsumexp only; the function that it calls for
-    that takes any, so that of the whole row too."""
+    """Gradients of a block of the ring with respect to queries, keys and values.
+
+    JAX differentiates the kernel by its own logsumexp only; the function that it calls for that takes any, so
+    the logsumexp of the whole row too.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
     kernel = block_kernel(causal, arrays)
@@ -135,7 +138,7 @@ def backward(
     return dq * q_scale(arrays), dk, dv
 
 
-BLOCK_OF_RING = ring.Block(forward, backward)
+BLOCK_OF_RING = ring.Block(block_forward, block_backward)
 
 
 def block_kernel(causal: bool, arrays: ring.Arrays) -> Any:

@@ -90,7 +90,7 @@ def attention_forward(pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array
     for block in blocks(q, k, rest[0], pattern.window):
         start, end, first, last = block
         own = q[..., start:end, :], k[:, :, first:last], v[:, :, first:last]
-        done.append(forward(*own, scoring(block, pattern, q.shape[1:3], *rest)))
+        done.append(block_forward(*own, scoring(block, pattern, q.shape[1:3], *rest)))
     o, lse = (jnp.concatenate(parts, axis=3) for parts in zip(*done, strict=True))
     return o, (q, k, v, *rest, o, lse)
 
@@ -105,7 +105,9 @@ def attention_backward(pattern: Pattern, kept: Any, do: jax.Array) -> Any:
         start, end, first, last = block
         own = q[..., start:end, :], k[:, :, first:last], v[:, :, first:last]
         out = o[..., start:end, :], lse[..., start:end], do[..., start:end, :]
-        dq_block, dk_block, dv_block = backward(*own, *out, scoring(block, pattern, q.shape[1:3], *rest))
+        dq_block, dk_block, dv_block = block_backward(
+            *own, *out, scoring(block, pattern, q.shape[1:3], *rest)
+        )
         others = (0, 0), (0, 0), (first, k.shape[2] - last), (0, 0)
         dq.append(dq_block)
         dk += jnp.pad(dk_block, others)
@@ -134,7 +136,7 @@ def scoring(
     slopes_H: jax.Array | None,
     key: jax.Array | None,
 ) -> Scoring:
-    """That of one block, for G x Q heads; the same in both passes."""
+    """What masks, biases and dropout make of one block's scores, for G x Q heads; alike in both passes."""
     start, end, first, last = block
     segments = keys.query_segments_BT[:, start:end], keys.key_segments_BS[:, first:last]
     keys = Keys(*segments, keys.first_slot + (start - first), keys.shards)
@@ -149,7 +151,7 @@ def scoring(
     return Scoring(seen_BTS, biases_GQTS, kept_BGQTS)
 
 
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple[jax.Array, jax.Array]:
+def block_forward(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple[jax.Array, jax.Array]:
     """Outputs [B, G, Q, T, K], logsumexp [B, G, Q, T] float32; 0 and -inf for a query that sees nothing."""
     scores_BGQTS = scores(q, k, scoring)
     largest_BGQT = jnp.maximum(jnp.max(scores_BGQTS, -1), jnp.finfo(jnp.float32).min)
@@ -162,7 +164,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> tuple
     return o.astype(q.dtype), jnp.log(sum_BGQT) + largest_BGQT
 
 
-def backward(
+def block_backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -217,17 +219,17 @@ def positions_first(a_BGQT: jax.Array) -> jax.Array:
 def ring_forward(causal: bool, arrays: ring.Arrays) -> tuple[jax.Array, jax.Array]:
     """One block of a ring."""
     q, k, v, seen_BTS = heads_first(causal, arrays)
-    o, lse = forward(q, k, v, Scoring(seen_BTS))
+    o, lse = block_forward(q, k, v, Scoring(seen_BTS))
     return positions_first(o), positions_first(lse)
 
 
 def ring_backward(
     causal: bool, arrays: ring.Arrays, o_BTHK: jax.Array, lse_BTH: jax.Array, do_BTHK: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Its gradients."""
+    """Gradients of a block of the ring with respect to queries, keys and values."""
     q, k, v, seen_BTS = heads_first(causal, arrays)
     o, lse, do = (queries_first(a, k.shape[1]) for a in (o_BTHK, lse_BTH, do_BTHK))
-    dq, dk, dv = backward(q, k, v, o, lse, do, Scoring(seen_BTS))
+    dq, dk, dv = block_backward(q, k, v, o, lse, do, Scoring(seen_BTS))
     return positions_first(dq), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 

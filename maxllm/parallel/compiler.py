@@ -32,7 +32,7 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool | int]] = {
 
 
 def compiler_options(platform: str) -> dict[str, str | bool | int] | None:
-    """Those of a platform; None where there are none."""
+    """Options for the compiler of a platform; None where it has none of ours."""
     return COMPILER_OPTIONS.get(platform)
 
 

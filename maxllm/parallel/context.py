@@ -41,11 +41,11 @@ def balanced(row_BT: jax.Array, shards: int) -> jax.Array:
 
 
 def unbalanced(row_BT: jax.Array, shards: int) -> jax.Array:
-    """Undoes `balanced`, with all of the row on every device."""
+    """[B, T, …] in the order of places -> in the order of the row; every device must have all of it."""
     return rearranged(row_BT, np.argsort(chunks(shards)))
 
 
-def gathered(row_BT: jax.Array, shards: int) -> jax.Array:
+def whole_row(row_BT: jax.Array, shards: int) -> jax.Array:
     """Inside `shard_map`: the places of all devices that share a row, in its order, from each one's own. Its
     transpose sums gradients and leaves each device its own, a reduce-scatter."""
     if shards == 1:
@@ -63,7 +63,8 @@ def rearranged(row_BT: jax.Array, order: np.ndarray) -> jax.Array:
 
 
 def unbalanced_shards(x_BTD: jax.Array) -> jax.Array:
-    """Undoes `balanced` where each device has its places only: two chunks of each go to their neighbours.
+    """[B, T, …] from the order of places to the order of the row, where each device has its places only: two
+    chunks of each go to their neighbours.
 
     Of chunks c and 2 C - 1 - c, which a device has, one is even: so the even chunks are one permutation of
     the devices, and the odd ones another.

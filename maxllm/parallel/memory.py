@@ -66,18 +66,20 @@ def in_turns(function: Callable[[Any, Any], Any], params: Any, state: Any, after
     arrays at once, which it would do to save time where it sees memory to spare.
 
     Args:
-      function: gives new ones of both; each parameter's arrays depend on no other's.
+      function: (params, state) -> (new params, new state, notes), where notes are a tree like params of small
+        arrays; what it says of a parameter depends on no other's arrays.
       params: the parameters.
       state: the arrays of a parameter are those whose path ends in its names; what has no name, such as a
         count of steps, is there at every turn.
       after: nothing of the state is fetched before this is computed.
 
     Returns:
-      The new parameters and state, each array in the memory where the old one was.
+      The new parameters and state, each array in the memory where the old one was, and the notes.
     """
     paths, structure = jax.tree_util.tree_flatten_with_path((params, state))
     owners, leaves = [names_of(path) for path, _ in paths], [leaf for _, leaf in paths]
     results, previous = list(leaves), [after]
+    notes: dict[tuple[str, ...], jax.Array] = {}
     for owner in sorted(set(owners) - {()}):
         turn = [i for i, name in enumerate(owners) if name in (owner, ())]
         # Parameters wait at no barrier: the layers read them too, and TPU's compiler would fetch them whole
@@ -88,11 +90,19 @@ def in_turns(function: Callable[[Any, Any], Any], params: Any, state: Any, after
         seen = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
         for i in turn:
             seen[i] = moved(now.get(i, leaves[i]), jax.memory.Space.Device)
-        new = jax.tree.leaves(function(*jax.tree.unflatten(structure, seen)))
+        *arrays, told = function(*jax.tree.unflatten(structure, seen))
+        new = jax.tree.leaves(arrays)
         for i in turn:
             results[i] = moved(new[i], space_of(leaves[i]))
+        notes |= {name: note for name, note in by_name(told) if name == owner}
         previous = [results[i] for i in turn]
-    return jax.tree.unflatten(structure, results)
+    told = jax.tree.unflatten(jax.tree.structure(params), [notes[name] for name, _ in by_name(params)])
+    return (*jax.tree.unflatten(structure, results), told)
+
+
+def by_name(params: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """(names, leaf) of a tree of parameters, or of one like it."""
+    return [(names_of(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
 
 
 def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ def deal(rows: jax.Array, parts: int) -> jax.Array:
 
 
 def undeal(parts: jax.Array) -> jax.Array:
-    """Undoes `deal`."""
+    """[parts, B / parts, …] -> [B, …] in the order of the rows before they were dealt."""
     return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
 
 

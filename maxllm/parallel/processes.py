@@ -59,7 +59,7 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def gathered(numbers: Sequence[float]) -> np.ndarray:
+def from_all(numbers: Sequence[float]) -> np.ndarray:
     """The numbers of every process, float32 [processes, numbers]; all must ask at the same point."""
     from jax.experimental import multihost_utils
 
@@ -69,7 +69,7 @@ def gathered(numbers: Sequence[float]) -> np.ndarray:
 
 def anywhere(flag: bool) -> bool:
     """Whether a flag is set in any process; every process must ask at the same point."""
-    return flag if jax.process_count() == 1 else bool(gathered([float(flag)]).any())
+    return flag if jax.process_count() == 1 else bool(from_all([float(flag)]).any())
 
 
 def agreed(number: int) -> int:

@@ -27,7 +27,7 @@ BATCH = (STAGE, *MICROBATCH)
 PARAMETERS = ("fsdp", CONTEXT)
 """Mesh axes that split a layer's weights besides: devices that share a row share its weights too."""
 TABLES = (STAGE, *PARAMETERS)
-"""The same for the embedding table and the head, which belong to no stage."""
+"""Mesh axes that split the embedding table and the head, which belong to no stage of a pipeline."""
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 

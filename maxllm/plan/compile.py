@@ -38,7 +38,7 @@ class Compiled:
     host_bytes: int
     """In the memory of the host, of this device."""
     seconds: float
-    """Compiling took."""
+    """Seconds that compiling took."""
     collectives: dict[str, Collective]
     matmul_flops: float
     """Of matmuls, attention's kernels left out."""
@@ -69,7 +69,11 @@ def topology_devices(hardware: Hardware) -> Sequence[jax.Device]:
 
 
 def tpus(hardware: Hardware) -> Sequence[jax.Device]:
-    """As `topology_devices`."""
+    """The devices of a TPU slice that is not here.
+
+    Raises:
+      UserError: TPU's compiler is not installed, or does not know such a slice.
+    """
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -96,10 +100,13 @@ def tpus(hardware: Hardware) -> Sequence[jax.Device]:
 
 
 def gpus(hardware: Hardware) -> Sequence[jax.Device]:
-    """As `topology_devices`.
+    """The devices of GPU nodes that are not here.
 
     The plugin compiles with no GPU and no driver here. What cuDNN needs beside its operands, and NCCL's
     buffers, are in no figure: it asks neither.
+
+    Raises:
+      UserError: JAX's CUDA plugin is not installed.
     """
     try:
         import jax_cuda12_plugin  # noqa: F401

@@ -185,9 +185,9 @@ class Sizes:
     layer: int
     """Parameters of a layer's matrices."""
     widest: int
-    """Of the largest of them."""
+    """Parameters of the largest of a layer's matrices."""
     table: int
-    """Of embedding or head."""
+    """Parameters of the embedding table, or of the head."""
     tables: int
     norms: int
     """Of all norms."""

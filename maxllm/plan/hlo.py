@@ -42,7 +42,7 @@ class Instruction(NamedTuple):
     """Type, dimensions and layout, such as `bf16[4,2048]{1,0}`; of a tuple several."""
     kind: str
     operands: list[str]
-    """Their names."""
+    """Names of the instructions whose results it reads."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Collective:
     bytes: int
     """Bytes that each device sends, at least: (n - 1) / n of a gathered array among n devices, and so on."""
     count: int
-    """How often."""
+    """How often a step runs it."""
     between_nodes: int = 0
-    """Those of the bytes that leave the node, at least: its devices share out what goes to other nodes."""
+    """Bytes that leave the node, at least: its devices share out what goes to other nodes."""
 
 
 def collectives(text: str, node: int | None = None) -> dict[str, Collective]:

@@ -34,7 +34,7 @@ class Candidate:
     config: Config
     """The recipe with its mesh, model.remat, batch.rows and batch.microbatches."""
     generation: str
-    """Of the chips."""
+    """The chips' generation, such as v5p."""
     layout: Layout
     found: Estimate | None
     """None where something does not divide."""

@@ -17,12 +17,12 @@ import jinja2
 from markupsafe import Markup
 
 from maxllm.errors import UserError
+from maxllm.files import write_text
 from maxllm.report import curves, wording
 from maxllm.report.charts import Chart
 from maxllm.report.figures import NOT_YET, Facts, Row
 from maxllm.report.runs import Folder, Run, number, read_folder
 from maxllm.report.stage import Known, Road, facts_of, facts_together
-from maxllm.run.record import write_text
 
 PAGE, TEMPLATE = "report.html", "page.html.j2"
 

@@ -12,9 +12,9 @@ import yaml
 
 from maxllm.errors import UserError
 from maxllm.files import read_json
-from maxllm.run.record import METRICS, SUMMARY, read_records, read_summary
+from maxllm.folder import CONFIG, METRICS, RunFolder
 
-CONFIG, SAMPLES = "config.yaml", "samples.json"
+SAMPLES = "samples.json"
 
 Curve = list[tuple[int, float]]
 """(step, value) pairs."""
@@ -145,16 +145,17 @@ def read_folder(path: Path, road: Sequence[str]) -> Folder:
 
 def is_run(path: Path) -> bool:
     """Whether a folder is a run folder."""
-    return (path / CONFIG).is_file() or (path / METRICS).is_file()
+    return RunFolder(path).has_config or RunFolder(path).has_metrics
 
 
 def read_run(path: Path) -> Run:
     """Reads one run folder."""
-    config = (path / CONFIG).read_text("utf-8", errors="replace") if (path / CONFIG).is_file() else None
+    folder = RunFolder(path)
+    config = folder.config_text()
     settings, summary = parsed(config), summary_of(path)
     planned = settings.get("run")
     steps = summary.get("steps") or (planned.get("steps") if isinstance(planned, dict) else None)
-    records = (r for r in read_records(path) if isinstance(r["step"], int))
+    records = (r for r in folder.records() if isinstance(r["step"], int))
     return Run(
         name=path.resolve().name,
         stage=str(settings.get("stage") or summary.get("stage") or path.resolve().name),
@@ -176,13 +177,13 @@ def parsed(config: str | None) -> dict[str, Any]:
 
 def summary_of(path: Path) -> dict[str, Any]:
     """summary.json of a folder, or nothing."""
-    return read_summary(path) or {}
+    return RunFolder(path).summary() or {}
 
 
 def newest(folders: list[Path]) -> float | None:
     """When the newest file that a report reads was written."""
-    files = [folder / name for folder in folders for name in (CONFIG, METRICS, SUMMARY)]
-    return max((file.stat().st_mtime for file in files if file.is_file()), default=None)
+    times = [RunFolder(folder).written() for folder in folders]
+    return max((time for time in times if time is not None), default=None)
 
 
 def number(value: Any) -> float | None:

@@ -6,38 +6,32 @@ here; config.yaml tells the newest settings alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-CHANGES = "changes.jsonl"
-"""A line for each setting that was changed: {"step", "setting", "from", "to"}."""
+from maxllm.folder import RunFolder
 
 
 def record_changes(
-    run_dir: Path, step: int | None, changes: Mapping[str, tuple[Any, Any]], say: Callable[[str], None]
+    folder: RunFolder, step: int | None, changes: Mapping[str, tuple[Any, Any]], say: Callable[[str], None]
 ) -> None:
     """Appends what is changed now, and tells it.
 
     Args:
-      run_dir: the run's folder, whose lock the caller holds.
+      folder: the run's folder, whose lock the caller holds.
       step: of the checkpoint that the run continues from; None where it begins anew, so that nothing was
         computed otherwise.
       changes: {setting: (former value, value from now on)}.
       say: told each change.
     """
     if step is None:
-        (run_dir / CHANGES).unlink(missing_ok=True)
+        folder.remove_changes()
         return
-    lines = [
-        {"step": step, "setting": name, "from": former, "to": now} for name, (former, now) in changes.items()
-    ]
     for name, (former, now) in changes.items():
         say(f"goes on from step {step} on with {name}={now} instead of {former}")
-    if lines:
-        with (run_dir / CHANGES).open("a", encoding="utf-8") as stream:
-            stream.write("".join(json.dumps(line) + "\n" for line in lines))
+    folder.append_changes(
+        {"step": step, "setting": name, "from": former, "to": now} for name, (former, now) in changes.items()
+    )
 
 
 def is_of(key: str, names: Iterable[str]) -> bool:

@@ -54,7 +54,7 @@ class StopRequest:
         if step and self._steps < self._every:
             return False
         seconds = (time.perf_counter() - self._began) / self._steps
-        answers = processes.gathered([float(self.asked), seconds])
+        answers = processes.from_all([float(self.asked), seconds])
         if step:
             slowest = max(float(answers[:, 1].max()), 1e-9)
             self._every = min(2 * self._every, max(1, int(AGREE_SECONDS / slowest)))

@@ -20,8 +20,9 @@ import jax
 import orbax.checkpoint as ocp
 import xxhash
 
-from maxllm.errors import RunFailed, UserError
+from maxllm.errors import UserError
 from maxllm.files import file_hash, read_json, write_json
+from maxllm.folder import damaged
 from maxllm.parallel import processes
 
 HASHES = "hashes.json"
@@ -58,7 +59,7 @@ class HashedSave(ocp.args.PyTreeSave):
 @ocp.args.register_with_handler(HashedHandler, for_restore=True)
 @dataclass
 class HashedRestore(ocp.args.PyTreeRestore):
-    """Its counterpart, without which Orbax takes no handler; reading needs none (run/checkpoint.py)."""
+    """Its counterpart, without which Orbax takes no handler; reading needs none (run/restore.py)."""
 
 
 def files_of(item: Path) -> list[str]:
@@ -142,13 +143,6 @@ def array_of(name: str) -> str:
 def is_description(name: str) -> bool:
     """Whether a file tells of arrays, and holds no values."""
     return array_of(name) == name or name.endswith("/.zarray")
-
-
-def damaged(checkpoint: Path, what: str) -> RunFailed:
-    """The error for a checkpoint that must not be used."""
-    return RunFailed(
-        f"checkpoint {checkpoint} is damaged: {what}; remove that folder to use the checkpoint before it"
-    )
 
 
 def content_hash(item: Path) -> str:

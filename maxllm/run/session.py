@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,19 +23,15 @@ from maxllm.config.section import Effect
 from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
-from maxllm.files import read_json, write_bytes, write_json, write_text
+from maxllm.folder import RunFolder
 from maxllm.model.attend import resolve
 from maxllm.parallel import processes
 from maxllm.parallel.memory import check_offload
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
-from maxllm.recipe import CONFIG, flat
+from maxllm.recipe import flat
 from maxllm.run.changes import is_of, record_changes
-from maxllm.run.checkpoint import latest_step, remove_unfinished
+from maxllm.run.console import console
 from maxllm.run.parents import Role, parent_of
-from maxllm.run.record import console
-
-LOCK = ".lock"
-HF_CONFIG, HF_GENERATION = "hf_config.json", "hf_generation_config.json"
 
 EFFECTS = Config.effects()
 """What each setting changes, by its dotted name."""
@@ -54,7 +49,7 @@ class Session:
     model: ModelConfig
     mesh: Mesh
     tokenizer: Tokenizer
-    run_dir: Path
+    folder: RunFolder
     hf_config: dict[str, Any] | None = None
     """config.json of the Hugging Face model that this one descends from, whose other fields export keeps."""
     hf_generation: dict[str, Any] | None = None
@@ -68,7 +63,7 @@ class Session:
           UserError: it is gone, or not what it was.
         """
         if role not in self._parents:
-            self._parents[role] = parent_of(self.run_dir, self.config, role)
+            self._parents[role] = parent_of(self.folder, self.config, role)
         return self._parents[role]
 
 
@@ -103,12 +98,12 @@ def open_session(config: Config) -> Session:
     check_offload(mesh, config.mesh)
     check_model_divides(mesh, model)
     check_batch_divides(mesh, config.batch, model)
-    run_dir = Path(config.run.dir)
+    folder = RunFolder(config.run.dir)
     run = config.run.model_copy(update={"day": day})
     resolved = config.model_copy(update={"model": model, "run": run})
-    check_same_recipe(run_dir, resolved)
-    parents = read_hf(Path(config.start.policy)) if config.start.policy else (None, None)
-    return Session(resolved, model, mesh, tokenizer, run_dir, *parents)
+    check_same_recipe(folder, resolved)
+    parents = RunFolder(config.start.policy).read_hf() if config.start.policy else (None, None)
+    return Session(resolved, model, mesh, tokenizer, folder, *parents)
 
 
 def day_of(config: Config) -> datetime.date | None:
@@ -116,10 +111,9 @@ def day_of(config: Config) -> datetime.date | None:
 
     None in a run that began before there was such a record.
     """
-    run_dir, day = Path(config.run.dir), config.run.day
+    folder, day = RunFolder(config.run.dir), config.run.day
     if day is None:
-        began = (run_dir / CONFIG).is_file()
-        day = run_config(run_dir).run.day if began else datetime.date.today()
+        day = recipe.of_run(folder).run.day if folder.has_config else datetime.date.today()
     ordinal = processes.agreed(0 if day is None else day.toordinal())
     return datetime.date.fromordinal(ordinal) if ordinal else None
 
@@ -139,8 +133,8 @@ def check_replies_fit(config: Config) -> None:
 
 def resolved(config: Config) -> Config:
     """The recipe with the model it will train: its own, or that of start.policy if that run is there."""
-    if config.model is None and config.start.policy and (Path(config.start.policy) / CONFIG).is_file():
-        return config.model_copy(update={"model": run_config(Path(config.start.policy)).model})
+    if config.model is None and config.start.policy and RunFolder(config.start.policy).has_config:
+        return config.model_copy(update={"model": recipe.of_run(RunFolder(config.start.policy)).model})
     return config
 
 
@@ -154,50 +148,38 @@ def inherited(config: Config) -> tuple[Path, ModelConfig]:
     if config.start.policy is None:
         assert config.model is not None and config.tokenizer is not None, "Config checks this"
         return Path(config.tokenizer.path), config.model
-    parent = Path(config.start.policy)
-    model = run_config(parent).model
+    parent = RunFolder(config.start.policy)
+    model = recipe.of_run(parent).model
     assert model is not None, "a run folder's config is resolved"
     if config.model is not None:
         check_same_model(config.model, parent)
         model = config.model
     if config.tokenizer is not None:
-        given, used = load_tokenizer(config.tokenizer.path), load_tokenizer(parent)
+        given, used = load_tokenizer(config.tokenizer.path), load_tokenizer(parent.path)
         if given.fingerprint != used.fingerprint:
             raise UserError(
                 f"tokenizer.path={config.tokenizer.path} is not the tokenizer that {parent} was trained with"
             )
-    return parent, model
+    return parent.path, model
 
 
-def check_same_model(model: ModelConfig, run_dir: Path) -> None:
+def check_same_model(model: ModelConfig, folder: RunFolder) -> None:
     """How a model computes may differ between stages; what its shapes and function rest on may not.
 
     Raises:
-      UserError: naming the first setting in which the model of `run_dir` is another.
+      UserError: naming the first setting in which the model of `folder` is another.
     """
-    other = run_config(run_dir).model
+    other = recipe.of_run(folder).model
     assert other is not None, "a run folder's config is resolved"
     ours, theirs = model.model_dump(), other.model_dump()
     for name in sorted(ours):
         if EFFECTS[f"model.{name}"] is Effect.MODEL and ours[name] != theirs[name]:
             raise UserError(
-                f"model.{name}={ours[name]}, but the checkpoint in {run_dir} is of a model with "
-                f"{theirs[name]}"
+                f"model.{name}={ours[name]}, but the checkpoint in {folder} is of a model with {theirs[name]}"
             )
 
 
-def run_config(run_dir: Path) -> Config:
-    """The resolved configuration in a run folder.
-
-    Raises:
-      UserError: it is no run folder.
-    """
-    if not (run_dir / CONFIG).is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no {CONFIG}")
-    return recipe.validate(recipe.read_yaml(run_dir / CONFIG))
-
-
-def check_same_recipe(run_dir: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+def check_same_recipe(folder: RunFolder, config: Config) -> dict[str, tuple[Any, Any]]:
     """A folder that holds a run already must hold one of the same recipe.
 
     Returns:
@@ -206,17 +188,17 @@ def check_same_recipe(run_dir: Path, config: Config) -> dict[str, tuple[Any, Any
     Raises:
       UserError: naming the first other setting that differs.
     """
-    if not (run_dir / CONFIG).is_file():
+    if not folder.has_config:
         return {}
     # Read as a recipe: a setting that is newer than the run has its default.
-    former, now = (flat(yaml.safe_load(recipe.dump(each))) for each in (run_config(run_dir), config))
+    former, now = (flat(yaml.safe_load(recipe.dump(each))) for each in (recipe.of_run(folder), config))
     for key in sorted(former.keys() | now.keys()):
         fixed = EFFECTS[key] in (Effect.MODEL, Effect.TRAINING)
         if key in PATHS and former.get(key) and now.get(key):
             fixed = not same_place(former, now, key)
         if fixed and former.get(key) != now.get(key):
             raise UserError(
-                f"{run_dir} holds a run with {key}={former.get(key)}, not {now.get(key)}; "
+                f"{folder} holds a run with {key}={former.get(key)}, not {now.get(key)}; "
                 "give another run.dir, or remove that folder"
             )
     return {
@@ -227,7 +209,7 @@ def check_same_recipe(run_dir: Path, config: Config) -> dict[str, tuple[Any, Any
 
 
 @contextmanager
-def open_run_dir(session: Session) -> Iterator[None]:
+def open_folder(session: Session) -> Iterator[None]:
     """Creates the run folder with its config and tokenizer, and keeps other processes out while it is open.
 
     Raises:
@@ -236,20 +218,15 @@ def open_run_dir(session: Session) -> Iterator[None]:
     if not processes.is_main():
         yield
         return
-    session.run_dir.mkdir(parents=True, exist_ok=True)
-    with (session.run_dir / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training in {session.run_dir}") from None
+    folder = session.folder
+    with folder.locked():
         # Looked at again: the folder may have been filled since the session was opened.
-        changes = check_same_recipe(session.run_dir, session.config)
-        remove_unfinished(session.run_dir)  # first of all: it may be what fills the disk
-        for name, content in session.tokenizer.files.items():
-            write_bytes(session.run_dir / name, content)
-        write_hf(session.run_dir, session.hf_config, session.hf_generation)
-        record_changes(session.run_dir, latest_step(session.run_dir), changes, partial(say, session))
-        write_text(session.run_dir / CONFIG, recipe.dump(session.config))
+        changes = check_same_recipe(folder, session.config)
+        folder.remove_unfinished()  # first of all: it may be what fills the disk
+        folder.write_tokenizer(session.tokenizer.files)
+        folder.write_hf(session.hf_config, session.hf_generation)
+        record_changes(folder, folder.latest_step(), changes, partial(say, session))
+        folder.write_config(recipe.dump(session.config))
         yield
 
 
@@ -260,53 +237,35 @@ def same_place(former: dict[str, Any], now: dict[str, Any], key: str) -> bool:
     return os.path.relpath(former[key], former["run.dir"]) == os.path.relpath(now[key], now["run.dir"])
 
 
-def reopen(run_dir: Path, overrides: Sequence[str] = (), may_change: Sequence[str] = ()) -> Session:
+def reopen(folder: RunFolder, overrides: Sequence[str] = (), may_change: Sequence[str] = ()) -> Session:
     """An existing run, for reading: nothing in its folder changes.
 
     A run that was trained on another number of devices is read with as many as are here, each with the whole
     model, unless `mesh.…` says otherwise.
 
     Args:
-      run_dir: the run folder, wherever it has been moved to.
+      folder: the run folder, wherever it has been moved to.
       overrides: `key=value` words on top of its configuration.
       may_change: the sections or fields that overrides may touch, besides mesh.
 
     Raises:
       UserError: an override would make it another run.
     """
-    run_config(run_dir)  # says clearly when this is no run folder
+    saved = recipe.of_run(folder).mesh.sizes  # says clearly when this is no run folder
     allowed = ("mesh", *may_change)
     for word in overrides:
         key = word.partition("=")[0]
         if not is_of(key, allowed):
-            raise UserError(f"{key} is part of what {run_dir} is; here one may set {', '.join(allowed)}")
-    words = [*overrides, f"run.dir={run_dir}"]
+            raise UserError(f"{key} is part of what {folder} is; here one may set {', '.join(allowed)}")
+    words = [*overrides, f"run.dir={folder}"]
     processes.initialize()
     if not any(word.startswith("mesh") for word in overrides):
-        saved = run_config(run_dir).mesh.sizes
         fixed = math.prod(size for size in saved if size != -1)
         if jax.device_count() % fixed or (-1 not in saved and fixed != jax.device_count()):
             words += ["mesh.data=-1", *(f"mesh.{axis}=1" for axis in AXES[1:])]
-    config = recipe.apply_overrides(recipe.read_yaml(run_dir / CONFIG), words)
+    config = recipe.of_run(folder, words)
     assert config.model is not None, "a run folder's config is resolved"
     mesh = make_mesh(config.mesh)
     check_model_divides(mesh, config.model)
-    tokenizer = load_tokenizer(run_dir, config.run.day)
-    return Session(config, config.model, mesh, tokenizer, run_dir, *read_hf(run_dir))
-
-
-def read_hf(run_dir: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Hugging Face's config.json and generation_config.json, if a run folder keeps them of its model."""
-    config, generation = run_dir / HF_CONFIG, run_dir / HF_GENERATION
-    return (
-        read_json(config) if config.is_file() else None,
-        read_json(generation) if generation.is_file() else None,
-    )
-
-
-def write_hf(run_dir: Path, config: Mapping[str, Any] | None, generation: Mapping[str, Any] | None) -> None:
-    """Keeps both in a run folder, as far as there are any."""
-    if config is not None:
-        write_json(run_dir / HF_CONFIG, dict(config))
-    if generation is not None:
-        write_json(run_dir / HF_GENERATION, dict(generation))
+    tokenizer = load_tokenizer(folder.path, config.run.day)
+    return Session(config, config.model, mesh, tokenizer, folder, *folder.read_hf())

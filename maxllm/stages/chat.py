@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,9 +17,9 @@ from maxllm.data.instruct import pad_prompts
 from maxllm.data.render import render_prompt
 from maxllm.data.tokenizer import document_start
 from maxllm.errors import UserError
+from maxllm.folder import RunFolder, Which
 from maxllm.parallel.sharding import row_shards
 from maxllm.run import session as sessions
-from maxllm.run.checkpoint import Which, find
 from maxllm.run.session import Session, reopen
 from maxllm.stages.registry import stage_of
 from maxllm.stages.shared import policy_params, reply_text, responder, response_ids
@@ -36,18 +35,18 @@ SHORTEST_PROMPT = 16
 class Speaker:
     """A policy ready to answer."""
 
-    def __init__(self, run_dir: Path, overrides: Sequence[str] = (), which: Which = "latest") -> None:
+    def __init__(self, folder: RunFolder, overrides: Sequence[str] = (), which: Which = "latest") -> None:
         """Loads the parameters of one of a run's checkpoints; `overrides` may change what MAY_SET names.
 
         Raises:
           UserError: it is a reward model, or replies as long as the context leave no room for a prompt.
         """
-        self.session: Session = reopen(run_dir, overrides, MAY_SET)
+        self.session: Session = reopen(folder, overrides, MAY_SET)
         reply = stage_of(self.session.config.stage).replies(self.session)
         if reply == "score":
-            raise UserError(f"{run_dir} holds a reward model, which gives scores and no text")
+            raise UserError(f"{folder} holds a reward model, which gives scores and no text")
         self.check_context()
-        self.weights = Weights(policy_params(self.session, find(run_dir, which)))
+        self.weights = Weights(policy_params(self.session, folder.find(which)))
         self.chats = reply == "turns"
         self._respond = cache(lambda: responder(self.session, self.session.config.generation))
         self._turn = 0
@@ -127,15 +126,15 @@ class Speaker:
 
 
 def generate(
-    run_dir: Path, prompts: Sequence[str], overrides: Sequence[str] = (), which: Which = "latest"
+    folder: RunFolder, prompts: Sequence[str], overrides: Sequence[str] = (), which: Which = "latest"
 ) -> list[dict[str, Any]]:
     """A reply to each prompt."""
-    speaker = Speaker(run_dir, overrides, which)
+    speaker = Speaker(folder, overrides, which)
     return [{"prompt": prompt, **speaker.reply(speaker.prompt_ids(prompt))} for prompt in prompts]
 
 
 def converse(
-    run_dir: Path,
+    folder: RunFolder,
     lines: Iterable[str],
     say: Callable[[str], None],
     overrides: Sequence[str] = (),
@@ -147,9 +146,9 @@ def converse(
     line cannot be answered (the chat template refuses it, or it is too long by itself), `say` tells why, and
     the conversation goes on without it.
     """
-    speaker = Speaker(run_dir, overrides, which)
+    speaker = Speaker(folder, overrides, which)
     if not speaker.chats:
-        raise UserError(f"{run_dir} holds a pretrained model, which has not learned to chat; use generate")
+        raise UserError(f"{folder} holds a pretrained model, which has not learned to chat; use generate")
     messages: list[Message] = []
     for line in lines:
         if not line.strip():

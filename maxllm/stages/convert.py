@@ -10,7 +10,6 @@ export read. Weights keep their type; nothing is ever half-written.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,8 @@ from maxllm.config.mesh import MeshConfig
 from maxllm.config.model import ModelConfig
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import RunFailed, UserError, listed
-from maxllm.files import whole_folder, write_bytes, write_text
+from maxllm.files import whole_folder
+from maxllm.folder import RunFolder
 from maxllm.hf import gguf, mapping
 from maxllm.hf.export import DTYPE_OF, export
 from maxllm.hf.folder import HfModel, open_model
@@ -46,10 +46,12 @@ from maxllm.parallel import processes
 from maxllm.parallel.mesh import make_mesh
 from maxllm.records import Params
 from maxllm.report.stage import StageReport
-from maxllm.run.checkpoint import find, load_params, open_array, save_params, stored_dtypes
-from maxllm.run.parents import DEPENDENTS, in_use
-from maxllm.run.record import console, peak_rss_bytes, trim_heap
-from maxllm.run.session import CONFIG, Session, reopen, write_hf
+from maxllm.run.checkpoint import save_params
+from maxllm.run.console import console
+from maxllm.run.machine import peak_rss_bytes, trim_heap
+from maxllm.run.parents import in_use
+from maxllm.run.restore import load_params, open_array, stored_dtypes
+from maxllm.run.session import Session, reopen
 from maxllm.stages.export import CHECK_PROMPTS, export_scorer
 from maxllm.stages.registry import stage_of
 from maxllm.stages.shared import abstract_params, policy_params
@@ -92,7 +94,7 @@ def run(
         raise UserError("--push goes with to-hf: a run folder is not what the Hugging Face hub holds")
     processes.initialize()
     if direction == "to-hf":
-        figures = to_hf(Path(source), target, verify, dtype)
+        figures = to_hf(RunFolder(source), target, verify, dtype)
         figures |= {"pushed": upload(target, push)} if push else {}
     else:
         folder = download(source) if hub else local(source)
@@ -137,7 +139,7 @@ def to_run_folder(
         )
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     wanted = typed(abstract(partial(init_params, Llama(model.config)), mesh), model)
-    users = in_use(target)
+    users = in_use(RunFolder(target))
     if users:
         names = ", ".join(name for runs in users.values() for name in runs)
         line = f"convert: replaces {target}, from which {names} began: they go on if its weights are the same"
@@ -146,10 +148,10 @@ def to_run_folder(
         with bar("reading", model.source.nbytes) as tick:
             params = load(model.source, model.config, wanted, tick)
         trim_heap()  # of what the readers freed, before the writer asks for more
-        save_params(folder, params)
-        write_run_files(folder, target, model, tokenizer, generation)
-        if (target / DEPENDENTS).is_dir():
-            shutil.copytree(target / DEPENDENTS, folder / DEPENDENTS)
+        made = RunFolder(folder)
+        save_params(made, params)
+        write_run_files(made, target, model, tokenizer, generation)
+        made.copy_dependents(RunFolder(target))
         del params
         checks = check_run_folder(direction, source, model, tokenizer, folder, wanted) if verify else {}
     ignored = not_followed(generation)
@@ -166,8 +168,7 @@ def to_run_folder(
 
 def is_converted(folder: Path) -> bool:
     """Whether a folder is a former conversion, which may be replaced; a training run may not."""
-    config = folder / CONFIG
-    return config.is_file() and "stage: convert" in config.read_text(encoding="utf-8")
+    return "stage: convert" in (RunFolder(folder).config_text() or "")
 
 
 def typed(wanted: Params, model: HfModel) -> Params:
@@ -182,7 +183,7 @@ def typed(wanted: Params, model: HfModel) -> Params:
 
 
 def write_run_files(
-    folder: Path, target: Path, model: HfModel, tokenizer: Tokenizer, generation: dict[str, Any] | None
+    folder: RunFolder, target: Path, model: HfModel, tokenizer: Tokenizer, generation: dict[str, Any] | None
 ) -> None:
     """What a run folder has besides its checkpoint."""
     length = model.config.context
@@ -193,22 +194,19 @@ def write_run_files(
         "batch": {"rows": 1, "sequence_length": max(2, length)},
         "generation": settings_of(generation, length),
     }
-    for name, content in tokenizer.files.items():
-        write_bytes(folder / name, content)
-    write_hf(folder, model.fields, generation)
-    write_text(folder / CONFIG, recipe.dump(recipe.validate(tree)))
+    folder.write_tokenizer(tokenizer.files)
+    folder.write_hf(model.fields, generation)
+    folder.write_config(recipe.dump(recipe.validate(tree)))
 
 
 # --- to a Hugging Face folder ------------------------------------------------------------------------------
 
 
-def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[str, Any]:
+def to_hf(run: RunFolder, target: Path, verify: bool, dtype: str | None) -> dict[str, Any]:
     """A run's newest model as a Hugging Face folder, in the type it came in (trained ones: float32)."""
-    session = reopen(run_dir)
+    session = reopen(run)
     if stage_of(session.config.stage).replies(session) == "score":
-        written = export_scorer(
-            session, find(run_dir), target, CHECK_PROMPTS, verify, dtype=dtype or "float32"
-        )
+        written = export_scorer(session, run.find(), target, CHECK_PROMPTS, verify, dtype=dtype or "float32")
         # The one logit of a classifier with one label is its score.
         logits = {
             "max_abs_logit_diff": written["max_abs_score_diff"],
@@ -216,7 +214,7 @@ def to_hf(run_dir: Path, target: Path, verify: bool, dtype: str | None) -> dict[
             "top1_agreement": None,
         }
         return {name: written[name] for name in COUNTS} | (logits if verify else {})
-    checkpoint = find(run_dir)
+    checkpoint = run.find()
     if session.config.lora is not None:
         params = policy_params(session, checkpoint)
 
@@ -267,7 +265,7 @@ def check_run_folder(
     direction: Direction, source: Path, model: HfModel, tokenizer: Tokenizer, folder: Path, wanted: Params
 ) -> dict[str, Any]:
     """The finished checkpoint, read back: the tensors of the source, the ids and logits of `transformers`."""
-    params = load_params(find(folder), wanted)
+    params = load_params(RunFolder(folder).find(), wanted)
     checks: dict[str, Any] = {"identical_tensors": check_tensors(model.source, params, model.config)}
     foreign = unread_by_transformers(direction, source)
     theirs: Callable[[np.ndarray], np.ndarray] | None = None

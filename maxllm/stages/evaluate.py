@@ -8,30 +8,31 @@ maxllm evaluate runs/tiny/sft 'data.heldout_sources=["my_questions.jsonl"]'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from maxllm import recipe
+from maxllm.folder import RunFolder, Which
 from maxllm.parallel.mesh import check_batch_divides
-from maxllm.run.checkpoint import Which, find, load_params
 from maxllm.run.heldout import kept_heldout
-from maxllm.run.session import check_replies_fit, reopen, run_config
+from maxllm.run.restore import load_params
+from maxllm.run.session import check_replies_fit, reopen
 from maxllm.stages.registry import stage_of
 
 
-def run(run_dir: Path, overrides: Sequence[str] = (), which: Which = "latest") -> dict[str, Any]:
+def run(folder: RunFolder, overrides: Sequence[str] = (), which: Which = "latest") -> dict[str, Any]:
     """Reads a checkpoint's parameters and evaluates them as training does.
 
     Held-out rows are those that the run's folder keeps. They are read from the data where the overrides name
     other data or another length of replies, or where the folder is of a version that kept none. Held-out text
     of pretraining was packed by `prepare`: another one is another data.prepared_dir.
     """
-    name = run_config(run_dir).stage
+    name = recipe.of_run(folder).stage
     stage = stage_of(name)
-    session = reopen(run_dir, overrides, ("generation", "batch.rows", stage.heldout))
+    session = reopen(folder, overrides, ("generation", "batch.rows", stage.heldout))
     check_replies_fit(session.config)
     check_batch_divides(session.mesh, session.config.batch, session.model)
-    checkpoint = find(run_dir, which)
-    evaluate = stage.evaluator(session, kept_heldout(session.config))
+    checkpoint = folder.find(which)
+    evaluate = stage.evaluator(session, kept_heldout(folder, session.config))
     program = stage.program(session.config, session.model, session.mesh)
     figures = evaluate(load_params(checkpoint, program.abstract_state.detach()[0]))
-    return {"run": str(run_dir), "stage": name, "step": int(checkpoint.name), **figures}
+    return {"run": str(folder), "stage": name, "step": int(checkpoint.name), **figures}

@@ -17,6 +17,7 @@ from maxllm.data.chat import Message
 from maxllm.data.render import render_to_reply
 from maxllm.data.tokenizer import without_piece
 from maxllm.errors import RunFailed, UserError
+from maxllm.folder import RunFolder, Which
 from maxllm.hf import export as hf
 from maxllm.hf.hub import upload
 from maxllm.hf.peft import export_adapters
@@ -25,8 +26,7 @@ from maxllm.hf.verify_tokenizer import check_tokenization
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.records import Params
-from maxllm.run.checkpoint import Which, find, load_params
-from maxllm.run.parents import run_dir_of
+from maxllm.run.restore import load_params
 from maxllm.run.session import Session, reopen
 from maxllm.stages import ppo
 from maxllm.stages.chat import Speaker
@@ -42,7 +42,7 @@ CHECK_PROMPTS = ("Hello", "To be, or not to be", "春眠不觉晓", "What is the
 
 
 def run(
-    run_dir: Path,
+    folder: RunFolder,
     out_dir: Path,
     prompts: Sequence[str] = CHECK_PROMPTS,
     verify: bool = True,
@@ -66,10 +66,10 @@ def run(
       UserError: the run has no adapters, critic or checkpoint, or the hub does not take the folder.
       RunFailed: ours and `transformers` do not agree; nothing is left at out_dir.
     """
-    session = reopen(run_dir, overrides)
+    session = reopen(folder, overrides)
     if base is not None and critic:
         raise UserError("--base writes adapters, --critic a value model: give one of them")
-    checkpoint = find(run_dir, which)
+    checkpoint = folder.find(which)
     if base is not None:
         written = export_lora(session, checkpoint, out_dir, base)
     elif critic or stage_of(session.config.stage).replies(session) == "score":
@@ -96,7 +96,6 @@ def export_policy(
     Raises:
       RunFailed: the two do not agree; nothing is left at out_dir.
     """
-    run_dir = session.run_dir
     params = policy_params(session, checkpoint)
     check: dict[str, Any] | None = None
 
@@ -106,7 +105,8 @@ def export_policy(
             check_tokenization(session.tokenizer, folder)
         check = greedy_check(checkpoint, folder, prompts, overrides) if verify else None
         if check is not None and not check["identical"]:
-            raise RunFailed(f"{run_dir} does not decode in transformers as here: {check['first_difference']}")
+            first = check["first_difference"]
+            raise RunFailed(f"{session.folder} does not decode in transformers as here: {first}")
 
     written = hf.export(
         params,
@@ -133,7 +133,7 @@ def export_lora(session: Session, checkpoint: Path, out_dir: Path, base: str) ->
     """
     lora = session.config.lora
     if lora is None:
-        raise UserError(f"{session.run_dir} trained no adapters: leave --base away to export the model")
+        raise UserError(f"{session.folder} trained no adapters: leave --base away to export the model")
     adapters = load_params(checkpoint, abstract_params(session, Llama(session.model, lora)))
     return export_adapters(adapters, session.model, lora, base, out_dir)
 
@@ -176,7 +176,7 @@ def export_scorer(
         scores = zip((score_of(model, params, ids) for ids in talks), hf_scores(folder, talks), strict=True)
         difference = max(abs(ours - theirs) for ours, theirs in scores)
         if not difference <= TOLERANCE[dtype]:
-            raise RunFailed(f"{session.run_dir} scores otherwise in transformers: by up to {difference:.3g}")
+            raise RunFailed(f"{session.folder} scores otherwise in transformers: by up to {difference:.3g}")
 
     written = hf.export(
         params,
@@ -209,11 +209,11 @@ def greedy_check(
 
     Both compute in float32: in bfloat16 two right implementations differ by more than many a tie is wide.
     """
-    run_dir = run_dir_of(checkpoint)
-    session = reopen(run_dir, overrides)
+    run = RunFolder.of_checkpoint(checkpoint)
+    session = reopen(run, overrides)
     tokens = min(CHECK_TOKENS, session.model.context // 2)
     settings = ["model.dtype=float32", "generation.temperature=0", f"generation.max_new_tokens={tokens}"]
-    speaker = Speaker(run_dir, [*overrides, *settings], int(checkpoint.name))
+    speaker = Speaker(run, [*overrides, *settings], int(checkpoint.name))
     # A model of short context is asked the beginnings of the prompts.
     ids = [speaker.prompt_ids(prompt)[: speaker.room] for prompt in prompts]
     ours = [speaker.reply(prompt)["tokens"] for prompt in ids]

@@ -314,7 +314,7 @@ def counted(plan: Plan) -> dict[str, Any]:
 
 
 def parameters_of(plan: Plan) -> int:
-    """Of the model that is trained; of PPO's actor."""
+    """Number of parameters of the model that is trained, which is PPO's actor."""
     return parameter_count(plan.program.abstract_state.detach()[0])
 
 

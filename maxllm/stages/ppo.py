@@ -29,6 +29,7 @@ from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
 from maxllm.data.tokenizer import without_piece
 from maxllm.errors import UserError
+from maxllm.folder import RunFolder
 from maxllm.generate.decode import decoder_of, generate
 from maxllm.losses.policy import kl_k1
 from maxllm.losses.token import Shaping
@@ -38,16 +39,11 @@ from maxllm.optim import make_optimizer
 from maxllm.parallel.mesh import check_batch_divides, platform_of
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Metrics, Params, PromptBatch, Rollout
-from maxllm.report.charts import Chart, Line, shares, training_and_heldout
-from maxllm.report.figures import NO_VERDICT, Facts, Row, both, compared, share_row, shown
-from maxllm.report.runs import Run, number
-from maxllm.report.stage import StageReport, Verdicts
-from maxllm.report.wording import bits, count
-from maxllm.run.checkpoint import load_params, restore
 from maxllm.run.loop import Job
-from maxllm.run.parents import run_dir_of
 from maxllm.run.program import Compiled, Part, Program, compile_reader
+from maxllm.run.restore import load_params, restore
 from maxllm.run.session import Session, check_same_model
+from maxllm.stages.ppo_report import REPORT
 from maxllm.stages.program import abstract_base
 from maxllm.stages.shared import (
     abstract_params,
@@ -227,7 +223,7 @@ def algorithm_of(
     def learner(model: Model, optimizer: OptimizerConfig) -> Learner[Model]:
         return Learner(
             model,
-            make_optimizer(optimizer, config.updates, partition_of(model).trained),
+            make_optimizer(optimizer, config.updates, partition_of(model).declared),
             config.batch.microbatches,
             jnp.dtype(config.optimizer.gradient_dtype),
         )
@@ -291,7 +287,7 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
         iterate=iterate,
         tokens_per_step=tokens,
         flops_per_step=iteration_flops(config, model, tokens),
-        declared=partition_of(ppo.actor.model).trained,
+        declared=partition_of(ppo.actor.model).declared,
         trained=2,
         references=2,
         decodes=True,
@@ -306,7 +302,7 @@ def critic_params(session: Session, checkpoint: Path) -> Params:
     """
     if session.config.stage != "ppo":
         stage = session.config.stage
-        raise UserError(f"{session.run_dir} is a {stage} run: only ppo trains a critic")
+        raise UserError(f"{session.folder} is a {stage} run: only ppo trains a critic")
     ppo = algorithm_with(session)
     init = partial(init_state, ppo)
     return restore(checkpoint, abstract(init, session.mesh)).critic.params
@@ -363,10 +359,10 @@ def check_reward_fits(session: Session) -> None:
     Raises:
       UserError: it was trained with another tokenizer, or with other settings that shapes do not show.
     """
-    reward_dir = run_dir_of(session.parent("reward"))
-    if load_tokenizer(reward_dir).fingerprint != session.tokenizer.fingerprint:
-        raise UserError(f"{reward_dir} was trained with another tokenizer than {session.config.start.policy}")
-    check_same_model(session.model, reward_dir)
+    reward = RunFolder.of_checkpoint(session.parent("reward"))
+    if load_tokenizer(reward.path).fingerprint != session.tokenizer.fingerprint:
+        raise UserError(f"{reward} was trained with another tokenizer than {session.config.start.policy}")
+    check_same_model(session.model, reward)
 
 
 def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
@@ -427,103 +423,10 @@ def figures_of(
     return evaluate
 
 
-# --- what a report tells ----------------------------------------------------------------------------------
-
-SCORE = "Reward model's score, PPO"
-SAMPLED, GREEDY = "Right answers, sampled, PPO", "Right answers, greedy, PPO"
-
-
-def facts(run: Run) -> Facts:
-    """Score, right answers and KL."""
-    names = ("score", "exact_match", "exact_match_greedy")
-    before_and_after = both(run, {name: f"ppo_{name}" for name in names})
-    items = {"ppo": run.summary.get("heldout_items")}
-    return before_and_after | {"ppo_kl": run.after("kl"), "heldout_items": items}
-
-
-def rows(facts: Facts) -> list[Row]:
-    """Score, right answers and the distance from the SFT model."""
-    items = number(facts.get("heldout_items", {}).get("ppo"))
-    before, after = number(facts.get("ppo_score_before")), number(facts.get("ppo_score_after"))
-    kl = number(facts.get("ppo_kl"))
-    verdict = NO_VERDICT
-    if before is not None and after is not None:
-        verdict = compared(before, after, bits, words=("higher", "lower"))
-    prompts = "" if items is None else count(items, "question")
-    return [
-        Row(
-            SCORE,
-            (shown(before, bits),),
-            shown(after, bits),
-            prompts,
-            "What PPO is trained to raise: the mean score of sampled replies. It is a model's opinion, so "
-            "read it beside the right answers below.",
-            verdict,
-        ),
-        share_row(
-            SAMPLED,
-            "Replies that are exactly the known answer, when they are drawn at random as in training.",
-            facts,
-            "ppo_exact_match",
-            items,
-        ),
-        share_row(
-            GREEDY,
-            "The same, when the likeliest token is taken at every place.",
-            facts,
-            "ppo_exact_match_greedy",
-            items,
-        ),
-        Row(
-            "KL to the SFT model, PPO",
-            (bits(0.0),),
-            shown(kl, bits),
-            prompts,
-            "How far PPO has moved from where it began, in nats per reply. It is a price paid for the score, "
-            "neither good nor bad by itself.",
-            NO_VERDICT,
-        ),
-    ]
-
-
-def charts(run: Run, facts: Facts) -> list[Chart]:
-    """Score, KL and right answers."""
-    return [
-        training_and_heldout(run, "Mean score", "the reward model's opinion", "score"),
-        training_and_heldout(run, "KL to the SFT model", "nats per reply", "kl"),
-        shares(
-            "Right answers",
-            Line("sampled", run.heldout_curve("exact_match")),
-            Line("greedy", run.heldout_curve("exact_match_greedy")),
-        ),
-    ]
-
-
-def remarks(verdicts: Verdicts) -> list[str]:
-    """A score that rises alone."""
-    if verdicts.get(SCORE) != "better" or not {verdicts.get(SAMPLED), verdicts.get(GREEDY)} <= {
-        "same",
-        "worse",
-    }:
-        return []
-    return [
-        "PPO raised the score, but the share of right answers did not rise with it. A policy can learn "
-        "what the reward model likes rather than what is right; this is called reward hacking."
-    ]
-
-
 STAGE = Stage(
     program=program,
     job=job,
     evaluator=evaluator,
     replies=lambda session: "turns",
-    report=StageReport(
-        title="PPO",
-        meaning="The SFT model writes replies, the reward model scores them, and replies that score above "
-        "expectation become likelier.",
-        facts=facts,
-        rows=rows,
-        charts=charts,
-        remarks=remarks,
-    ),
+    report=REPORT,
 )

@@ -43,7 +43,7 @@ from maxllm.data.spool import Spool
 from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start
 from maxllm.errors import UserError
 from maxllm.files import whole_folder, write_bytes
-from maxllm.run.record import console, progress
+from maxllm.run.console import console, progress
 
 model_pb2: Any = sentencepiece_model_pb2  # generated at import: type checkers see nothing in it
 

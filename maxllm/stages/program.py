@@ -9,13 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
 from maxllm.model.llama import Llama
-from maxllm.optim import make_optimizer
+from maxllm.optim import Optimizer, make_optimizer
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import LmBatch, PairBatch
 from maxllm.run.program import Program, step_alone
@@ -30,7 +29,7 @@ class Trainer(Program):
     """The program of a stage that trains one model."""
 
     loss_fn: Callable[..., Loss]
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     partition: Partition
     """What of the model's weights is in the state."""
 
@@ -88,7 +87,7 @@ def trainer(
         what the loss reads besides.
     """
     partition = partition_of(model)
-    optimizer = make_optimizer(config.optimizer, config.updates, partition.trained)
+    optimizer = make_optimizer(config.optimizer, config.updates, partition.declared)
     init = initializer(model, optimizer)
     step = partial(
         train_step,
@@ -115,5 +114,5 @@ def trainer(
         loss_fn=loss_fn,
         optimizer=optimizer,
         partition=partition,
-        declared=partition.trained,
+        declared=partition.declared,
     )

@@ -19,11 +19,12 @@ from maxllm import recipe
 from maxllm.config.root import Config
 from maxllm.data import tasks
 from maxllm.files import write_json
+from maxllm.folder import RunFolder
 from maxllm.report.figures import NO_VERDICT, NOT_YET, Facts, Row, Verdict
 from maxllm.report.runs import number
 from maxllm.report.stage import Road
 from maxllm.report.wording import count, duration, percent, whole
-from maxllm.run.record import SUMMARY, hardware, read_summary
+from maxllm.run.machine import hardware
 from maxllm.stages import export, prepare
 from maxllm.stages.chat import generate
 from maxllm.stages.registry import stage_of
@@ -52,24 +53,25 @@ def run(out: Path, fast: bool = False) -> dict[str, Any]:
     for stage in RECIPES:
         summaries[stage] = stage_of(stage).run(configs[stage])
         seconds[stage] = summaries[stage]["seconds"]
-    former = read_summary(out) or {}
+    own = RunFolder(out)  # which holds a summary of its own, though no run
+    former = own.summary() or {}
     if former.get("runs") == fingerprint(out) and (out / "hf" / "config.json").is_file():
         return former
     started = time.perf_counter()
     rows = list(tasks.prompt_rows("heldout", SAMPLE_TASKS, seed=configs["ppo"].run.seed))
-    exported = export.run(out / "ppo", out / "hf", [row["prompt"] for row in rows])
+    exported = export.run(RunFolder(out / "ppo"), out / "hf", [row["prompt"] for row in rows])
     write_json(out / "samples.json", samples(out, rows))
     seconds["export"] = round(time.perf_counter() - started, 3)
     seconds["total"] = round(sum(seconds.values()), 3)
     summary = figures(summaries, exported) | {"fast": fast, "seconds": seconds, "hardware": hardware()}
     summary["runs"] = fingerprint(out)
-    write_json(out / "summary.json", summary)
+    own.write_summary(summary)
     return summary
 
 
 def fingerprint(out: Path) -> str:
     """sha256 over the stages' summaries: a stage that was run again makes what came after it stale."""
-    contents = b"".join((out / stage / SUMMARY).read_bytes() for stage in RECIPES)
+    contents = b"".join(RunFolder(out / stage).summary_bytes() for stage in RECIPES)
     return hashlib.sha256(contents).hexdigest()
 
 
@@ -122,17 +124,19 @@ def samples(out: Path, rows: list[dict[str, str]]) -> dict[str, Any]:
     greedy = ["generation.temperature=0", "generation.max_new_tokens=16"]
     prompts = [row["prompt"] for row in rows]
     said = {
-        stage: [reply["text"] for reply in generate(out / stage, prompts, greedy)] for stage in ("sft", "ppo")
+        stage: [reply["text"] for reply in generate(RunFolder(out / stage), prompts, greedy)]
+        for stage in ("sft", "ppo")
     }
     # The pretrained model has never seen a chat turn; the same question stands before it as plain text.
     said["pretrained"] = [
-        reply["text"] for reply in generate(out / "pretrain", [f"{prompt}\n" for prompt in prompts], greedy)
+        reply["text"]
+        for reply in generate(RunFolder(out / "pretrain"), [f"{prompt}\n" for prompt in prompts], greedy)
     ]
     sampled = ["generation.temperature=0.8", "generation.top_p=0.95", "generation.max_new_tokens=80"]
     return {
         "text": [
             {"prompt": reply["prompt"], "continuation": reply["text"]}
-            for reply in generate(out / "pretrain", TEXT_PROMPTS, sampled)
+            for reply in generate(RunFolder(out / "pretrain"), TEXT_PROMPTS, sampled)
         ],
         "tasks": [
             {**row, **{stage: texts[number] for stage, texts in said.items()}}

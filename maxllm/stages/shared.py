@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from maxllm import recipe
 from maxllm.config.generation import GenerationConfig
 from maxllm.config.lora import LoraConfig
 from maxllm.config.root import TRAINED
@@ -19,18 +19,19 @@ from maxllm.data import loader
 from maxllm.data.instruct import Question, pad_prompts
 from maxllm.data.sources import Tally
 from maxllm.data.tokenizer import Tokenizer, without_piece
+from maxllm.folder import RunFolder
 from maxllm.generate.decode import decoder_of, generate
 from maxllm.model.adapters import merge
 from maxllm.model.llama import Llama
+from maxllm.optim import Optimizer
 from maxllm.parallel import sharding
 from maxllm.parallel.mesh import platform_of
 from maxllm.records import LmBatch, Params, PromptBatch, Rollout
-from maxllm.run.checkpoint import check_params, load_params
 from maxllm.run.loop import Job, mean_over
-from maxllm.run.parents import parent_of, run_dir_of, shown
+from maxllm.run.parents import parent_of
 from maxllm.run.program import compile_reader
-from maxllm.run.record import read_summary
-from maxllm.run.session import Session, run_config, say
+from maxllm.run.restore import check_params, load_params
+from maxllm.run.session import Session, say
 from maxllm.stages.program import Trainer
 from maxllm.steps.language import language_loss
 from maxllm.steps.state import TrainState, abstract, init_params
@@ -45,9 +46,7 @@ def told(session: Session, tallies: Sequence[Tally]) -> list[dict[str, Any]]:
     return [tally.report() for tally in tallies]
 
 
-def start_from(
-    params: Params, optimizer: optax.GradientTransformation, abstract_state: TrainState
-) -> TrainState:
+def start_from(params: Params, optimizer: Optimizer, abstract_state: TrainState) -> TrainState:
     """Step 0 with given parameters and a fresh optimizer state, in the shardings of the abstract one."""
 
     def begin(params: Params) -> TrainState:
@@ -67,11 +66,11 @@ def policy_params(session: Session, checkpoint: Path) -> Params:
     Raises:
       UserError: the model that adapters were trained beside is gone, or another one now.
     """
-    run_dir = run_dir_of(checkpoint)
-    config = run_config(run_dir)
+    folder = RunFolder.of_checkpoint(checkpoint)
+    config = recipe.of_run(folder)
     if config.lora is None:
         return load_params(checkpoint, abstract_params(session, Llama(session.model)))
-    base = policy_params(session, parent_of(run_dir, config, "policy"))
+    base = policy_params(session, parent_of(folder, config, "policy"))
     adapters = load_params(checkpoint, abstract_params(session, Llama(session.model, config.lora)))
     return merging(config.lora)(Weights(base, adapters)).base
 
@@ -88,7 +87,7 @@ def start_policy(session: Session) -> Callable[[], Params]:
       UserError: there is no checkpoint, or one of another model.
     """
     checkpoint = session.parent("policy")
-    lora = run_config(run_dir_of(checkpoint)).lora
+    lora = recipe.of_run(RunFolder.of_checkpoint(checkpoint)).lora
     check_start(session, checkpoint, abstract_params(session, Llama(session.model, lora)))
     return partial(policy_params, session, checkpoint)
 
@@ -101,10 +100,11 @@ def check_start(session: Session, checkpoint: Path, wanted: Params) -> None:
       RunFailed: it is damaged.
     """
     check_params(checkpoint, wanted)
-    parent = run_config(run_dir_of(checkpoint))
-    unfinished = parent.stage in TRAINED and read_summary(run_dir_of(checkpoint)) is None
+    folder = RunFolder.of_checkpoint(checkpoint)
+    parent = recipe.of_run(folder)
+    unfinished = parent.stage in TRAINED and folder.summary() is None
     more = f" of {parent.run.steps}: that run is not finished" if unfinished else ""
-    say(session, f"starts from {shown(run_dir_of(checkpoint))}, step {checkpoint.name}{more}")
+    say(session, f"starts from {folder.shown()}, step {checkpoint.name}{more}")
 
 
 def language_job(

@@ -76,7 +76,7 @@ def block(
     kind = w_DV.dtype
     sums, dx, dw = cross_entropy(
         x_BTD.reshape(B * T, D),
-        gathered(w_DV, x_BTD.dtype, split is not None and split.parameters),
+        whole_columns(w_DV, x_BTD.dtype, split is not None and split.parameters),
         targets_BT.reshape(B * T),
         weights_BT.reshape(B * T),
         vocab_axis=TENSOR if split else None,
@@ -95,13 +95,13 @@ def block(
     return sums, dx, dw
 
 
-def gathered(w_DV: jax.Array, dtype: Any, split: bool) -> jax.Array:
+def whole_columns(w_DV: jax.Array, dtype: Any, split: bool) -> jax.Array:
     """The device's columns of the head, in full; they change type before they cross the network."""
     w_DV = w_DV.astype(dtype)
     return jax.lax.all_gather(w_DV, TABLES, axis=0, tiled=True) if split else w_DV
 
 
-def forward(
+def loss_forward(
     *arrays: jax.Array, shaping: Shaping = PLAIN
 ) -> tuple[Sums, tuple[jax.Array | None, jax.Array | None]]:
     """The loss, and its gradients as what the backward pass needs."""
@@ -111,14 +111,14 @@ def forward(
     return sums, jax.lax.optimization_barrier((dx_BTD, dw_DV))
 
 
-def backward(gradients: tuple[jax.Array, jax.Array], cotangent: Sums) -> tuple[Any, Any, None, None]:
+def loss_backward(gradients: tuple[jax.Array, jax.Array], cotangent: Sums) -> tuple[Any, Any, None, None]:
     """The gradients times that of `total`; counts have none."""
     dx_BTD, dw_DV = gradients
     g = cotangent.total
     return (dx_BTD * g).astype(dx_BTD.dtype), (dw_DV * g).astype(dw_DV.dtype), None, None
 
 
-head_loss.defvjp(forward, backward)
+head_loss.defvjp(loss_forward, loss_backward)
 
 
 # --- log-probabilities -------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def logps_block(
 ) -> tuple[jax.Array, jax.Array]:
     """One device's rows; `split` says whether the head is split over TABLES."""
     B, T, D = x_BTD.shape
-    w_DV = gathered(w_DV, x_BTD.dtype, split)
+    w_DV = whole_columns(w_DV, x_BTD.dtype, split)
     both = target_logps(x_BTD.reshape(B * T, D), w_DV, targets_BT.reshape(B * T), vocab_axis, shaping)
     return both[0].reshape(B, T), both[1].reshape(B, T)
 
@@ -178,7 +178,7 @@ def logps_forward(
 
 def logps_backward(shaping: Shaping, arrays: tuple[jax.Array, ...], g_BT: jax.Array) -> tuple[Any, Any, None]:
     """The gradient of the cross-entropy that weighs each position with minus its cotangent."""
-    _, (dx_BTD, dw_DV) = forward(*arrays, -g_BT, shaping=shaping)
+    _, (dx_BTD, dw_DV) = loss_forward(*arrays, -g_BT, shaping=shaping)
     return dx_BTD, dw_DV, None
 
 

@@ -20,7 +20,6 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 
 from maxllm.config.ppo import PpoConfig
@@ -29,6 +28,7 @@ from maxllm.losses.token import Shaping
 from maxllm.model.forward import forward
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama, head_weight
+from maxllm.optim import Optimizer
 from maxllm.parallel import context
 from maxllm.parallel.pipeline import undeal
 from maxllm.records import Array, Experience, Metrics, Params, Rollout
@@ -55,7 +55,7 @@ class PpoState(struct.PyTreeNode):
         return params, self.replace(actor=actor)
 
     def attach(self, params: Params) -> PpoState:
-        """Undoes `detach`."""
+        """The state with the policy's parameters put back."""
         return self.replace(actor=self.actor.attach(params))
 
 
@@ -73,7 +73,7 @@ class Learner(Generic[Model]):
     """A model that learns from experience, and how."""
 
     model: Model
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     microbatches: int = 1
     """Parts that the rows of an update are split into."""
     gradient_dtype: jnp.dtype = FLOAT32

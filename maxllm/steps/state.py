@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from maxllm.config.mesh import Offload
 from maxllm.model.forward import declarations_of, init_weights
+from maxllm.optim import Optimizer
 from maxllm.parallel import sharding
 from maxllm.records import Params
 from maxllm.weights import Partition
@@ -34,7 +35,7 @@ class TrainState(struct.PyTreeNode):
         return self.params, self.replace(params=None)
 
     def attach(self, params: Params) -> TrainState:
-        """Undoes `detach`."""
+        """The state with its parameters put back."""
         return self.replace(params=params)
 
 
@@ -49,9 +50,7 @@ def init_params(model: nn.Module, key: jax.Array) -> Params:
     return partition_of(model).split(init_weights(model, key))[0]
 
 
-def initializer(
-    model: nn.Module, optimizer: optax.GradientTransformation
-) -> Callable[[jax.Array], TrainState]:
+def initializer(model: nn.Module, optimizer: Optimizer) -> Callable[[jax.Array], TrainState]:
     """A pure function key -> boxed TrainState."""
 
     def init(key: jax.Array) -> TrainState:

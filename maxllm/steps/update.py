@@ -13,6 +13,7 @@ import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from maxllm.optim import Optimizer
 from maxllm.parallel.memory import in_host, in_turns
 from maxllm.parallel.pipeline import deal
 from maxllm.records import Metrics, Params
@@ -74,7 +75,7 @@ def accumulate(
         loss = loss_fn(partition.joined(params, kept).replace(slots=slots), part, key)
         return loss.total, loss
 
-    gradient_fn = partial(slotted_gradient, total_and_loss, dtype, partition.trained)
+    gradient_fn = partial(slotted_gradient, total_and_loss, dtype, partition.declared)
     if microbatches == 1:
         sums, loss = gradient_fn(params, batch, key)
     else:
@@ -129,7 +130,7 @@ def update(
     key: jax.Array,
     *,
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     microbatches: int = 1,
     gradient_dtype: jnp.dtype = FLOAT32,
     partition: Partition = EVERYTHING,
@@ -137,7 +138,9 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step. A non-finite loss or gradient leaves parameters and optimizer as they were.
 
-    Metrics: those of the loss, `loss`, `gradient_norm` before clipping, and `skipped` (1 if not finite).
+    Metrics: those of the loss, `loss`, `gradient_norm` before clipping, `skipped` (1 if not finite), and
+    `learning_rate`, `update_norm` and `parameter_norm`: the schedule's rate for this update, the global norm
+    of what it added to the parameters (0 if skipped), and that of the parameters after it.
     """
     gradients, loss = accumulate(
         loss_fn, state.params, batch, key, microbatches, gradient_dtype, partition, kept
@@ -146,21 +149,31 @@ def update(
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
 
-    def updated(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+    def updated(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState, Any]:
         updates, new_opt_state = optimizer.update(gradients, opt_state, params)
         new = optax.apply_updates(params, updates), new_opt_state
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, opt_state))
+        params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, opt_state))
+        return params, opt_state, jax.tree.map(squares, updates, params)
 
     old = state.params, state.opt_state
     # Of optimizers, only the clipping looks at more than one parameter, and it looks at gradients alone.
-    params, opt_state = in_turns(updated, *old, after=norm) if in_host(old) else updated(*old)
+    params, opt_state, sums = in_turns(updated, *old, after=norm) if in_host(old) else updated(*old)
+    update_norm, parameter_norm = jnp.sqrt(sum(jax.tree.leaves(sums)))
     one = jnp.float32(1)
     metrics: Metrics = loss.metrics | {
         "loss": (loss.total, loss.weight),
         "gradient_norm": (norm, one),
         "skipped": (1 - finite.astype(jnp.float32), one),
+        "learning_rate": (jnp.asarray(optimizer.learning_rate(state.opt_state), FLOAT32), one),
+        "update_norm": (jnp.where(finite, update_norm, 0.0), one),
+        "parameter_norm": (parameter_norm, one),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def squares(*arrays: jax.Array) -> jax.Array:
+    """The sum of each array's squares, float32."""
+    return jnp.stack([jnp.sum(jnp.square(array.astype(FLOAT32))) for array in arrays])
 
 
 def train_step(
@@ -168,7 +181,7 @@ def train_step(
     batch: Any,
     *frozen: Weights,
     loss_fn: Callable[..., Loss],
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     seed: int,
     microbatches: int,
     gradient_dtype: jnp.dtype = FLOAT32,

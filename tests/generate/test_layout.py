@@ -19,7 +19,7 @@ from maxllm.parallel import sharding
 from maxllm.parallel.mesh import make_mesh
 from maxllm.plan import hlo
 from maxllm.records import PromptBatch
-from maxllm.run.session import compile_reader
+from maxllm.run.program import compile_reader
 from maxllm.steps.state import abstract, init_params
 from maxllm.weights import Weights
 

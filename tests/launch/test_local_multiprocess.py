@@ -167,10 +167,10 @@ import os, signal, sys, time
 from maxllm import cli
 from maxllm.run import loop
 
-compile_step = loop.compile_step
+compile_program = loop.compile_program
 
 def slow(*args, **options):
-    step, seconds = compile_step(*args, **options)
+    step, seconds = compile_program(*args, **options)
     done = 0
 
     def call(*args):
@@ -183,7 +183,7 @@ def slow(*args, **options):
 
     return call, seconds
 
-loop.compile_step = slow
+loop.compile_program = slow
 sys.exit(cli.main())
 """
 

@@ -106,7 +106,7 @@ def test_the_optimizers_bytes_are_those_of_its_state(name, tiny_model, params_of
 
     config = recipe.load_recipe(SEVEN, [f"optimizer.name={name}", "mesh.fsdp=1", "mesh.data=8"])
     model = tiny_model()
-    optimizer = make_optimizer(config.optimizer, 10, partition_of(Llama(model)).trained)
+    optimizer = make_optimizer(config.optimizer, 10, partition_of(Llama(model)).declared)
     state = jax.eval_shape(optimizer.init, params_of(Llama(model)))
     # Placeholders of one number, counts and coefficients are not in the estimate.
     large = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.shape[-1] > 3]

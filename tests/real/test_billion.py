@@ -21,11 +21,13 @@ from maxllm.config.data import TokenizerConfig
 from maxllm.config.model import ModelConfig
 from maxllm.data.spm import train
 from maxllm.files import write_json
+from maxllm.folder import RunFolder
 from maxllm.hf import mapping
 from maxllm.hf.config import hf_config_of
 from maxllm.hf.tokenizer import save_tokenizer
 from maxllm.hf.write import WEIGHTS, Slot, write_file
-from maxllm.run.checkpoint import find, open_array, save_params
+from maxllm.run.checkpoint import save_params
+from maxllm.run.restore import open_array
 
 BILLION = ModelConfig(
     vocab_size=32_000, d_model=2048, n_layers=20, n_heads=32, n_kv_heads=8, d_ff=5632, max_seq_len=2048
@@ -111,8 +113,8 @@ def test_memory_is_what_the_destination_needs_and_little_more(
 def test_an_array_of_more_than_a_gigabyte_is_saved(tmp_path: Path) -> None:
     """Stacked feed-forward weights of a model of 3 B parameters have 1.4 GB."""
     array = jnp.arange(11 * 10**8, dtype=jnp.uint8).reshape(11, -1)
-    save_params(tmp_path, {"decoder": {"layers": {"w": array}}})
-    saved = open_array(find(tmp_path), "decoder/layers/w")
+    save_params(RunFolder(tmp_path), {"decoder": {"layers": {"w": array}}})
+    saved = open_array(RunFolder(tmp_path).find(), "decoder/layers/w")
     assert saved.shape == array.shape
     np.testing.assert_array_equal(np.asarray(saved[10]), array[10])
 

@@ -24,10 +24,11 @@ from maxllm.config.generation import GenerationConfig  # noqa: E402
 from maxllm.data.instruct import pad_prompts  # noqa: E402
 from maxllm.data.render import render_prompt  # noqa: E402
 from maxllm.data.sources import Tally, read_documents  # noqa: E402
+from maxllm.folder import RunFolder  # noqa: E402
 from maxllm.generate.decode import generate  # noqa: E402
 from maxllm.model.forward import forward  # noqa: E402
 from maxllm.model.llama import Llama  # noqa: E402
-from maxllm.run.checkpoint import find, load_params  # noqa: E402
+from maxllm.run.restore import load_params  # noqa: E402
 from maxllm.run.session import reopen  # noqa: E402
 from maxllm.stages.shared import abstract_params  # noqa: E402
 from maxllm.steps.state import init_params  # noqa: E402
@@ -74,10 +75,10 @@ def run(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ours(run: Path) -> Any:
     """(model, parameters, tokenizer)"""
-    session = reopen(run, ["model.dtype=float32"], ("model.dtype",))
+    session = reopen(RunFolder(run), ["model.dtype=float32"], ("model.dtype",))
     model, here = Llama(session.model), SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda key: nn.unbox(init_params(model, key)), jax.random.key(0))
-    params = load_params(find(run), jax.tree.map(lambda leaf: leaf.update(sharding=here), shapes))
+    params = load_params(RunFolder(run).find(), jax.tree.map(lambda leaf: leaf.update(sharding=here), shapes))
     return model, params, session.tokenizer
 
 
@@ -199,10 +200,10 @@ def test_twenty_steps_of_lora_load_in_peft(run: Path, ours: Any, tmp_path: Path)
     maxllm("convert", "to-hf", run, tmp_path / "base")
     maxllm("export", tmp_path / "lora", tmp_path / "adapter", "--base", tmp_path / "base")
 
-    session = reopen(tmp_path / "lora")
+    session = reopen(RunFolder(tmp_path / "lora"))
     assert session.config.lora is not None
     wanted = abstract_params(session, Llama(model.config, session.config.lora))
-    adapters = jax.device_get(load_params(find(tmp_path / "lora"), wanted))
+    adapters = jax.device_get(load_params(RunFolder(tmp_path / "lora").find(), wanted))
     beside = jax.jit(partial(forward, Llama(model.config, session.config.lora)))
     theirs = {}
     for dtype in (torch.float32, torch.float64):

@@ -17,8 +17,9 @@ from maxllm.data.chat import Message
 from maxllm.data.render import render_prompt
 from maxllm.data.tokenizer import CHAT_TEMPLATE
 from maxllm.errors import UserError
+from maxllm.folder import CONFIG, RunFolder
 from maxllm.run import session
-from maxllm.run.session import CONFIG, Session, open_run_dir, open_session, reopen
+from maxllm.run.session import Session, open_folder, open_session, reopen
 
 TEXT = ["abc abd"] * 9
 DATED = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\n' }}" + CHAT_TEMPLATE
@@ -63,14 +64,14 @@ def test_a_run_keeps_its_day(sft: Config, monkeypatch: pytest.MonkeyPatch) -> No
     """Opened on the 26th, opened again the next day, and read: the same prompt, hence the same data."""
     on(monkeypatch, 26)
     first = open_session(sft)
-    with open_run_dir(first):
+    with open_folder(first):
         pass
     assert told(first).startswith("Today is 26 Jul 2024.")
     on(monkeypatch, 27)
     again = open_session(sft)
     assert told(again) == told(first) and again.config == first.config
-    assert told(reopen(Path(sft.run.dir))) == told(first)
-    asked = reopen(Path(sft.run.dir), ["run.day=2024-07-28"], ["run.day"])
+    assert told(reopen(RunFolder(sft.run.dir))) == told(first)
+    asked = reopen(RunFolder(sft.run.dir), ["run.day=2024-07-28"], ["run.day"])
     assert told(asked).startswith("Today is 28 Jul 2024.")
 
 
@@ -79,7 +80,7 @@ def test_a_day_may_be_set_and_then_stays(sft: Config, monkeypatch: pytest.Monkey
     day = datetime.date(2023, 1, 2)
     set_to = sft.model_copy(update={"run": sft.run.model_copy(update={"day": day})})
     first = open_session(set_to)
-    with open_run_dir(first):
+    with open_folder(first):
         pass
     assert told(first).startswith("Today is 02 Jan 2023.") and told(open_session(sft)) == told(first)
     other = sft.model_copy(update={"run": sft.run.model_copy(update={"day": datetime.date(2023, 1, 3)})})

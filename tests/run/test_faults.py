@@ -22,7 +22,7 @@ def agreements(monkeypatch):
             taken.clear()
             return np.array([values, other], np.float32)
 
-        monkeypatch.setattr(faults.processes, "gathered", gathered)
+        monkeypatch.setattr(faults.processes, "from_all", gathered)
         request = faults.StopRequest()
         for step in range(steps + 1):
             taken += [seconds_of(step)] if step else []
@@ -48,12 +48,12 @@ def test_steps_that_become_long_are_agreed_on_one_by_one_from_the_next_time_on(a
 def test_all_stop_where_one_was_asked(monkeypatch):
     """The other one was asked, this one was not."""
     monkeypatch.setattr(faults.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(faults.processes, "gathered", lambda values: np.array([values, [True, 1.0]]))
+    monkeypatch.setattr(faults.processes, "from_all", lambda values: np.array([values, [True, 1.0]]))
     assert faults.StopRequest().anywhere(1)
 
 
 def test_a_process_alone_asks_nobody(monkeypatch):
-    monkeypatch.setattr(faults.processes, "gathered", lambda values: pytest.fail("there is nobody to ask"))
+    monkeypatch.setattr(faults.processes, "from_all", lambda values: pytest.fail("there is nobody to ask"))
     request = faults.StopRequest()
     assert not request.anywhere(1)
     request.asked = True

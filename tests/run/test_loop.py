@@ -13,11 +13,10 @@ from maxllm import recipe
 from maxllm.config.mesh import MeshConfig
 from maxllm.data.loader import ArrayBatches
 from maxllm.errors import UserError
+from maxllm.folder import METRICS, SUMMARY, RunFolder
 from maxllm.parallel.mesh import make_mesh
 from maxllm.run import loop
-from maxllm.run.checkpoint import best_step, steps_of
 from maxllm.run.program import Program, step_alone
-from maxllm.run.record import METRICS, SUMMARY, read_records
 from maxllm.run.session import Session
 from maxllm.steps.state import TrainState
 
@@ -76,7 +75,7 @@ def build(tmp_path, tiny_tokenizer):
             evaluate=evaluate,
             best=("loss", "min"),
         )
-        session = Session(config, config.model, mesh, tiny_tokenizer, tmp_path / "run")
+        session = Session(config, config.model, mesh, tiny_tokenizer, RunFolder(tmp_path / "run"))
         return session, job
 
     return make
@@ -86,8 +85,8 @@ def test_a_state_that_is_the_best_so_far_is_saved_whenever_it_is_evaluated(build
     """Evaluations and checkpoints fall on different steps; the best of all evaluations is kept."""
     session, job = build({3: 0.5, 6: 0.2, 9: 0.4, 12: 0.3}, "run.eval_every=3", "run.checkpoint_every=5")
     loop.train(session, job)
-    assert best_step(session.run_dir) == 6
-    assert steps_of(session.run_dir) == [6, 10, 12]
+    assert session.folder.best_step() == 6
+    assert session.folder.steps() == [6, 10, 12]
 
 
 def test_the_loop_asks_for_rows_of_each_device_and_for_none_twice(build):
@@ -102,7 +101,7 @@ def test_the_loop_asks_for_rows_of_each_device_and_for_none_twice(build):
 
     loop.train(session, dataclasses.replace(job, batches=Asked(job.batches.rows, 8, 0)))
     assert sorted(asked) == [(number, row, row + 1) for number in range(STEPS) for row in range(8)]
-    [loss] = [record["loss"] for record in read_records(session.run_dir) if "loss" in record]
+    [loss] = [record["loss"] for record in session.folder.records() if "loss" in record]
     assert loss == np.mean([job.batches.at(number).sum() for number in range(STEPS)])
 
 
@@ -110,15 +109,15 @@ def test_what_is_no_number_never_ranks(build):
     figures = {2: 0.1, 4: math.nan, 6: 0.8, 8: -math.inf, 10: 0.7, 12: math.nan}
     session, job = build(figures, "run.eval_every=2", "run.checkpoint_every=2", "run.keep_checkpoints=1")
     loop.train(session, job)
-    assert best_step(session.run_dir) == 2
-    assert steps_of(session.run_dir) == [2, 12]
+    assert session.folder.best_step() == 2
+    assert session.folder.steps() == [2, 12]
 
 
 def test_a_run_of_nothing_but_nan_has_no_best(build):
     figures = dict.fromkeys(range(STEPS + 1), math.nan)
     session, job = build(figures, "run.eval_every=2", "run.checkpoint_every=6")
     loop.train(session, job)
-    assert best_step(session.run_dir) is None and steps_of(session.run_dir)[-1] == STEPS
+    assert session.folder.best_step() is None and session.folder.steps()[-1] == STEPS
 
 
 def test_a_continued_run_knows_the_best_of_before(build):
@@ -128,7 +127,7 @@ def test_a_continued_run_knows_the_best_of_before(build):
         loop.train(session, job)
     session, job = build({2: 0.1, 8: 0.5}, *words)
     loop.train(session, job)
-    assert best_step(session.run_dir) == 2 and 8 not in steps_of(session.run_dir)
+    assert session.folder.best_step() == 2 and 8 not in session.folder.steps()
 
 
 @pytest.mark.parametrize("at_the_end", [True, False])
@@ -137,11 +136,11 @@ def test_metrics_that_are_gone_are_told_and_not_needed(build, capsys, at_the_end
     session, job = build(figures, "run.eval_every=4", "run.checkpoint_every=6")
     if at_the_end:
         loop.train(session, job)
-        (session.run_dir / SUMMARY).unlink()
+        (session.folder.path / SUMMARY).unlink()
     else:
         with pytest.raises(RuntimeError):
             loop.train(session, job)
-    (session.run_dir / METRICS).unlink()
+    (session.folder.path / METRICS).unlink()
     session, job = build({}, "run.eval_every=4", "run.checkpoint_every=6")
     capsys.readouterr()
     summary = loop.train(session, job)
@@ -162,7 +161,7 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_begun_anew(build):
 
     object.__setattr__(job, "fresh", slow)
     before = loop.train(session, job)
-    records = [record["step"] for record in read_records(session.run_dir)]
+    records = [record["step"] for record in session.folder.records()]
     assert records.count(STEPS) == 2 and before["steps"] == STEPS  # one log line, one evaluation
 
 
@@ -186,11 +185,11 @@ def test_a_run_goes_on_with_other_settings_of_how_it_computes_and_records_them(b
     session, job = build({8: RuntimeError("killed")}, *words)
     with pytest.raises(RuntimeError):
         loop.train(session, job)
-    assert not (session.run_dir / "changes.jsonl").exists()
+    assert not (session.folder.path / "changes.jsonl").exists()
     session, job = build({}, *words[:2], "batch.microbatches=4", "model.remat=full", "model.keep=['q']")
     capsys.readouterr()
     loop.train(session, job)
-    lines = (session.run_dir / "changes.jsonl").read_text().splitlines()
+    lines = (session.folder.path / "changes.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"step": 6, "setting": "batch.microbatches", "from": 2, "to": 4},
         {"step": 6, "setting": "model.keep", "from": [], "to": ["q"]},
@@ -214,7 +213,7 @@ def test_a_run_that_begins_anew_has_changed_nothing(build):
         loop.train(session, job)
     session, job = build({}, "run.eval_every=4", "model.remat=full")
     loop.train(session, job)
-    assert not (session.run_dir / "changes.jsonl").exists()
+    assert not (session.folder.path / "changes.jsonl").exists()
 
 
 @pytest.mark.parametrize("what", ["training", "held-out"])
@@ -233,11 +232,11 @@ def test_changed_data_is_another_run(build, what):
 def test_a_half_written_checkpoint_goes_before_anything_is_written(build, monkeypatch):
     """It may be what fills the disk: the first write after a full disk would fail."""
     session, job = build({}, "run.eval_every=12")
-    unfinished = session.run_dir / "checkpoints" / "6.orbax-checkpoint-tmp"
+    unfinished = session.folder.path / "checkpoints" / "6.orbax-checkpoint-tmp"
     unfinished.mkdir(parents=True)
     (unfinished / "big").write_bytes(b"x")
 
-    from maxllm.run import session as module
+    from maxllm import folder as module
 
     write = module.write_bytes
 
@@ -248,7 +247,7 @@ def test_a_half_written_checkpoint_goes_before_anything_is_written(build, monkey
 
     monkeypatch.setattr(module, "write_bytes", only_with_room)
     loop.train(session, job)
-    assert steps_of(session.run_dir)[-1] == STEPS
+    assert session.folder.steps()[-1] == STEPS
 
 
 class Device:
@@ -306,5 +305,5 @@ def test_speed_is_that_of_the_steps_whatever_stands_between_them(
 
     monkeypatch.setattr(loop, "Checkpoints", Slow)
     loop.train(session, job)
-    records = [record for record in read_records(session.run_dir) if "loss" in record]
+    records = [record for record in session.folder.records() if "loss" in record]
     assert [record["steps_per_second"] for record in records] == [1.0] * (STEPS // log)

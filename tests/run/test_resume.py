@@ -198,11 +198,13 @@ def test_the_best_evaluated_checkpoint_outlives_newer_ones(tmp_path: Path) -> No
     """Ranks count only where the state was evaluated, and a resumed run still knows the former ones."""
     import jax.numpy as jnp
 
+    from maxllm.folder import RunFolder
     from maxllm.run import checkpoint
+    from maxllm.run.restore import load_params
     from maxllm.steps.state import TrainState
 
     def save(ranks: dict[int, float]) -> None:
-        checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+        checkpoints = checkpoint.Checkpoints(RunFolder(tmp_path), keep=2)
         for step, rank in ranks.items():
             state = TrainState(jnp.int32(step), {"w": jnp.full(3, float(step))}, {"m": jnp.zeros(3)})
             checkpoints.save(step, state, rank)
@@ -213,9 +215,10 @@ def test_the_best_evaluated_checkpoint_outlives_newer_ones(tmp_path: Path) -> No
     save({6: none, 7: -0.3, 8: none})
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert kept == [3, 7, 8]
-    assert (checkpoint.latest_step(tmp_path), checkpoint.best_step(tmp_path)) == (8, 3)
+    folder = RunFolder(tmp_path)
+    assert (folder.latest_step(), folder.best_step()) == (8, 3)
     shapes = {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=SingleDeviceSharding(jax.devices()[0]))}
-    best = checkpoint.load_params(checkpoint.find(tmp_path, "best"), shapes)
+    best = load_params(folder.find("best"), shapes)
     np.testing.assert_array_equal(best["w"], np.full(3, 3.0))
 
 
@@ -228,6 +231,7 @@ def test_every_optimizer_goes_through_a_checkpoint(tmp_path: Path, tiny_model, c
     """Saved after one step and restored into its shardings: the same arrays, and the same second step."""
     from maxllm.config.mesh import MeshConfig
     from maxllm.config.optimizer import OptimizerConfig
+    from maxllm.folder import RunFolder
     from maxllm.model.llama import Llama
     from maxllm.optim import make_optimizer
     from maxllm.parallel.mesh import make_mesh
@@ -235,7 +239,7 @@ def test_every_optimizer_goes_through_a_checkpoint(tmp_path: Path, tiny_model, c
     from maxllm.steps.state import abstract, create, initializer, partition_of
 
     model = Llama(tiny_model())
-    optimizer = make_optimizer(OptimizerConfig(**changes), 10, partition_of(model).trained)
+    optimizer = make_optimizer(OptimizerConfig(**changes), 10, partition_of(model).declared)
     init = initializer(model, optimizer)
     description = abstract(init, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
 
@@ -246,10 +250,10 @@ def test_every_optimizer_goes_through_a_checkpoint(tmp_path: Path, tiny_model, c
         return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
     once = step(create(init, description, jax.random.key(0)))
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints = checkpoint.Checkpoints(RunFolder(tmp_path), keep=1)
     checkpoints.save(1, once)
     checkpoints.close()
-    restored = checkpoint.Checkpoints(tmp_path, keep=1).restore(1, description)
+    restored = checkpoint.Checkpoints(RunFolder(tmp_path), keep=1).restore(1, description)
     same = partial(jax.tree.map, np.testing.assert_array_equal)
     same(restored, once)
     same(step(restored), step(once))
@@ -270,6 +274,7 @@ def test_a_checkpoint_of_any_layout_restores_into_any_other(tmp_path: Path, tiny
     """Bit for bit, parameters and moments, each into the shardings of its new mesh."""
     from maxllm.config.mesh import MeshConfig
     from maxllm.config.optimizer import OptimizerConfig
+    from maxllm.folder import RunFolder
     from maxllm.model.llama import Llama
     from maxllm.optim import make_optimizer
     from maxllm.parallel.mesh import make_mesh
@@ -277,14 +282,14 @@ def test_a_checkpoint_of_any_layout_restores_into_any_other(tmp_path: Path, tiny
     from maxllm.steps.state import abstract, create, initializer, partition_of
 
     model = Llama(tiny_model(n_heads=16, n_kv_heads=8, head_dim=4, d_ff=64, n_layers=8))
-    init = initializer(model, make_optimizer(OptimizerConfig(), 10, partition_of(model).trained))
+    init = initializer(model, make_optimizer(OptimizerConfig(), 10, partition_of(model).declared))
     descriptions = [abstract(init, make_mesh(MeshConfig(**sizes)), zero) for sizes, zero in LAYOUTS]
     state = create(init, descriptions[number], jax.random.key(0))
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints = checkpoint.Checkpoints(RunFolder(tmp_path), keep=1)
     checkpoints.save(1, state)
     checkpoints.close()
     for description in descriptions:
-        restored = checkpoint.Checkpoints(tmp_path, keep=1).restore(1, description)
+        restored = checkpoint.Checkpoints(RunFolder(tmp_path), keep=1).restore(1, description)
         jax.tree.map(np.testing.assert_array_equal, restored, jax.device_get(state))
         for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(description), strict=True):
             assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
@@ -298,22 +303,24 @@ def test_what_lies_in_the_hosts_memory_goes_through_a_checkpoint(tmp_path: Path,
     """On eight devices: restored bit for bit, with every array in the memory that the restoring run wants."""
     from maxllm.config.mesh import MeshConfig
     from maxllm.config.optimizer import OptimizerConfig
+    from maxllm.folder import RunFolder
     from maxllm.model.llama import Llama
     from maxllm.optim import make_optimizer
     from maxllm.parallel.mesh import make_mesh
     from maxllm.run import checkpoint
+    from maxllm.run.restore import restore
     from maxllm.steps.state import abstract, create, initializer, partition_of
 
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     model = Llama(tiny_model())
-    init = initializer(model, make_optimizer(OptimizerConfig(), 10, partition_of(model).trained))
+    init = initializer(model, make_optimizer(OptimizerConfig(), 10, partition_of(model).declared))
     described = {kind: abstract(init, mesh, offload=kind) for kind in KINDS}
     state = create(init, described[saved], jax.random.key(0))
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints = checkpoint.Checkpoints(RunFolder(tmp_path), keep=1)
     checkpoints.save(1, state)
     checkpoints.close()
     for kind, description in described.items():
-        restored = checkpoint.restore(tmp_path / "checkpoints" / "1", description)
+        restored = restore(tmp_path / "checkpoints" / "1", description)
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
         assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(
             lambda leaf: leaf.sharding, description
@@ -355,7 +362,8 @@ def test_a_run_that_is_older_than_a_setting_goes_on(tmp_path: Path) -> None:
     """Its config.yaml lacks what came later, and means the default; another value is another recipe."""
     from maxllm import recipe
     from maxllm.errors import UserError
-    from maxllm.run.session import CONFIG, check_same_recipe
+    from maxllm.folder import CONFIG, RunFolder
+    from maxllm.run.session import check_same_recipe
 
     def config(*words):
         return recipe.load_recipe("pretrain/tiny_slice_cpu", [f"run.dir={tmp_path}", *words])
@@ -363,9 +371,9 @@ def test_a_run_that_is_older_than_a_setting_goes_on(tmp_path: Path) -> None:
     former = yaml.safe_load(recipe.dump(config()))
     del former["optimizer"]["name"], former["optimizer"]["moment_dtype"]
     (tmp_path / CONFIG).write_text(yaml.safe_dump(former))
-    check_same_recipe(tmp_path, config())
+    check_same_recipe(RunFolder(tmp_path), config())
     with pytest.raises(UserError, match=r"optimizer\.name=adamw, not muon"):
-        check_same_recipe(tmp_path, config("optimizer.name=muon"))
+        check_same_recipe(RunFolder(tmp_path), config("optimizer.name=muon"))
 
 
 def test_two_processes_do_not_train_in_one_folder(corpus: Path) -> None:

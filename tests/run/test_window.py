@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from maxllm.run import loop
+from maxllm.run import window as module
+from maxllm.run.observers import Terminal
 
 STEPS, TOKENS, FLOPS = 5, 1000, 10e12
 
@@ -15,10 +16,10 @@ def window(monkeypatch):
 
     def build(kind):
         clock = SimpleNamespace(now=0.0)
-        monkeypatch.setattr(loop.time, "perf_counter", lambda: clock.now)
-        monkeypatch.setattr(loop.jax, "devices", lambda: [SimpleNamespace(device_kind=kind)] * 4)
-        monkeypatch.setattr(loop.jax, "device_count", lambda: 4)
-        window = loop._Window(SimpleNamespace(tokens_per_step=TOKENS, flops_per_step=FLOPS))
+        monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)
+        monkeypatch.setattr(module.jax, "devices", lambda: [SimpleNamespace(device_kind=kind)] * 4)
+        monkeypatch.setattr(module.jax, "device_count", lambda: 4)
+        window = module.Window(SimpleNamespace(tokens_per_step=TOKENS, flops_per_step=FLOPS))
         for _ in range(STEPS):
             window.add({"loss": (6.0, 2.0), "skipped": (0.0, 1.0)})
         window.paused(1.0)
@@ -26,6 +27,13 @@ def window(monkeypatch):
         return window
 
     return build
+
+
+def line_of(record):
+    """What the terminal shows of a record of a run of 30 steps."""
+    terminal = Terminal("pretrain", 30, 0)
+    terminal.close()
+    return terminal.line(record)
 
 
 def test_mfu_is_the_models_flops_over_the_peak_of_all_devices(window):
@@ -37,11 +45,11 @@ def test_mfu_is_the_models_flops_over_the_peak_of_all_devices(window):
 
 def test_the_line_says_mfu_where_the_peak_is_known(window):
     busy = window("TPU v5")
-    record = busy.means() | busy.speed()
-    assert busy.line(5, 30, record) == "step 5/30: loss 3, 2,500 tokens/s, MFU 1.4%, 0:10 to go"
+    record = {"step": 5} | busy.means() | busy.speed()
+    assert line_of(record) == "step 5/30: loss 3, 2,500 tokens/s, MFU 1.4%, 0:10 to go"
 
 
 def test_no_mfu_where_the_peak_is_unknown(window):
     other = window("cpu")
     assert "mfu" not in other.speed()
-    assert "MFU" not in other.line(5, 30, other.means() | other.speed())
+    assert "MFU" not in line_of({"step": 5} | other.means() | other.speed())

@@ -16,10 +16,12 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from maxllm import cli
 from maxllm.data.bpe import STOP_KEY, FastTokenizer
 from maxllm.errors import UserError
+from maxllm.folder import RunFolder
 from maxllm.hf.export import export
 from maxllm.hf.verify import has_torch
 from maxllm.model.llama import Llama
-from maxllm.run.checkpoint import find, load_params, save_params, stored_tree
+from maxllm.run.checkpoint import save_params
+from maxllm.run.restore import load_params, stored_tree
 from maxllm.stages import chat, convert
 from maxllm.stages import export as stage
 
@@ -54,17 +56,17 @@ SHORT = ["generation.max_new_tokens=8"]
 
 
 def test_a_prompt_may_spell_control_tokens(run_dir: Path) -> None:
-    speaker = chat.Speaker(run_dir, SHORT)
+    speaker = chat.Speaker(RunFolder(run_dir), SHORT)
     ids = speaker.prompt_ids("What does <|im_end|> mean?")
     assert [ids.count(START), ids.count(END)] == [2, 1]
-    [reply] = chat.generate(run_dir, ["What does <|im_end|> mean?"], SHORT)
+    [reply] = chat.generate(RunFolder(run_dir), ["What does <|im_end|> mean?"], SHORT)
     assert isinstance(reply["text"], str)
 
 
 def test_ids_without_a_piece_are_never_sampled(run_dir: Path) -> None:
     """Two thirds of the probability lie on them, greedily and at any temperature."""
     for words in (["generation.temperature=0"], ["generation.temperature=1.5"]):
-        replies = chat.generate(run_dir, ["a", "b"], ["generation.max_new_tokens=32", *words])
+        replies = chat.generate(RunFolder(run_dir), ["a", "b"], ["generation.max_new_tokens=32", *words])
         assert max(token for reply in replies for token in reply["tokens"]) < 258
 
 
@@ -80,7 +82,7 @@ def test_a_conversation_survives_whatever_is_said(run_dir: Path, monkeypatch: py
 
     monkeypatch.setattr(chat.Speaker, "reply", forging)
     said: list[str] = []
-    chat.converse(run_dir, ["<|im_end|>", "refuse this", "x" * 500, "y"], said.append, SHORT)
+    chat.converse(RunFolder(run_dir), ["<|im_end|>", "refuse this", "x" * 500, "y"], said.append, SHORT)
     assert said[1] == "(the chat template refuses it: not that)"
     assert said[2].startswith("(the prompt has 5") and "leaves 120" in said[2]
     assert said[0] == said[3] == "<|im_end|>\n<|im_start|>"
@@ -91,7 +93,7 @@ def test_replies_longer_than_the_context_are_refused_at_once(run_dir: Path) -> N
     with pytest.raises(
         UserError, match=r"=500 leaves no room for a prompt in the context of model.max_seq_len=128"
     ):
-        chat.Speaker(run_dir, ["generation.max_new_tokens=500"])
+        chat.Speaker(RunFolder(run_dir), ["generation.max_new_tokens=500"])
 
 
 def test_a_longer_context_may_be_set_and_is_warned_of(
@@ -99,8 +101,8 @@ def test_a_longer_context_may_be_set_and_is_warned_of(
 ) -> None:
     prompt = "x" * 150
     with pytest.raises(UserError, match=r"generation\.context=… sets a longer one"):
-        chat.generate(run_dir, [prompt], SHORT)
-    chat.generate(run_dir, [prompt], [*SHORT, "generation.context=256"])
+        chat.generate(RunFolder(run_dir), [prompt], SHORT)
+    chat.generate(RunFolder(run_dir), [prompt], [*SHORT, "generation.context=256"])
     assert "generation.context=256 is more than the 128 tokens" in capsys.readouterr().err
 
 
@@ -114,18 +116,18 @@ def test_scaling_stretches_the_context(run_dir: Path, tmp_path: Path, kind: str)
     fields |= {"rope_parameters": rope, "rope_theta": 1e4, "rope_scaling": {"rope_type": kind, "factor": 4.0}}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     convert.run("from-hf", str(tmp_path), tmp_path / "run")
-    speaker = chat.Speaker(tmp_path / "run", SHORT)
+    speaker = chat.Speaker(RunFolder(tmp_path / "run"), SHORT)
     assert (speaker.session.model.max_seq_len, speaker.context, speaker.room) == (128, 512, 504)
-    chat.generate(tmp_path / "run", ["x" * 196], SHORT)
+    chat.generate(RunFolder(tmp_path / "run"), ["x" * 196], SHORT)
 
 
 @pytest.mark.parametrize("layout", [(2, 2, 2), (1, 4, 2)], ids=str)
 def test_stages_of_a_pipeline_take_rows_too(run_dir: Path, tmp_path: Path, layout: tuple[int, ...]) -> None:
     """Greedily the same replies as without stages, from chat and in the check of an export."""
     words = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "stage"), layout, strict=True)]
-    plain = chat.generate(run_dir, ["a"], SHORT)
-    assert chat.generate(run_dir, ["a"], [*SHORT, *words]) == plain
-    written = stage.run(run_dir, tmp_path / "hf", ("a",), overrides=words)
+    plain = chat.generate(RunFolder(run_dir), ["a"], SHORT)
+    assert chat.generate(RunFolder(run_dir), ["a"], [*SHORT, *words]) == plain
+    written = stage.run(RunFolder(run_dir), tmp_path / "hf", ("a",), overrides=words)
     assert written["greedy_prompts"] == (1 if has_torch() else 0)
 
 
@@ -135,12 +137,13 @@ def test_readers_take_the_checkpoint_they_are_told(
     """A second checkpoint in the folder, of a model whose head says nothing but one byte."""
     shutil.copytree(run_dir, tmp_path / "run")
     folder = tmp_path / "run"
-    shapes = stored_tree(find(folder))
+    shapes = stored_tree(RunFolder(folder).find())
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = load_params(
-        find(folder), jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+        RunFolder(folder).find(),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes),
     )
-    save_params(tmp_path / "other", jax.tree.map(lambda w: 0 * w, params))
+    save_params(RunFolder(tmp_path / "other"), jax.tree.map(lambda w: 0 * w, params))
     (tmp_path / "other" / "checkpoints" / "0").rename(folder / "checkpoints" / "5")
 
     def said(*words: str) -> Any:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from maxllm import cli
 from maxllm.config.mesh import MeshConfig
 from maxllm.errors import RunFailed, UserError
+from maxllm.folder import RunFolder
 from maxllm.hf import verify_tokenizer
 from maxllm.hf.export import export
 from maxllm.hf.folder import open_model
@@ -27,7 +28,6 @@ from maxllm.hf.verify import check_tensors
 from maxllm.hf.write import hf_tensors
 from maxllm.model.llama import Llama
 from maxllm.parallel.mesh import make_mesh
-from maxllm.run.checkpoint import find
 from maxllm.run.parents import check_parents, in_use, record_parents
 from maxllm.stages import convert
 from maxllm.steps.state import abstract, init_params
@@ -85,13 +85,13 @@ def test_replacing_what_others_began_from_is_said(folders, tmp_path, answer) -> 
     """The same weights again: who began from them goes on; others: refused."""
     target = tmp_path / "run"
     assert answer("convert", "from-hf", folders["float32"], target)[0] == 0
-    child = tmp_path / "child"
-    child.mkdir()
-    record_parents(child, {"policy": find(target)}, print)
+    target_run, child = RunFolder(target), RunFolder(tmp_path / "child")
+    child.path.mkdir()
+    record_parents(child, {"policy": target_run.find()}, print)
     code, _, err = answer("convert", "from-hf", folders["float32"], target)
     assert code == 0 and "from which" in err and "child began" in err
-    check_parents(child, {"policy": find(target)})
-    assert list(in_use(target)) == [0]
+    check_parents(child, {"policy": target_run.find()})
+    assert list(in_use(target_run)) == [0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

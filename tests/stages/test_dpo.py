@@ -11,8 +11,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from maxllm.cli import main
-from maxllm.run.checkpoint import Checkpoints, find, load_params
-from maxllm.run.record import read_records
+from maxllm.folder import RunFolder
+from maxllm.run.checkpoint import Checkpoints
+from maxllm.run.restore import load_params
 from maxllm.steps.state import TrainState
 
 STEPS, BETA = 8, 0.1
@@ -57,10 +58,10 @@ def train_on(policy):
     """Another checkpoint in the folder of a model, of other weights."""
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(find(policy) / "params").item_metadata.tree
+        saved = checkpointer.metadata(RunFolder(policy).find() / "params").item_metadata.tree
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), saved)
-    params = jax.tree.map(lambda w: 1.5 * w, load_params(find(policy), wanted))
-    checkpoints = Checkpoints(policy, keep=3)
+    params = jax.tree.map(lambda w: 1.5 * w, load_params(RunFolder(policy).find(), wanted))
+    checkpoints = Checkpoints(RunFolder(policy), keep=3)
     checkpoints.save(60, TrainState(jnp.int32(60), params, {"m": jnp.zeros(())}))
     checkpoints.close()
 
@@ -125,7 +126,7 @@ def test_a_run_and_its_continuation(dpo, policy, tmp_path, capsys):
     code = main(["evaluate", str(folder), "--json"])
     figures = json.loads(capsys.readouterr().out)
     assert code == 0 and {name: figures[name] for name in last} == last
-    recorded = {r["step"]: r["heldout"] for r in read_records(folder) if "heldout" in r}
+    recorded = {r["step"]: r["heldout"] for r in RunFolder(folder).records() if "heldout" in r}
     assert main(["evaluate", str(folder), "--checkpoint", "4", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["step"] == 4 and {name: figures[name] for name in last} == recorded[4] != last

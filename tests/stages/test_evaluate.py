@@ -7,7 +7,7 @@ import pytest
 
 from maxllm.cli import main
 from maxllm.data import tasks
-from maxllm.run.record import read_records
+from maxllm.folder import RunFolder
 
 SMALL = ["mesh.fsdp=2", "batch.rows=8", "batch.sequence_length=48", "optimizer.warmup_steps=0", "run.steps=2"]
 OFTEN = ["run.checkpoint_every=1", "run.eval_every=1", "optimizer.learning_rate=0.01"]
@@ -60,7 +60,7 @@ def evaluate(folder, capsys):
 def test_without_training_data_and_without_the_rest_of_a_checkpoint(folder, evaluate, name, tmp_path):
     """Sources are gone, and so is all of a checkpoint but the parameters: the same figures, bit for bit. What
     needs the data says that it is gone."""
-    recorded = {r["step"]: r["heldout"] for r in read_records(folder / name) if "heldout" in r}
+    recorded = {r["step"]: r["heldout"] for r in RunFolder(folder / name).records() if "heldout" in r}
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     sources = sorted(folder.glob("*.jsonl"))

@@ -17,6 +17,7 @@ from maxllm.model.adapters import merge
 from maxllm.model.forward import forward, init_weights
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
+from maxllm.optim import Optimizer
 from maxllm.records import LmBatch, PairBatch, ReplyPairBatch
 from maxllm.steps.dpo import dpo_loss
 from maxllm.steps.language import language_loss
@@ -54,7 +55,7 @@ def adapters_of(model, seed=0, b=0.0):
 
 def trained(model, params, batch, kept, loss_fn, steps=1, dtype="float32"):
     """(parameters after some steps, losses)"""
-    optimizer = optax.adam(1e-2)
+    optimizer = Optimizer(*optax.adam(1e-2), lambda _: jnp.float32(1e-2))
     step = jax.jit(
         partial(
             train_step,
@@ -157,8 +158,8 @@ def test_a_partition_is_put_together_again(tiny_model, kind, lora):
     assert len(jax.tree.leaves((params, kept))) == len(jax.tree.leaves(weights))
     jax.tree.map(np.testing.assert_array_equal, partition.joined(params, kept), weights)
     fresh = nn.unbox(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
-    assert jax.tree.structure(fresh) == jax.tree.structure(params) == jax.tree.structure(partition.trained)
-    kinds = {declaration.kind for declaration in jax.tree.leaves(partition.trained)}
+    assert jax.tree.structure(fresh) == jax.tree.structure(params) == jax.tree.structure(partition.declared)
+    kinds = {declaration.kind for declaration in jax.tree.leaves(partition.declared)}
     head = {Kind.HEAD} if kind is ScalarModel else {Kind.TABLE}
     assert kinds >= head if lora is None else kinds == {Kind.ADAPTER} | head - {Kind.TABLE}
 

@@ -5,7 +5,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import plain
 import pytest
 import rounding
 
@@ -21,7 +21,7 @@ from maxllm.steps.update import eval_step, train_step
 from maxllm.weights import Weights
 
 T, V = 16, 64
-SGD = optax.sgd(0.1)
+SGD = plain.sgd(0.1)
 CONFIG = DpoConfig(beta=0.3)
 SHAPES = [((4, 5), (4, 12)), ((9, 7), (9, 1)), ((1, 3), (1, 3)), ((6, 2), (6, 8))]
 """(tokens of the prompt, of the completion) of chosen and rejected."""

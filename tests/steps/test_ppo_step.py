@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import plain
 import pytest
 import rounding
 
@@ -53,7 +54,7 @@ def world(tiny_model, params_of):
     """Four models, a rollout at temperature 0.7, and its experience."""
     config = tiny_model(vocab_size=V, init_std=0.3)
     model, scalar = Llama(config), ScalarModel(config)
-    sgd = optax.sgd(0.05)
+    sgd = plain.sgd(0.05)
     ppo = Ppo(CONFIG, Learner(model, sgd), Learner(scalar, sgd), Shaping(TEMPERATURE), (EOS, IM_END), PAD)
     actor, other = params_of(model), params_of(model, 1)
     reference = jax.tree.map(lambda a, b: 0.8 * a + 0.2 * b, actor, other)

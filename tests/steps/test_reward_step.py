@@ -5,7 +5,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import plain
 import pytest
 import rounding
 
@@ -21,7 +21,7 @@ from maxllm.steps.update import eval_step, train_step
 from maxllm.weights import Weights
 
 T, V = 16, 64
-PLAIN, SGD = RewardConfig(), optax.sgd(0.1)
+PLAIN, SGD = RewardConfig(), plain.sgd(0.1)
 TOLERANCE = 2 * rounding.of_sum(48, magnitude=2.0)
 """Scores of order 1 through two float32 layers, whose sums of 48 terms come in another order: 1.3e-5."""
 

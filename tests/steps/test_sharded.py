@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+import plain
 import pytest
 import rounding
 from jax.sharding import AxisType, Mesh, PartitionSpec
@@ -46,7 +47,7 @@ from maxllm.weights import Weights
 
 B, T, V = 8, 16, 64
 RATE = 0.1
-SGD = optax.sgd(RATE)
+SGD = plain.sgd(RATE)
 TOLERANCE = rounding.of_sum(256, magnitude=4.0)  # 3e-5
 ONE = (1, 1, 1, 1, 1)
 MESHES = [
@@ -184,7 +185,7 @@ def run_dpo(config):
 def run_ppo(config):
     """run_ppo(mesh shape, microbatches): a whole iteration: rollout, four models, one epoch."""
 
-    slow = optax.sgd(0.1)
+    slow = plain.sgd(0.1)
     learners = (Learner(Llama(config), slow), Learner(ScalarModel(config), slow))
     ppo = Ppo(PpoConfig(epochs=1), *learners, shaping=Shaping(), stop_tokens=(2, 4), pad=5)
     decoding = GenerationConfig(max_new_tokens=6, temperature=1.0)
@@ -303,7 +304,7 @@ def test_other_optimizers(config, name):
     """Adafactor's rows and columns are means over split axes, Muon's iterations contract them; its moments
     lie as parameters do."""
     model, recipe = Llama(config), OptimizerConfig(name=name, learning_rate=0.05, schedule="constant")
-    optimizer = make_optimizer(recipe, 10, partition_of(model).trained)
+    optimizer = make_optimizer(recipe, 10, partition_of(model).declared)
     init = initializer(model, optimizer)
     loss_fn = partial(language_loss, model)
     step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, seed=0, microbatches=1)
@@ -327,7 +328,7 @@ def test_other_optimizers(config, name):
 )
 def test_what_lies_in_the_hosts_memory(config, shape, offload):
     """SGD with momentum, 1 and 1/2: three steps' gradients are added with weights of at most 1 3/4."""
-    optimizer, model = optax.sgd(1.0, momentum=0.5), Llama(config)
+    optimizer, model = plain.sgd(1.0, momentum=0.5), Llama(config)
     init = initializer(model, optimizer)
     step = partial(
         train_step,
@@ -359,7 +360,7 @@ def test_optimizers_do_the_same_one_parameter_at_a_time(config, name):
     """The same operations on the same numbers, fused otherwise."""
     model, mesh = Llama(config), mesh_of((1, 8, 1, 1, 1))
     recipe = OptimizerConfig(name=name, learning_rate=0.05, schedule="constant")
-    optimizer = make_optimizer(recipe, 10, partition_of(model).trained)
+    optimizer = make_optimizer(recipe, 10, partition_of(model).declared)
     init = initializer(model, optimizer)
     step = partial(
         train_step, loss_fn=partial(language_loss, model), optimizer=optimizer, seed=0, microbatches=1

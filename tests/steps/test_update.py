@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import plain
 import pytest
 import rounding
 from flax.traverse_util import flatten_dict
@@ -24,7 +25,8 @@ B, T, V = 8, 16, 64
 
 
 TABLE = Declaration(Kind.TABLE, (None,))
-OPTIMIZER = optax.sgd(1.0, momentum=0.9)
+MATRIX = Declaration(Kind.MATRIX, ("layers", None, None))
+OPTIMIZER = plain.sgd(1.0, momentum=0.9)
 """With rate 1 the first update is the gradient itself; the momentum is a state to keep."""
 
 
@@ -257,7 +259,7 @@ def test_bfloat16_gradients_are_the_float32_ones_rounded(tiny_model):
         run = jax.jit(partial(accumulate, loss_fn, batch=batch, key=jax.random.key(0), **settings))
         return run(params=params)[0]
 
-    kinds = {path: leaf.kind for path, leaf in flatten_dict(partition_of(model).trained).items()}
+    kinds = {path: leaf.kind for path, leaf in flatten_dict(partition_of(model).declared).items()}
 
     for microbatches in (1, 2):
         exact = flatten_dict(gradients(jnp.dtype("float32"), microbatches))
@@ -273,3 +275,82 @@ def test_bfloat16_gradients_are_the_float32_ones_rounded(tiny_model):
             else:
                 atol = rounding.of_sum(32, float(jnp.abs(exact[path]).max()))
                 np.testing.assert_allclose(gradient, exact[path], rtol=0, atol=atol)
+
+
+# What an update tells of itself
+
+
+def by_hand(name, gradient, rates):
+    """Updates of w = [[3, 4], [0, 0]] by a constant gradient that is a rotation, from the papers' equations.
+
+    Returns:
+      [(the update's change of w, w after it)].
+    """
+    w, done = np.array([[3.0, 4.0], [0.0, 0.0]]), []
+    m, v, rows, columns = np.zeros((2, 2)), np.zeros((2, 2)), np.zeros(2), np.zeros(2)
+    for t, rate in enumerate(rates, start=1):
+        match name:
+            case "adamw":
+                m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+                direction = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+            case "adafactor":
+                kept = 1 - t**-0.8
+                square = gradient**2
+                rows = kept * rows + (1 - kept) * square.mean(1)
+                columns = kept * columns + (1 - kept) * square.mean(0)
+                direction = gradient / np.sqrt(np.outer(rows, columns) / rows.mean())
+                direction = direction / max(1.0, np.sqrt(np.mean(direction**2)))
+                direction = direction * max(1e-3, np.sqrt(np.mean(w**2)))
+            case "muon":  # momentum points where the gradient does; five Newton-Schulz steps on its two sides
+                side = 0.5**0.5
+                for _ in range(5):
+                    side = 3.4445 * side - 4.7750 * side**3 + 2.0315 * side**5
+                direction = 0.2 * 2**0.5 * side * gradient / np.linalg.norm(gradient) * 2**0.5
+        change = -rate * (direction + 0.1 * w)
+        w = w + change
+        done.append((change, w))
+    return done
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_an_update_tells_its_rate_and_norms(name):
+    """Warmup to 0.2 in two steps, so that rates are 0.1 and 0.2 after a first update at 0; between them an
+    update is skipped, which moves neither the rate nor the parameters."""
+    config = OptimizerConfig(
+        name=name, learning_rate=0.2, warmup_steps=2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1
+    )
+    optimizer = make_optimizer(config.model_copy(update={"clip_norm": 1e9}), 10, {"w": MATRIX})
+    gradient = np.array([[1.0, -2.0], [2.0, 1.0]])
+
+    def linear(weights, part, key):
+        return Loss(jnp.sum(part * weights.base["w"]), jnp.float32(1), {})
+
+    step = jax.jit(partial(update, key=jax.random.key(0), loss_fn=linear, optimizer=optimizer))
+    state = fresh({"w": jnp.array([[[3.0, 4.0], [0.0, 0.0]]])}, optimizer)
+    told = []
+    for batch in (gradient, gradient, np.full((2, 2), np.nan), gradient):
+        state, metrics = step(state, jnp.asarray(batch, jnp.float32))
+        names = ("learning_rate", "update_norm", "parameter_norm")
+        assert all(float(metrics[each][1]) == 1 for each in names)
+        told.append([float(metrics[each][0]) for each in names])
+
+    norms = [tuple(map(np.linalg.norm, pair)) for pair in by_hand(name, gradient, [0.0, 0.1, 0.2])]
+    expected = [[0.0, 0.0, 5.0], [0.1, *norms[1]], [0.2, 0.0, norms[1][1]], [0.2, *norms[2]]]
+    # Some twenty operations on each number, each rounded by 2^-24 of it, and powers by a few times that.
+    # Each of Muon's five steps may multiply an error by 3.4445.
+    ulps = 64 * (3.4445**5 if name == "muon" else 1)
+    np.testing.assert_allclose(told, expected, rtol=ulps * 2**-24, atol=0)
+
+
+def test_norms_are_over_all_parameters_and_of_the_updated_ones():
+    """Gradient descent at 1/2 from (3, 4) and 12 by the gradients (2, 0) and 6: to (2, 4) and 9."""
+    rule = plain.sgd(0.5)
+
+    def linear(weights, part, key):
+        return Loss(2 * weights.base["a"][0] + 6 * weights.base["b"], jnp.float32(1), {})
+
+    start = fresh({"a": jnp.array([3.0, 4.0]), "b": jnp.float32(12)}, rule)
+    state, metrics = update(start, jnp.zeros(1), jax.random.key(0), loss_fn=linear, optimizer=rule)
+    assert float(state.params["b"]) == 9
+    assert float(metrics["update_norm"][0]) == np.float32(np.sqrt(1 + 9))
+    assert float(metrics["parameter_norm"][0]) == np.float32(np.sqrt(4 + 16 + 81))

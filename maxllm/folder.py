@@ -1,0 +1,382 @@
+"""What lies in a run folder, and the one place that knows its files' names and the type of its path.
+
+    config.yaml                 the resolved recipe: what the run is
+    tokenizer.model, …          the tokenizer's files
+    hf_config.json              config.json of the Hugging Face model that the run's model descends from
+    hf_generation_config.json   that model's generation_config.json
+    metrics.jsonl               one line for each log line and each evaluation
+    summary.json                the run's final figures; there once the run is complete
+    heldout/                    rows that the run is measured on, where they are in no files of their own
+    data.json                   fingerprints of the data that the run is made of
+    parents.json                the checkpoints that the run began from
+    dependents/                 one file for each run that began from a checkpoint of this one
+    changes.jsonl               settings of how the run computes that were changed, and at which step
+    .lock                       held by the process that trains here
+    checkpoints/STEP/           params, rest (what only resuming needs) and metrics (the rank)
+
+Everything is written whole or not at all; metrics.jsonl and changes.jsonl grow by whole lines.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from maxllm.errors import RunFailed, UserError, listed
+from maxllm.files import finite, read_json, read_yaml, write_bytes, write_json, write_text
+
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+HF_CONFIG, HF_GENERATION = "hf_config.json", "hf_generation_config.json"
+DATA, PARENTS, DEPENDENTS, CHANGES = "data.json", "parents.json", "dependents", "changes.jsonl"
+LOCK, CHECKPOINTS, HELDOUT = ".lock", "checkpoints", "heldout"
+
+UNFINISHED = "*.orbax-checkpoint-tmp*"
+"""What Orbax calls the folder of a checkpoint that is being written."""
+
+UNRANKED = -math.inf
+"""The rank of a state that was not evaluated, or whose figure was no number: it is never the best."""
+
+Which = Literal["latest", "best"] | int
+"""Which checkpoint of a run: its newest, its best, or that of a step."""
+
+
+class RunFolder:
+    """A run folder, which need not exist yet. Whatever only reads changes nothing in it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Names the folder; touches no file."""
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self)!r})"
+
+    def shown(self) -> str:
+        """The folder for people: relative to the working directory where it lies below that."""
+        path = Path(os.path.abspath(self.path))
+        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+    def way_to(self, other: RunFolder) -> str:
+        """The path that leads from this folder to another one, which stays true when both move together."""
+        return os.path.relpath(other.path.resolve(), self.path.resolve())
+
+    def along(self, way: str) -> RunFolder:
+        """The folder that a path from `way_to` leads to."""
+        return RunFolder(os.path.normpath(self.path.resolve() / way))
+
+    # --- config.yaml and what comes with it ----------------------------------------------------------------
+
+    @property
+    def has_config(self) -> bool:
+        """Whether a run was begun or converted here."""
+        return (self.path / CONFIG).is_file()
+
+    def config_text(self) -> str | None:
+        """The text of config.yaml, whatever it is worth; None where there is none."""
+        return (self.path / CONFIG).read_text("utf-8", errors="replace") if self.has_config else None
+
+    def settings(self) -> dict[str, Any]:
+        """The plain data in config.yaml; `recipe.of_run` makes a `Config` of it.
+
+        Raises:
+          UserError: this is no run folder, or its config.yaml is damaged.
+        """
+        if not self.has_config:
+            raise UserError(f"{self} is not a run folder: it has no {CONFIG}")
+        return read_yaml(self.path / CONFIG)
+
+    def write_config(self, text: str) -> None:
+        """Writes the resolved recipe."""
+        write_text(self.path / CONFIG, text)
+
+    def write_tokenizer(self, files: Mapping[str, bytes]) -> None:
+        """Writes a tokenizer's files; `load_tokenizer(folder.path)` reads them."""
+        for name, content in files.items():
+            write_bytes(self.path / name, content)
+
+    def read_hf(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Hugging Face's config.json and generation_config.json, None for one that is not kept."""
+        config, generation = self.path / HF_CONFIG, self.path / HF_GENERATION
+        return (
+            read_json(config) if config.is_file() else None,
+            read_json(generation) if generation.is_file() else None,
+        )
+
+    def write_hf(self, config: Mapping[str, Any] | None, generation: Mapping[str, Any] | None) -> None:
+        """Keeps Hugging Face's config.json and generation_config.json, as far as there are any."""
+        if config is not None:
+            write_json(self.path / HF_CONFIG, dict(config))
+        if generation is not None:
+            write_json(self.path / HF_GENERATION, dict(generation))
+
+    # --- records -------------------------------------------------------------------------------------------
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether anything was recorded."""
+        return (self.path / METRICS).is_file()
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line that a kill cut short is left out.
+
+        Raises:
+          UserError: another line is damaged.
+        """
+        if not self.has_metrics:
+            return
+        lines = (self.path / METRICS).read_bytes().splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or not {"step", "seconds"} <= record.keys():
+                    raise ValueError("it is no record of a step")
+            except ValueError as error:
+                if number == len(lines):
+                    return
+                raise UserError(f"{self.path / METRICS} line {number} is damaged: {error}") from None
+            yield record
+
+    def write_records(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces all of metrics.jsonl."""
+        write_text(self.path / METRICS, "".join(map(line_of, records)))
+
+    def append_record(self, record: Mapping[str, Any]) -> None:
+        """Adds a line to metrics.jsonl."""
+        append(self.path / METRICS, [record])
+
+    def summary(self) -> dict[str, Any] | None:
+        """What summary.json says of a complete run, or None.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        return read_json(self.path / SUMMARY) if (self.path / SUMMARY).is_file() else None
+
+    def summary_bytes(self) -> bytes:
+        """A complete run's summary.json as it was written."""
+        return (self.path / SUMMARY).read_bytes()
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes summary.json, which makes the run complete."""
+        write_json(self.path / SUMMARY, dict(summary))
+
+    def data(self) -> dict[str, Any]:
+        """{name of the data: fingerprint} as the run began; nothing where it was not recorded."""
+        return read_json(self.path / DATA) if (self.path / DATA).is_file() else {}
+
+    def write_data(self, fingerprints: Mapping[str, Any]) -> None:
+        """Records which data the run is made of."""
+        write_json(self.path / DATA, dict(fingerprints))
+
+    @property
+    def heldout(self) -> Path:
+        """The folder of held-out rows, which `data/store.py` writes and reads."""
+        return self.path / HELDOUT
+
+    def append_changes(self, changes: Iterable[Mapping[str, Any]]) -> None:
+        """Adds lines {"step", "setting", "from", "to"} to changes.jsonl."""
+        append(self.path / CHANGES, changes)
+
+    def remove_changes(self) -> None:
+        """Forgets changes of settings: the run begins anew."""
+        (self.path / CHANGES).unlink(missing_ok=True)
+
+    def written(self) -> float | None:
+        """When the configuration, metrics or summary was last written, in seconds since the epoch."""
+        files = [self.path / name for name in (CONFIG, METRICS, SUMMARY)]
+        return max((file.stat().st_mtime for file in files if file.is_file()), default=None)
+
+    # --- family --------------------------------------------------------------------------------------------
+
+    @property
+    def has_parents(self) -> bool:
+        """Whether the folder records what its run began from."""
+        return (self.path / PARENTS).is_file()
+
+    def parents(self) -> dict[str, dict[str, str | int]]:
+        """{role: {"run", "path", "step", "hash"}} of a run that has begun; nothing where no record is.
+
+        "run" is for people; "path" leads from the run's folder to its parent's.
+        """
+        return read_json(self.path / PARENTS) if self.has_parents else {}
+
+    def write_parents(self, parents: Mapping[Any, Mapping[str, str | int]]) -> None:
+        """Records what the run begins from."""
+        write_json(self.path / PARENTS, dict(parents))
+
+    def dependents(self) -> list[tuple[int, RunFolder]]:
+        """(step, run folder) of the runs that began from a checkpoint of this one and are still there."""
+        entries = [read_json(file) for file in sorted((self.path / DEPENDENTS).glob("*.json"))]
+        runs = [(entry["step"], RunFolder(self.path / entry["run"])) for entry in entries]
+        return [(step, run) for step, run in runs if run.has_parents]
+
+    def add_dependent(self, step: int, run: RunFolder) -> None:
+        """Records that a run begins from a checkpoint of this one.
+
+        Raises:
+          OSError: this folder cannot be written to.
+        """
+        way = os.path.relpath(run.path.absolute(), self.path)
+        (self.path / DEPENDENTS).mkdir(exist_ok=True)
+        name = f"{xxhash.xxh3_64_hexdigest(way.encode())}.json"
+        write_json(self.path / DEPENDENTS / name, {"run": way, "step": step})
+
+    def copy_dependents(self, former: RunFolder) -> None:
+        """Takes over what another folder records of the runs that began from it."""
+        if (former.path / DEPENDENTS).is_dir():
+            shutil.copytree(former.path / DEPENDENTS, self.path / DEPENDENTS)
+
+    # --- the lock ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and keeps other processes from training in it; however this one ends, it is free.
+
+        Raises:
+          UserError: another process is training in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is training in {self}") from None
+            yield
+
+    # --- checkpoints ---------------------------------------------------------------------------------------
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of all checkpoints."""
+        return (self.path / CHECKPOINTS).absolute()
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of one checkpoint; it need not be there."""
+        return self.checkpoints / str(step)
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> RunFolder:
+        """The run folder that a checkpoint's folder lies in."""
+        return cls(checkpoint.parent.parent)
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, in order; a half-written one has another kind of name."""
+        there = self.checkpoints
+        names = (entry.name for entry in there.iterdir()) if there.is_dir() else ()
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step of the checkpoint with the highest rank; of equal ones, the first.
+
+        Raises:
+          RunFailed: a rank is damaged.
+        """
+        found = {step: rank for step, rank in self.ranks().items() if rank > UNRANKED}
+        return max(found, key=lambda step: found[step], default=None)
+
+    def ranks(self) -> dict[int, float]:
+        """{step: rank} of the checkpoints.
+
+        Raises:
+          RunFailed: a rank is damaged.
+        """
+        return {step: read_rank(self.checkpoint(step)) for step in self.steps()}
+
+    def find(self, which: Which = "latest") -> Path:
+        """The folder of the newest or best checkpoint, or of that of a step.
+
+        Raises:
+          UserError: there is none, with those that are there.
+        """
+        there = self.steps()
+        if not there:
+            raise UserError(f"{self} holds no checkpoint; train that stage first")
+        if isinstance(which, int):
+            step = which if which in there else None
+        else:
+            step = there[-1] if which == "latest" else self.best_step()
+        if step is None:
+            missing = f"checkpoint of step {which}" if isinstance(which, int) else f"{which} checkpoint"
+            steps = listed([str(number) for number in there], limit=20)
+            raise UserError(f"{self} holds no {missing}: it holds steps {steps}")
+        return self.checkpoint(step)
+
+    def check_not_lost(self) -> None:
+        """A folder with metrics had a folder of checkpoints from its first moment on.
+
+        Raises:
+          RunFailed: it is gone, and starting anew would overwrite what the run recorded.
+        """
+        if self.has_metrics and not self.checkpoints.is_dir():
+            raise RunFailed(
+                f"{self} has metrics but no {CHECKPOINTS}/; remove the folder to start the run anew"
+            )
+
+    def remove_unfinished(self) -> None:
+        """Removes checkpoints that a kill or a full disk left half-written; the caller holds the lock."""
+        for folder in self.checkpoints.glob(UNFINISHED):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def line_of(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON."""
+    return json.dumps(finite(dict(record)), allow_nan=False) + "\n"
+
+
+def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines of JSON to a file; none leave it as it is, or absent."""
+    text = "".join(map(line_of, records))
+    if text:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+
+
+def rank_record(rank: float) -> dict[str, Any]:
+    """What a checkpoint records of its rank: that file is in no item with hashes, so it brings its own."""
+    return {"rank": rank, "hash": xxhash.xxh3_64_hexdigest(repr(float(rank)).encode())}
+
+
+def rank_of(record: Mapping[str, float]) -> float:
+    """What orders checkpoints: larger is better."""
+    return record["rank"]
+
+
+def read_rank(checkpoint: Path) -> float:
+    """The rank of a checkpoint.
+
+    Raises:
+      RunFailed: it is damaged.
+    """
+    file = checkpoint / "metrics" / "metrics"
+    try:
+        record = read_json(file) if file.is_file() else {}
+    except UserError as error:
+        raise damaged(checkpoint, str(error)) from None
+    if not record:
+        return UNRANKED
+    rank = record.get("rank", math.nan)
+    if record.get("hash") != rank_record(rank)["hash"]:
+        raise damaged(checkpoint, f"{file} is not as it was written")
+    return rank_of(record)
+
+
+def damaged(checkpoint: Path, what: str) -> RunFailed:
+    """The error for a checkpoint that must not be used."""
+    return RunFailed(
+        f"checkpoint {checkpoint} is damaged: {what}; remove that folder to use the checkpoint before it"
+    )

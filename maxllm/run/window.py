@@ -1,0 +1,52 @@
+"""The figures of the steps between two log lines, and how fast they went."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import jax
+
+from maxllm.plan.hardware import peak_flops
+from maxllm.run.program import Program
+
+
+class Window:
+    """Sums over the steps between two log lines, and how fast they went."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._peak = peak_flops(jax.devices()[0].device_kind)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new window now."""
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._steps, self._paused, self._began = 0, 0.0, time.perf_counter()
+
+    def paused(self, seconds: float) -> None:
+        """Leaves seconds that were not training out of the speed."""
+        self._paused += seconds
+
+    def add(self, sums: dict[str, tuple[float, float]]) -> None:
+        """Adds one step's (sum, count) pairs, those that are finite."""
+        self._steps += 1
+        for name, (total, count) in sums.items():
+            if math.isfinite(total):
+                former = self._sums.get(name, (0.0, 0.0))
+                self._sums[name] = (former[0] + total, former[1] + count)
+
+    def means(self) -> dict[str, float]:
+        """Every metric divided once."""
+        return {name: total / count for name, (total, count) in self._sums.items() if count}
+
+    def speed(self) -> dict[str, float]:
+        """Steps and tokens per second, and MFU where the device's peak is known."""
+        per_second = self._steps / max(time.perf_counter() - self._began - self._paused, 1e-9)
+        speed = {
+            "steps_per_second": per_second,
+            "tokens_per_second": per_second * self._program.tokens_per_step,
+        }
+        if self._peak is not None:
+            speed["mfu"] = per_second * self._program.flops_per_step / (self._peak * jax.device_count())
+        return speed
