@@ -34,14 +34,6 @@ def record_changes(
     )
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested mappings."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
-
-
 def is_of(key: str, names: Iterable[str]) -> bool:
     """Whether a dotted key is one of some fields, or in one of some sections."""
     return any(key == name or key.startswith(f"{name}.") for name in names)

@@ -28,7 +28,8 @@ from maxllm.model.attend import resolve
 from maxllm.parallel import processes
 from maxllm.parallel.memory import check_offload
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
-from maxllm.run.changes import flat, is_of, record_changes
+from maxllm.recipe import flat
+from maxllm.run.changes import is_of, record_changes
 from maxllm.run.console import console
 from maxllm.run.parents import Role, parent_of
 

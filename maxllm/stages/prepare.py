@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,25 @@ from maxllm.config.data import DataConfig, TokenizerConfig
 from maxllm.config.root import Config
 from maxllm.data import bpe, ngram, spm
 from maxllm.data.clean import clean_text, reason_to_drop
+from maxllm.data.corpus import (
+    SPLITS,
+    check_settings,
+    is_prepared,
+    read_manifest,
+    settings_of,
+    states_of,
+    write_manifest,
+    write_rows,
+)
 from maxllm.data.dedup import drop_duplicates, text_key
 from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.pack import Piece, chunks
-from maxllm.data.rows import write_rows
-from maxllm.data.sources import Tally, read_documents, source_hash, source_state
+from maxllm.data.sources import Tally, read_documents
 from maxllm.data.spool import Spool
 from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start
 from maxllm.errors import UserError
-from maxllm.files import read_json, whole_folder, write_bytes, write_json
-from maxllm.run.changes import flat
+from maxllm.files import whole_folder, write_bytes
 from maxllm.run.console import console, progress
-
-MANIFEST = "manifest.json"
-SPLITS = ("train", "heldout")
 
 model_pb2: Any = sentencepiece_model_pb2  # generated at import: type checkers see nothing in it
 
@@ -47,7 +52,7 @@ def run(config: Config) -> dict[str, Any]:
     """Prepares what a pretrain recipe needs; returns the manifest. Does nothing when it is done already."""
     assert config.data.prepared_dir is not None, "Config checks this"
     out = Path(config.data.prepared_dir)
-    if (out / MANIFEST).is_file():
+    if is_prepared(out):
         manifest = read_manifest(out)
         check_settings(config, out, manifest)
         console().print(f"prepare: {out} is prepared already", markup=False, soft_wrap=True)
@@ -55,7 +60,7 @@ def run(config: Config) -> dict[str, Any]:
 
     with whole_folder(out) as folder:
         manifest = prepare(config, folder)
-        write_json(folder / MANIFEST, manifest)
+        write_manifest(folder, manifest)
     return manifest
 
 
@@ -148,69 +153,6 @@ def check_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
             )
 
 
-def settings_of(config: Config, known: Mapping[str, str | None] | None = None) -> dict[str, Any]:
-    """What a prepared corpus depends on. Where it stands, and where its tokenizer does, is not part of it.
-
-    Args:
-      config: the recipe.
-      known: content hashes of sources that need not be read again.
-    """
-    tokenizer = config.tokenizer and config.tokenizer.model_dump(
-        mode="json", exclude={"path", "sample_bytes"}
-    )
-    settings = {"data": config.data.model_dump(mode="json", exclude={"prepared_dir", "max_bad_share"})}
-    known = known or {}
-    settings["content"] = {
-        source: known[source] if source in known else source_hash(source) for source in sources_of(config)
-    }
-    return settings | {"tokenizer": tokenizer, "batch": {"sequence_length": config.batch.sequence_length}}
-
-
-def sources_of(config: Config) -> list[str]:
-    """All of a recipe's sources."""
-    return [*config.data.sources, *config.data.heldout_sources]
-
-
-def states_of(config: Config) -> dict[str, list[list[int]] | None]:
-    """{source: sizes and times of its files}."""
-    return {source: source_state(source) for source in sources_of(config)}
-
-
-def check_settings(config: Config, prepared: Path, manifest: dict[str, Any], read: bool = True) -> None:
-    """A prepared corpus must be the one that a recipe describes, its sources as they were.
-
-    Args:
-      config: the recipe.
-      prepared: where the corpus is.
-      manifest: what it says of itself.
-      read: whether sources are read whatever their files' sizes and times say.
-
-    Raises:
-      UserError: naming the first setting that differs.
-    """
-    former_content = manifest["settings"].get("content", {})
-    states = {} if read else states_of(config)
-    known = {
-        source: former_content[source]
-        for source, state in states.items()
-        if source in former_content and state == manifest.get("source_states", {}).get(source)
-    }
-    former, now = flat(manifest["settings"]), flat(settings_of(config, known))
-    for key in sorted(former.keys() | now.keys()):
-        gone = key.startswith("content.") and now.get(key) is None  # the corpus outlives its sources
-        if former.get(key) == now.get(key) or gone:
-            continue
-        if key.startswith("content.") and former.get(key) is not None:
-            raise UserError(
-                f"{key.removeprefix('content.')} has changed since {prepared} was prepared from it; remove "
-                "that folder, or give another data.prepared_dir"
-            )
-        raise UserError(
-            f"{prepared} was prepared with {key}={former.get(key)}, not {now.get(key)}; "
-            "remove it, or give another data.prepared_dir"
-        )
-
-
 def split_documents(data: DataConfig, train: Spool, heldout: Spool) -> list[Tally]:
     """Cleaned documents, free of exact duplicates, into the two spools; returns the counts by source."""
     if not data.sources:
@@ -283,18 +225,3 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     with whole_folder(path) as folder:
         for name, content in tokenizer.files.items():
             write_bytes(folder / name, content)
-
-
-def read_manifest(prepared: Path) -> dict[str, Any]:
-    """What `run` wrote.
-
-    Raises:
-      UserError: the corpus was not prepared.
-    """
-    path = prepared / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{prepared} is not prepared; run `maxllm prepare RECIPE` first")
-    manifest = read_json(path)
-    if not {"settings", "tokenizer_sha256", *SPLITS} <= manifest.keys():
-        raise UserError(f"{path} is damaged; remove {prepared} and prepare it anew")
-    return manifest

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from maxllm.data.rows import read_rows
+from maxllm.data.corpus import check_settings, read_manifest, read_rows
 from maxllm.errors import UserError
 from maxllm.records import LmBatch, Params
 from maxllm.report.charts import Chart, Level, Line, training_and_heldout
@@ -23,7 +23,6 @@ from maxllm.report.stage import StageReport, Verdicts
 from maxllm.report.wording import bits, count
 from maxllm.run.loop import Job
 from maxllm.run.session import Session
-from maxllm.stages import prepare
 from maxllm.stages.program import language_program
 from maxllm.stages.shared import (
     heldout_language,
@@ -103,10 +102,10 @@ def open_corpus(session: Session) -> tuple[Path, dict[str, Any]]:
       UserError: it was made with another tokenizer, from other data or with another row length.
     """
     prepared = Path(session.config.data.prepared_dir or "")
-    manifest = prepare.read_manifest(prepared)
+    manifest = read_manifest(prepared)
     if manifest["tokenizer_sha256"] != session.tokenizer.fingerprint:
         raise UserError(f"{prepared} was prepared with another tokenizer than {session.config.tokenizer}")
-    prepare.check_settings(session.config, prepared, manifest, read=False)
+    check_settings(session.config, prepared, manifest, read=False)
     return prepared, manifest
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from maxllm import recipe
+from maxllm.data.corpus import check_settings, read_rows
 from maxllm.data.load_tokenizer import load_tokenizer
-from maxllm.data.rows import read_rows
 from maxllm.data.spool import Spool
 from maxllm.data.tokenizer import BOS, EOS
 from maxllm.errors import UserError
@@ -134,7 +134,7 @@ def test_an_edit_of_the_same_size_is_another_source(tmp_path: Path, source: Path
     with pytest.raises(UserError, match=r"paragraphs\.jsonl has changed since .*corpus was prepared from it"):
         prepare.run(config(tmp_path, source))
     with pytest.raises(UserError, match="has changed since"):
-        prepare.check_settings(config(tmp_path, source), tmp_path / "corpus", manifest, read=False)
+        check_settings(config(tmp_path, source), tmp_path / "corpus", manifest, read=False)
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(UserError, match="has changed since"):
         prepare.run(config(tmp_path, source))
@@ -146,7 +146,7 @@ def test_a_touched_file_is_the_same(tmp_path: Path, source: Path) -> None:
     manifest = prepare.run(config(tmp_path, source))
     os.utime(source)
     for read in (True, False):
-        prepare.check_settings(config(tmp_path, source), tmp_path / "corpus", manifest, read)
+        check_settings(config(tmp_path, source), tmp_path / "corpus", manifest, read)
 
 
 @pytest.mark.parametrize(

@@ -362,6 +362,27 @@ def test_ppo_raises_the_probability_of_the_rewarded_token(world, monkeypatch):
     assert np.mean(scores[:3]) < 0.25 and np.mean(scores[-3:]) > 0.6, scores
 
 
+def test_a_judge_on_the_host_finds_the_row_of_each_prompt(world):
+    """Rows come out of the compiled rollout as they went in, whatever the responses."""
+    decoding = GenerationConfig(max_new_tokens=2, temperature=TEMPERATURE)
+    answers = np.arange(100) ** 2
+    rows = np.array([7, 99, 0, 7, 12, 31], np.int32)
+    prompts = left_padded([6, 1, 3, 6, 2, 5])
+
+    def judge(reward, rollout):
+        return answers[np.asarray(rollout.row_B)]
+
+    def learn(state, rollout, scores_B, reference):
+        return state, scores_B
+
+    parts = {"rollout": jax.jit(parts_of(world.ppo, world.model, decoding, seed=0)["rollout"])}
+    parts |= {"judge": judge, "learn": learn}
+    _, scores_B = iterate(parts, world.state, prompts.replace(row_B=rows), world.frozen)
+    assert scores_B.tolist() == (rows**2).tolist()
+    without = parts["rollout"](world.state.actor.params, world.state.step, prompts)
+    assert without.row_B is None
+
+
 def test_the_policy_is_over_the_ids_that_have_a_token(world, off):
     """The sampler and the update leave the same ids out, so that their ratio is 1 before the first update."""
     never = tuple(range(V - 5, V))
