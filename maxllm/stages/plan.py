@@ -222,10 +222,10 @@ def compiler_figures(plan: Plan, asked: Asked) -> dict[str, Any]:
         "host_bytes": top.host_bytes,
         "collectives": {
             kind: {
-                "bytes": sum(said.collectives[kind].bytes for said in compiled),
-                "count": sum(said.collectives[kind].count for said in compiled),
+                "bytes": sum(said.collectives[kind].bytes for said in compiled if kind in said.collectives),
+                "count": sum(said.collectives[kind].count for said in compiled if kind in said.collectives),
             }
-            for kind in top.collectives
+            for kind in dict.fromkeys(kind for said in compiled for kind in said.collectives)
         },
         "matmul_flops": sum(said.matmul_flops for said in compiled),
         "largest": largest_arguments(plan),
