@@ -78,7 +78,7 @@ def read_split(
     seed: int,
     tokenizer: Tokenizer,
     parse: Callable[[dict[str, Any]], Parsed],
-    asked: Callable[[Parsed], Sequence[chat.Message]],
+    prompt: Callable[[Parsed], Sequence[chat.Message]],
     training: bool = True,
 ) -> tuple[list[Parsed], list[Parsed], list[Tally]]:
     """(training rows, held-out rows, counts by source), no held-out prompt among those that are trained on.
@@ -94,7 +94,7 @@ def read_split(
       seed: of `tasks:` sources.
       tokenizer: renders prompts.
       parse: makes of a row what is trained on, or raises `chat.RowError` for one that cannot be used.
-      asked: the messages before the first reply that is trained on or measured.
+      prompt: the messages before the first reply that is trained on or measured.
       training: whether training rows are wanted: without, `data.sources` are only read where a share of them
         is held out.
 
@@ -104,7 +104,7 @@ def read_split(
     if not data.sources and (training or not data.heldout_sources):
         raise UserError("data.sources is empty: name at least one file")
 
-    read = partial(read_sources, data, kind, seed, tokenizer, parse, asked)
+    read = partial(read_sources, data, kind, seed, tokenizer, parse, prompt)
     if data.heldout_sources:
         heldout, heldout_tallies = read(data.heldout_sources)
         if not training:
@@ -134,7 +134,7 @@ def read_sources(
     seed: int,
     tokenizer: Tokenizer,
     parse: Callable[[dict[str, Any]], Parsed],
-    asked: Callable[[Parsed], Sequence[chat.Message]],
+    prompt: Callable[[Parsed], Sequence[chat.Message]],
     sources: Sequence[str],
     held: Container[int] = (),
 ) -> tuple[list[Keyed], list[Tally]]:
@@ -146,7 +146,7 @@ def read_sources(
         for where, row in rows_of(source, kind, seed, tally):
             try:
                 parsed = parse(row)
-                key = prompt_hash(tokenizer, asked(parsed))
+                key = prompt_hash(tokenizer, prompt(parsed))
             except chat.RowError as error:
                 tally.drop(str(error), f"{where}: {error}")
                 continue

@@ -49,9 +49,9 @@ from maxllm.stages.shared import (
     exact_match,
     prompts_of,
     reply_text,
+    say_sources,
     start_from,
     start_policy,
-    told,
 )
 from maxllm.stages.stage import Stage
 from maxllm.steps import ppo as algorithm
@@ -86,7 +86,7 @@ def job(session: Session) -> Job:
         best=("score", "max"),
         store_heldout=True,
         frozen=(frozen,),
-        facts={"heldout_items": len(heldout.answers), "sources": told(session, tallies)},
+        facts={"heldout_items": len(heldout.answers), "sources": say_sources(session, tallies)},
         warning=nothing_to_learn,
     )
 
