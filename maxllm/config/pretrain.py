@@ -22,4 +22,4 @@ def check(recipe: Config) -> None:
         raise ValueError("a pretrain recipe needs data.prepared_dir")
 
 
-RULES = Rules(check=check)
+RULES = Rules(check=check, next_token=True)

@@ -36,5 +36,7 @@ class Rules:
     replies: bool = False
     """Whether the model replies in training or evaluation: a prompt and its reply then share
     batch.sequence_length."""
+    next_token: bool = False
+    """Whether it trains next-token prediction and nothing beside it, which `plan --estimate` can add up."""
     adapters: bool = False
     """Whether `lora` may train adapters instead of the model."""

@@ -125,7 +125,7 @@ def model_of(config: Config) -> ModelConfig:
     Raises:
       UserError: it trains more than one, or part of one, or says none; or XLA's kernel attends.
     """
-    if config.stage not in ("pretrain", "sft") or config.lora is not None:
+    if not config.rules.next_token or config.lora is not None:
         what = "adapters" if config.lora is not None else f"the stage {config.stage}"
         raise UserError(f"there is no estimate for {what}; `maxllm plan` alone compiles every recipe")
     if config.mesh.offload != "none":

@@ -4,6 +4,7 @@ Tolerances: log-probabilities and values come out of two float32 layers with oth
 to some tens of 6e-8 at magnitudes up to 5: 1e-5, and 1e-4 after the sums over a response.
 """
 
+import re
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -15,11 +16,13 @@ import optax
 import plain
 import pytest
 import rounding
+from flax.traverse_util import flatten_dict
 
 from maxllm.config.generation import GenerationConfig
 from maxllm.config.ppo import PpoConfig
 from maxllm.data.tokenizer import EOS, IM_END, PAD
 from maxllm.generate.decode import generate
+from maxllm.losses import linear
 from maxllm.losses.token import Shaping
 from maxllm.model.forward import forward
 from maxllm.model.heads import ScalarModel
@@ -326,6 +329,63 @@ def test_detached_state_attaches_again(world):
     assert params is world.state.actor.params and rest.actor.params is None
     back = rest.attach(params)
     jax.tree.map(np.testing.assert_array_equal, back, world.state)
+
+
+# What a recipe says of an update is honoured
+
+
+def test_updates_have_dropout(world):
+    """The losses with a key drop what the model's dropout says; without one, and in judging, nothing."""
+    config = world.config.model_copy(update={"residual_dropout": 0.5})
+    ppo = replace(
+        world.ppo,
+        actor=replace(world.ppo.actor, model=Llama(config)),
+        critic=replace(world.ppo.critic, model=ScalarModel(config)),
+    )
+    for loss, state in (
+        (algorithm.actor_loss, world.state.actor),
+        (algorithm.critic_loss, world.state.critic),
+    ):
+        run = jax.jit(partial(loss, ppo, Weights(state.params), world.batch))
+        plain, one, other = (float(run(key).total) for key in (None, jax.random.key(0), jax.random.key(1)))
+        assert plain == float(
+            jax.jit(partial(loss, world.ppo, Weights(state.params), world.batch))(None).total
+        )
+        assert len({plain, one, other}) == 3
+
+
+def test_updates_have_gradients_of_the_type_that_is_asked_for(world):
+    """In bfloat16 each entry of a matrix's gradient is rounded once, by at most 2^-8 of itself; SGD's step of
+    0.05 is as much off. Other parameters have float32 gradients as before."""
+    update = jax.jit(partial(algorithm.update_minibatch, world.ppo))
+    coarse = replace(world.ppo, actor=replace(world.ppo.actor, gradient_dtype=jnp.dtype("bfloat16")))
+    rough = jax.jit(partial(algorithm.update_minibatch, coarse))
+    fine, after = (f(world.state, world.batch, jax.random.key(0))[0].actor.params for f in (update, rough))
+    before = world.state.actor.params
+    name = "decoder/layers/mlp/w_up"
+    moved = {
+        which: flatten_dict(jax.tree.map(lambda a, b: np.asarray(a - b), tree, before), sep="/")
+        for which, tree in (("fine", fine), ("rough", after))
+    }
+    exact, rounded = moved["fine"][name], moved["rough"][name]
+    assert not np.array_equal(exact, rounded)
+    size = np.abs(flatten_dict(before, sep="/")[name]).max()
+    atol = rounding.of_operations(2, float(size))  # the subtraction here, and the addition that it undoes
+    np.testing.assert_allclose(rounded, exact, rtol=2**-7, atol=atol + 2**-8 * float(np.abs(exact).max()))
+    np.testing.assert_array_equal(moved["fine"]["lm_head"], moved["rough"]["lm_head"])
+
+
+def test_the_logits_of_all_responses_are_never_there(world, monkeypatch):
+    """No array of the compiled part has B x R x V entries, where the head takes eight rows at a time."""
+    monkeypatch.setattr(linear, "PART_BYTES", 4 * V * 8)  # eight rows
+    learn = parts_of(world.ppo, world.model, world.decoding, seed=0)["learn"]
+    scores_B = jnp.zeros(B, jnp.float32)
+    text = (
+        jax.jit(learn).lower(world.state, world.rollout, scores_B, world.frozen.reference).compile().as_text()
+    )
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([0-9,]+)\]", text)}
+    assert (8, V) in shapes
+    assert not shapes & {(B * R, V), (B, R, V), (B, P + R, V), (B, R + 1, V)}
 
 
 # The whole iteration learns
