@@ -180,8 +180,8 @@ def test_stop_tokens_are_found_wherever_they_stand(folder: Path, places: dict[st
     wanted.pop(None, None)  # type: ignore[call-overload]
     found = find_tokenizer(folder, json.loads((folder / "config.json").read_text()))
     assert found.tokenizer.stop_tokens == tuple(wanted) and found.tokenizer.eos == 2
-    told = {entry["id"]: entry["in"] for entry in found.told()["stop_tokens"]}
-    assert told == wanted and found.told()["stop_tokens"][0]["token"] in ("</s>", "<|im_end|>")
+    told = {entry["id"]: entry["in"] for entry in found.report()["stop_tokens"]}
+    assert told == wanted and found.report()["stop_tokens"][0]["token"] in ("</s>", "<|im_end|>")
 
 
 def test_an_export_has_all_stop_tokens_and_no_pad_among_them(folder: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_folder_saved_again_is_still_ours(folder: Path, tokenizer: SpmTokenize
 
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     assert read_tokenizer(folder, {}) == tokenizer
-    assert find_tokenizer(folder, {}).told()["tokenizer"] == "tokenizer.model"
+    assert find_tokenizer(folder, {}).report()["tokenizer"] == "tokenizer.model"
 
 
 def test_a_folder_that_was_edited_is_read_as_it_is_now(folder: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_folder_that_was_edited_is_read_as_it_is_now(folder: Path) -> None:
     assert isinstance(found.tokenizer, FastTokenizer) and found.tokenizer.vocab_size == 601
     assert found.tokenizer.chat_template == theirs.chat_template
     assert found.tokenizer.encode("a<tool>")[-1] == 600
-    assert "tokenizer.model alone would say something else" in found.told()["tokenizer"]
+    assert "tokenizer.model alone would say something else" in found.report()["tokenizer"]
     assert check_tokenization(found.tokenizer, folder) > 30
 
 

@@ -98,7 +98,7 @@ def test_a_tokenizer_model_alone(llama2: Path) -> None:
     theirs: Any = AutoTokenizer.from_pretrained(llama2)
     assert tokenizer.adds_bos is (theirs("Hi")["input_ids"][0] == 1)
     assert document_start(tokenizer, "Hi there") == theirs("Hi there")["input_ids"]
-    assert find_tokenizer(llama2, {}).told() == {
+    assert find_tokenizer(llama2, {}).report() == {
         "tokenizer": "tokenizer.model",
         "stop_tokens": [{"id": 2, "token": "</s>", "in": ["tokenizer_config.json"]}],
     }

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from maxllm import recipe
+from maxllm.config.data import TokenizerConfig
+from maxllm.data import bpe
 from maxllm.data.corpus import check_settings, read_rows
 from maxllm.data.load_tokenizer import load_tokenizer
+from maxllm.data.sources import Tally, read_documents
 from maxllm.data.spool import Spool
 from maxllm.data.tokenizer import BOS, EOS
 from maxllm.errors import UserError
@@ -231,3 +234,14 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, source: Path) -> Non
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks.append(int(result.stdout))
     assert peaks[1] - peaks[0] < 3 * 8 * 10**6
+
+
+@pytest.mark.parametrize(("settings", "begins"), [({}, False), ({"add_bos_token": True}, True)])
+def test_the_tokenizers_own_rule_decides_whether_documents_begin_with_bos(settings, begins):
+    """An imported tokenizer that names a bos_token, and says in one case only that texts begin with it."""
+    asked = TokenizerConfig(path="unused", vocab_size=512, algorithm="byte_bpe")
+    ours = bpe.train(read_documents("slice:tang", "text", Tally("slice:tang")), asked)
+    foreign = bpe.FastTokenizer(ours.json_bytes, dict(ours.config) | {"chat_template": "{{ x }}"} | settings)
+    [piece] = prepare.pieces_of(foreign, ["to be"], 64)
+    assert (piece.ids[0] == foreign.bos) == begins and piece.ids[-1] == foreign.eos
+    assert foreign.decode(piece.ids) == "to be"
