@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -77,7 +78,7 @@ def read_split(
     seed: int,
     tokenizer: Tokenizer,
     parse: Callable[[dict[str, Any]], Parsed],
-    asked: Callable[[Parsed], Sequence[chat.Message]],
+    prompt: Callable[[Parsed], Sequence[chat.Message]],
     training: bool = True,
 ) -> tuple[list[Parsed], list[Parsed], list[Tally]]:
     """(training rows, held-out rows, counts by source), no held-out prompt among those that are trained on.
@@ -93,7 +94,7 @@ def read_split(
       seed: of `tasks:` sources.
       tokenizer: renders prompts.
       parse: makes of a row what is trained on, or raises `chat.RowError` for one that cannot be used.
-      asked: the messages before the first reply that is trained on or measured.
+      prompt: the messages before the first reply that is trained on or measured.
       training: whether training rows are wanted: without, `data.sources` are only read where a share of them
         is held out.
 
@@ -103,26 +104,7 @@ def read_split(
     if not data.sources and (training or not data.heldout_sources):
         raise UserError("data.sources is empty: name at least one file")
 
-    def read(sources: Sequence[str], held: Container[int] = ()) -> tuple[list[Keyed], list[Tally]]:
-        rows: list[Keyed] = []
-        tallies = []
-        for source in sources:
-            tally = Tally(source)
-            for where, row in rows_of(source, kind, seed, tally):
-                try:
-                    parsed = parse(row)
-                    key = prompt_hash(tokenizer, asked(parsed))
-                except chat.RowError as error:
-                    tally.drop(str(error), f"{where}: {error}")
-                    continue
-                if key in held:
-                    tally.drop("its prompt is held out")
-                else:
-                    rows.append((key, parsed))
-            tally.check(data.max_bad_share)
-            tallies.append(tally)
-        return rows, tallies
-
+    read = partial(read_sources, data, kind, seed, tokenizer, parse, prompt)
     if data.heldout_sources:
         heldout, heldout_tallies = read(data.heldout_sources)
         if not training:
@@ -144,6 +126,37 @@ def read_split(
             "give data.heldout_sources"
         )
     return kept, held, tallies
+
+
+def read_sources(
+    data: DataConfig,
+    kind: Kind,
+    seed: int,
+    tokenizer: Tokenizer,
+    parse: Callable[[dict[str, Any]], Parsed],
+    prompt: Callable[[Parsed], Sequence[chat.Message]],
+    sources: Sequence[str],
+    held: Container[int] = (),
+) -> tuple[list[Keyed], list[Tally]]:
+    """The rows of sources whose prompts are not `held`, and counts by source; see `read_split`."""
+    rows: list[Keyed] = []
+    tallies = []
+    for source in sources:
+        tally = Tally(source)
+        for where, row in rows_of(source, kind, seed, tally):
+            try:
+                parsed = parse(row)
+                key = prompt_hash(tokenizer, prompt(parsed))
+            except chat.RowError as error:
+                tally.drop(str(error), f"{where}: {error}")
+                continue
+            if key in held:
+                tally.drop("its prompt is held out")
+            else:
+                rows.append((key, parsed))
+        tally.check(data.max_bad_share)
+        tallies.append(tally)
+    return rows, tallies
 
 
 def prompt_hash(tokenizer: Tokenizer, messages: Sequence[chat.Message]) -> int:

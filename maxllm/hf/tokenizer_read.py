@@ -44,7 +44,7 @@ class Found(NamedTuple):
     stops: dict[str, list[int]]
     """File -> the ids that end generation by it."""
 
-    def told(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Plain data for whoever converts: {"tokenizer", "stop_tokens": [{"id", "token", "in"}]}."""
         tokenizer = self.tokenizer
         spell: Callable[[int], str | None] = SPECIAL_TOKENS.__getitem__

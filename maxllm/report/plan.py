@@ -156,6 +156,8 @@ def memory(figures: dict[str, Any]) -> Table:
     ):
         if figures[name] is not None:
             table.add_row(label, f"{figures[name] / 1e9:.2f}")
+    for name, part in figures.get("parts", {}).items():
+        table.add_row(f"  peak of the part {name}", f"{part['peak_bytes'] / 1e9:.2f}")
     table.add_row("classic recipe's state, nothing split", f"{figures['classic_state_bytes'] / 1e9:.2f}")
     for line in figures["largest"]:
         table.add_row(f"  {line}", "")

@@ -158,8 +158,8 @@ def former_records(session: Session, step: int | None) -> list[dict[str, Any]]:
     if step is None:
         return []
     if not session.folder.has_metrics:
-        gone = f"{session.folder.path / METRICS} is gone"
-        say(session, f"{gone}, and with it what was recorded up to step {step}")
+        gone = f"{session.folder}/{METRICS}"
+        say(session, f"{gone} is gone, and with it what was recorded up to step {step}")
     return [record for record in session.folder.records() if record["step"] <= step]
 
 

@@ -43,8 +43,8 @@ def parent_of(folder: RunFolder, config: Config, role: Role) -> Path:
     recorded = folder.parents().get(role)
     if recorded is None:
         raise UserError(
-            f"{folder.path / PARENTS} does not say which checkpoint of {parent} this run began from; put "
-            "that file back, or give another run.dir"
+            f"{folder}/{PARENTS} does not say which checkpoint of {parent} this run began from; put that "
+            "file back, or give another run.dir"
         )
     step, former = int(recorded["step"]), recorded["hash"]
     # Where the recipe says, which is true in the folder that training was started in; or where it lay from

@@ -32,7 +32,7 @@ SHORTEST_PROMPT = 16
 """Prompts are padded to a power of two of at least this, so that few programs are compiled."""
 
 
-class Speaker:
+class Policy:
     """A policy ready to answer."""
 
     def __init__(self, folder: RunFolder, overrides: Sequence[str] = (), which: Which = "latest") -> None:
@@ -52,7 +52,7 @@ class Speaker:
         self._turn = 0
 
     @property
-    def room(self) -> int:
+    def prompt_limit(self) -> int:
         """Tokens that a prompt may have."""
         return self.context - self.session.config.generation.max_new_tokens
 
@@ -61,7 +61,7 @@ class Speaker:
         """Tokens that a prompt and its reply may have together."""
         return self.session.config.generation.context or self.session.model.context
 
-    def told_context(self) -> str:
+    def context_source(self) -> str:
         """The context, and the setting that it comes from."""
         config = self.session.model
         if self.session.config.generation.context:
@@ -82,10 +82,10 @@ class Speaker:
                 f"generation.context={self.context} is more than the {own} tokens that the model was made "
                 "for: what it says beyond them may make no sense",
             )
-        if self.room < 1:
+        if self.prompt_limit < 1:
             raise UserError(
                 f"generation.max_new_tokens={reply} leaves no room for a prompt in the "
-                f"{self.told_context()}; give less than that"
+                f"{self.context_source()}; give less than that"
             )
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -105,13 +105,13 @@ class Speaker:
         """
         if not ids:
             raise UserError("the prompt is empty, and this model's texts begin with no token of their own")
-        if len(ids) > self.room:
+        if len(ids) > self.prompt_limit:
             reply = self.session.config.generation.max_new_tokens
             raise UserError(
-                f"the prompt has {len(ids)} tokens; the {self.told_context()} leaves {self.room} "
+                f"the prompt has {len(ids)} tokens; the {self.context_source()} leaves {self.prompt_limit} "
                 f"beside generation.max_new_tokens={reply}; generation.context=… sets a longer one"
             )
-        length = min(max(SHORTEST_PROMPT, 1 << (len(ids) - 1).bit_length()), self.room)
+        length = min(max(SHORTEST_PROMPT, 1 << (len(ids) - 1).bit_length()), self.prompt_limit)
         rows = row_shards(self.session.mesh)
         key = jax.random.fold_in(jax.random.key(self.session.config.run.seed), self._turn)
         self._turn += 1
@@ -129,8 +129,8 @@ def generate(
     folder: RunFolder, prompts: Sequence[str], overrides: Sequence[str] = (), which: Which = "latest"
 ) -> list[dict[str, Any]]:
     """A reply to each prompt."""
-    speaker = Speaker(folder, overrides, which)
-    return [{"prompt": prompt, **speaker.reply(speaker.prompt_ids(prompt))} for prompt in prompts]
+    policy = Policy(folder, overrides, which)
+    return [{"prompt": prompt, **policy.reply(policy.prompt_ids(prompt))} for prompt in prompts]
 
 
 def converse(
@@ -146,24 +146,24 @@ def converse(
     line cannot be answered (the chat template refuses it, or it is too long by itself), `say` tells why, and
     the conversation goes on without it.
     """
-    speaker = Speaker(folder, overrides, which)
-    if not speaker.chats:
+    policy = Policy(folder, overrides, which)
+    if not policy.chats:
         raise UserError(f"{folder} holds a pretrained model, which has not learned to chat; use generate")
     messages: list[Message] = []
     for line in lines:
         if not line.strip():
             continue
-        asked = [*messages, Message(role="user", content=line.strip())]
+        conversation = [*messages, Message(role="user", content=line.strip())]
         try:
-            ids = render_prompt(speaker.session.tokenizer, asked)
-            while len(ids) > speaker.room and len(asked) > 1:
-                del asked[:2]
-                ids = render_prompt(speaker.session.tokenizer, asked)
-            text = speaker.reply(ids)["text"]
+            ids = render_prompt(policy.session.tokenizer, conversation)
+            while len(ids) > policy.prompt_limit and len(conversation) > 1:
+                del conversation[:2]
+                ids = render_prompt(policy.session.tokenizer, conversation)
+            text = policy.reply(ids)["text"]
         except UserError as error:
             say(f"({error})")
             continue
-        if len(asked) <= len(messages):
+        if len(conversation) <= len(messages):
             say("(the conversation is longer than the model's context; its oldest turns are forgotten)")
         say(text)
-        messages = [*asked, Message(role="assistant", content=text)]
+        messages = [*conversation, Message(role="assistant", content=text)]

@@ -160,7 +160,7 @@ def to_run_folder(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(wanted)),
         "bytes": model.source.nbytes,
         "context": model.config.context,
-        **found.told(),
+        **found.report(),
         **({"kept_but_not_followed": listed(ignored)} if ignored else {}),
         **checks,
     }

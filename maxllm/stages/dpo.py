@@ -36,9 +36,9 @@ from maxllm.stages.shared import (
     prompts_of,
     replies,
     responder,
+    say_sources,
     start_from,
     start_policy,
-    told,
 )
 from maxllm.stages.stage import Stage
 from maxllm.steps.dpo import dpo_loss
@@ -91,7 +91,7 @@ def job(session: Session) -> Job:
         facts={
             "heldout_items": len(heldout_rows),
             "heldout_questions": len(heldout.answers),
-            "sources": told(session, tallies),
+            "sources": say_sources(session, tallies),
         },
     )
 
@@ -133,9 +133,9 @@ def padded(session: Session, rows: Sequence[Preference]) -> ReplyPairBatch:
 def heldout_of(session: Session, rows: Sequence[Preference]) -> Heldout:
     """Held-out rows as they are measured."""
     config = session.config
-    room = config.batch.sequence_length - config.generation.max_new_tokens
-    asked = [(q, q.answer) for _, q in rows if q.answer is not None and len(q.ids) <= room]
-    prompts = prompts_of([question for question, _ in asked], room, session.tokenizer.pad)
+    limit = config.batch.sequence_length - config.generation.max_new_tokens
+    asked = [(q, q.answer) for _, q in rows if q.answer is not None and len(q.ids) <= limit]
+    prompts = prompts_of([question for question, _ in asked], limit, session.tokenizer.pad)
     return Heldout(padded(session, rows), [answer for _, answer in asked], prompts)
 
 

@@ -29,7 +29,7 @@ from maxllm.records import Params
 from maxllm.run.restore import load_params
 from maxllm.run.session import Session, reopen
 from maxllm.stages import ppo
-from maxllm.stages.chat import Speaker
+from maxllm.stages.chat import Policy
 from maxllm.stages.registry import stage_of
 from maxllm.stages.shared import abstract_params, policy_params
 from maxllm.steps.reward import score
@@ -213,9 +213,9 @@ def greedy_check(
     session = reopen(run, overrides)
     tokens = min(CHECK_TOKENS, session.model.context // 2)
     settings = ["model.dtype=float32", "generation.temperature=0", f"generation.max_new_tokens={tokens}"]
-    speaker = Speaker(run, [*overrides, *settings], int(checkpoint.name))
+    policy = Policy(run, [*overrides, *settings], int(checkpoint.name))
     # A model of short context is asked the beginnings of the prompts.
-    ids = [speaker.prompt_ids(prompt)[: speaker.room] for prompt in prompts]
-    ours = [speaker.reply(prompt)["tokens"] for prompt in ids]
+    ids = [policy.prompt_ids(prompt)[: policy.prompt_limit] for prompt in prompts]
+    ours = [policy.reply(prompt)["tokens"] for prompt in ids]
     never = without_piece(session.tokenizer, session.model.vocab_size)
-    return verify_greedy(folder, ids, ours, tokens, speaker.session.tokenizer, never)
+    return verify_greedy(folder, ids, ours, tokens, policy.session.tokenizer, never)

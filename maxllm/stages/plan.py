@@ -62,11 +62,11 @@ def run(
     """
     hardware = hardware_of(named(config, hardware_name))
     plan = prepare(config, hardware)
-    asked = {
+    parts = {
         name: compiled_for(hardware, partial(lower_part, plan.mesh, part, config.mesh.zero))
         for name, part in plan.program.parts.items()
     }
-    return machine_figures(plan) | compiler_figures(plan, asked) | speed_figures(plan, asked, tokens, price)
+    return machine_figures(plan) | compiler_figures(plan, parts) | speed_figures(plan, parts, tokens, price)
 
 
 CONFIRMED = 3
@@ -185,34 +185,34 @@ def machine_figures(plan: Plan) -> dict[str, Any]:
     }
 
 
-Asked = Mapping[str, Compiled | TooLarge]
+CompiledParts = Mapping[str, Compiled | TooLarge]
 """What the compiler says of each part of a program."""
 
 
-def compiler_figures(plan: Plan, asked: Asked) -> dict[str, Any]:
+def compiler_figures(plan: Plan, parts: CompiledParts) -> dict[str, Any]:
     """Memory, time and collectives, by the compiler: of several parts, the largest peak and the sums."""
     limit = plan.hardware.chip.hbm_bytes
     elsewhere = {name: bytes_elsewhere(plan.program, part) for name, part in plan.program.parts.items()}
-    peaks = {name: said.peak_bytes + elsewhere[name] for name, said in asked.items()}
+    peaks = {name: part.peak_bytes + elsewhere[name] for name, part in parts.items()}
     figures: dict[str, Any] = {
         "hbm_bytes": limit,
         "peak_bytes": max(peaks.values()),
-        "compile_seconds": round(sum(said.seconds for said in asked.values()), 2),
+        "compile_seconds": round(sum(part.seconds for part in parts.values()), 2),
     }
-    if len(asked) > 1:
+    if len(parts) > 1:
         figures["parts"] = {
-            name: {"peak_bytes": peaks[name], "compile_seconds": round(said.seconds, 2)}
-            for name, said in asked.items()
+            name: {"peak_bytes": peaks[name], "compile_seconds": round(part.seconds, 2)}
+            for name, part in parts.items()
         }
-    refused = [said for said in asked.values() if isinstance(said, TooLarge)]
+    refused = [part for part in parts.values() if isinstance(part, TooLarge)]
     if refused:
         nothing = dict.fromkeys(
             ("argument_bytes", "temp_bytes", "host_bytes", "collectives", "matmul_flops", "made_whole")
         )
         largest = list(refused[0].largest) or largest_arguments(plan)
         return {"fits": False, **figures, **nothing, "largest": largest}
-    compiled = [said for said in asked.values() if isinstance(said, Compiled)]
-    top = asked[max(peaks, key=lambda name: peaks[name])]
+    compiled = [part for part in parts.values() if isinstance(part, Compiled)]
+    top = parts[max(peaks, key=lambda name: peaks[name])]
     assert isinstance(top, Compiled), "none was refused"
     return {
         "fits": figures["peak_bytes"] <= limit,
@@ -222,14 +222,14 @@ def compiler_figures(plan: Plan, asked: Asked) -> dict[str, Any]:
         "host_bytes": top.host_bytes,
         "collectives": {
             kind: {
-                "bytes": sum(said.collectives[kind].bytes for said in compiled),
-                "count": sum(said.collectives[kind].count for said in compiled),
+                "bytes": sum(part.collectives[kind].bytes for part in compiled if kind in part.collectives),
+                "count": sum(part.collectives[kind].count for part in compiled if kind in part.collectives),
             }
-            for kind in top.collectives
+            for kind in dict.fromkeys(kind for part in compiled for kind in part.collectives)
         },
-        "matmul_flops": sum(said.matmul_flops for said in compiled),
+        "matmul_flops": sum(part.matmul_flops for part in compiled),
         "largest": largest_arguments(plan),
-        "made_whole": [array for said in compiled for array in said.made_whole],
+        "made_whole": [array for part in compiled for array in part.made_whole],
     }
 
 
@@ -240,7 +240,9 @@ def bytes_elsewhere(program: Program, part: Part) -> int:
     return sum(shard_bytes(leaf) for leaf in resident if id(leaf) not in held)
 
 
-def speed_figures(plan: Plan, asked: Asked, tokens: float | None, price: float | None) -> dict[str, Any]:
+def speed_figures(
+    plan: Plan, parts: CompiledParts, tokens: float | None, price: float | None
+) -> dict[str, Any]:
     """What the bound allows; None where there is none: a program that does not fit, or one that decodes."""
     batch, model, program = plan.config.batch, plan.model, plan.program
     flops = train_flops_per_token(model, batch.sequence_length, **counted(plan))
@@ -253,7 +255,7 @@ def speed_figures(plan: Plan, asked: Asked, tokens: float | None, price: float |
         "compute_optimal_parameters": optimal_parameters(training_flops(parameters_of(plan), total)),
     }
     names = ("step_seconds_bound", "bound_by", "mfu_bound", "tokens_per_second", "days", "cost", "energy_kwh")
-    compiled = asked.get(STEP)
+    compiled = parts.get(STEP)
     if program.decodes or not isinstance(compiled, Compiled):
         return figures | dict.fromkeys(names)
     bound = bound_of(plan, compiled)
@@ -277,7 +279,7 @@ def masked_flops(model: ModelConfig, sequence_length: int, program: Program) -> 
     return masked * (1 + program.references / 3)
 
 
-def bound_of(plan: Plan, asked: Compiled) -> Bound:
+def bound_of(plan: Plan, compiled: Compiled) -> Bound:
     """The floors of one device's step."""
     config, shape, program = plan.config, plan.mesh.shape, plan.program
     trained, frozen = parameters_of(plan), parameter_count(program.frozen) if config.lora else 0
@@ -291,9 +293,9 @@ def bound_of(plan: Plan, asked: Compiled) -> Bound:
         tokens_per_device=program.tokens_per_step / plan.hardware.devices,
         parameter_shard=trained / shards,
         gathered_parameters=(trained + frozen) / (shape["tensor"] * shape["stage"]),
-        sent_bytes=sum(exchange.bytes for exchange in asked.collectives.values()),
+        sent_bytes=sum(exchange.bytes for exchange in compiled.collectives.values()),
         passes=(2 if config.lora else 3) + (plan.model.remat != "none"),
-        between_nodes_bytes=sum(exchange.between_nodes for exchange in asked.collectives.values()),
+        between_nodes_bytes=sum(exchange.between_nodes for exchange in compiled.collectives.values()),
         idle=bubble_of(plan),
         update_bytes=update_bytes(config.optimizer, matrices),
         **counted(plan),

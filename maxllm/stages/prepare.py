@@ -77,7 +77,7 @@ def prepare(config: Config, folder: Path) -> dict[str, Any]:
         tallies = split_documents(config.data, train, heldout)
         for tally in tallies:
             terminal.print(f"prepare: {tally.line()}", markup=False, soft_wrap=True)
-        tokenizer = the_tokenizer(config, train)
+        tokenizer = read_or_train_tokenizer(config, train)
         counts = {name: ngram.ByteCounts(documents[name]) for name in SPLITS}
         unigram, bigram = ngram.bits_per_byte(counts["train"], counts["heldout"])
         manifest: dict[str, Any] = {
@@ -113,7 +113,7 @@ def documents_in(folder: Path) -> Iterator[dict[str, Spool]]:
             spool.close()
 
 
-def the_tokenizer(config: Config, texts: Spool) -> Tokenizer:
+def read_or_train_tokenizer(config: Config, texts: Spool) -> Tokenizer:
     """The tokenizer of the model that the run starts from, or the one at tokenizer.path, or a new one."""
     if config.tokenizer is None:
         return load_tokenizer(config.start.policy or "")

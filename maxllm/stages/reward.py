@@ -27,7 +27,7 @@ from maxllm.report.stage import StageReport, Verdicts
 from maxllm.run.loop import Job
 from maxllm.run.session import Session
 from maxllm.stages.program import Trainer, pair_batch, trainer
-from maxllm.stages.shared import heldout_loss, start_from, start_policy, told
+from maxllm.stages.shared import heldout_loss, say_sources, start_from, start_policy
 from maxllm.stages.stage import Stage
 from maxllm.steps.reward import reward_loss
 from maxllm.steps.state import abstract, create, init_params
@@ -65,7 +65,7 @@ def job(session: Session) -> Job:
         evaluate=figures_of(session, heldout),
         best=("accuracy", "max"),
         store_heldout=True,
-        facts={"heldout_items": len(heldout_pairs), "sources": told(session, tallies)},
+        facts={"heldout_items": len(heldout_pairs), "sources": say_sources(session, tallies)},
     )
 
 

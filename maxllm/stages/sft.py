@@ -43,9 +43,9 @@ from maxllm.stages.shared import (
     prompts_of,
     replies,
     responder,
+    say_sources,
     start_from,
     start_policy,
-    told,
 )
 from maxllm.stages.stage import Stage
 from maxllm.steps.state import TrainState, create, partition_of
@@ -56,8 +56,8 @@ def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
     config = session.config
     # 1. Data: conversations packed with their loss masks.
-    train_talks, heldout_talks, tallies = read_conversations(session)
-    rows, heldout = packed(session, train_talks), heldout_of(session, heldout_talks)
+    train_conversations, heldout_conversations, tallies = read_conversations(session)
+    rows, heldout = packed(session, train_conversations), heldout_of(session, heldout_conversations)
     # 2. State: all parameters, or adapters beside parameters that stay.
     program = language_program(config, session.model, session.mesh)
     start = start_policy(session)
@@ -80,8 +80,8 @@ def job(session: Session) -> Job:
         store_heldout=True,
         facts={
             "heldout_items": len(heldout.answers),
-            "heldout_conversations": len(heldout_talks),
-            "sources": told(session, tallies),
+            "heldout_conversations": len(heldout_conversations),
+            "sources": say_sources(session, tallies),
         },
     )
 
@@ -97,19 +97,19 @@ class Heldout(struct.PyTreeNode):
     """The right reply to each prompt."""
 
 
-def heldout_of(session: Session, talks: Sequence[Talk]) -> Heldout:
+def heldout_of(session: Session, conversations: Sequence[Conversation]) -> Heldout:
     """Held-out conversations as they are measured."""
     config = session.config
-    room = config.batch.sequence_length - config.generation.max_new_tokens
-    rows, questions = packed(session, talks), last_questions(session, talks, room)
-    prompts = prompts_of(questions, room, session.tokenizer.pad)
+    limit = config.batch.sequence_length - config.generation.max_new_tokens
+    rows, questions = packed(session, conversations), last_questions(session, conversations, limit)
+    prompts = prompts_of(questions, limit, session.tokenizer.pad)
     return Heldout(rows, prompts, [question.answer or "" for question in questions])
 
 
-def packed(session: Session, talks: Sequence[Talk]) -> LmBatch:
+def packed(session: Session, conversations: Sequence[Conversation]) -> LmBatch:
     """Conversations as rows with their loss masks."""
     length, pad = session.config.batch.sequence_length, session.tokenizer.pad
-    return pack([talk.piece for talk in talks], length, pad)
+    return pack([conversation.piece for conversation in conversations], length, pad)
 
 
 def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
@@ -140,20 +140,22 @@ def figures_of(
 
 
 @dataclass(frozen=True)
-class Talk:
+class Conversation:
     """A conversation, as it is said and as it is packed."""
 
     messages: list[Message]
     piece: Piece
 
 
-def read_conversations(session: Session, training: bool = True) -> tuple[list[Talk], list[Talk], list[Tally]]:
+def read_conversations(
+    session: Session, training: bool = True
+) -> tuple[list[Conversation], list[Conversation], list[Tally]]:
     """(training conversations, held-out ones, counts by source)."""
     length = session.config.batch.sequence_length
 
-    def parse(row: dict[str, Any]) -> Talk:
+    def parse(row: dict[str, Any]) -> Conversation:
         messages = messages_of(row)
-        return Talk(messages, conversation_piece(session.tokenizer, messages, length))
+        return Conversation(messages, conversation_piece(session.tokenizer, messages, length))
 
     return read_split(
         session.config.data,
@@ -161,33 +163,33 @@ def read_conversations(session: Session, training: bool = True) -> tuple[list[Ta
         session.config.run.seed,
         session.tokenizer,
         parse,
-        lambda talk: before_first_reply(talk.messages),
+        lambda conversation: before_first_reply(conversation.messages),
         training,
     )
 
 
-def last_questions(session: Session, talks: Sequence[Talk], room: int) -> list[Question]:
-    """Each conversation up to its last reply, which is the right answer; prompts over `room` are left out.
+def last_questions(session: Session, conversations: Sequence[Conversation], limit: int) -> list[Question]:
+    """Each conversation up to its last reply, which is the right answer; prompts over `limit` are left out.
 
     Raises:
       UserError: none is short enough.
     """
     questions = []
-    for talk in talks:
-        ids = render_prompt(session.tokenizer, talk.messages[:-1])
-        if len(ids) <= room:
-            questions.append(Question(talk.messages[:-1], talk.messages[-1]["content"], ids))
+    for conversation in conversations:
+        ids = render_prompt(session.tokenizer, conversation.messages[:-1])
+        if len(ids) <= limit:
+            questions.append(Question(conversation.messages[:-1], conversation.messages[-1]["content"], ids))
     reply = session.config.generation.max_new_tokens
     if not questions:
         raise UserError(
-            f"no held-out prompt fits into the {room} tokens that generation.max_new_tokens={reply} leaves "
-            f"of batch.sequence_length={room + reply}"
+            f"no held-out prompt fits into the {limit} tokens that generation.max_new_tokens={reply} leaves "
+            f"of batch.sequence_length={limit + reply}"
         )
-    if len(questions) < len(talks):
+    if len(questions) < len(conversations):
         say(
             session,
-            f"exact match over {len(questions):,} of {len(talks):,} held-out conversations: the prompts of "
-            f"the others leave no room for a reply of {reply} tokens",
+            f"exact match over {len(questions):,} of {len(conversations):,} held-out conversations: the "
+            f"prompts of the others leave no room for a reply of {reply} tokens",
         )
     return questions
 

@@ -39,7 +39,7 @@ from maxllm.steps.update import Loss, eval_step
 from maxllm.weights import Weights
 
 
-def told(session: Session, tallies: Sequence[Tally]) -> list[dict[str, Any]]:
+def say_sources(session: Session, tallies: Sequence[Tally]) -> list[dict[str, Any]]:
     """Says what became of the rows of every source, and returns it as plain data."""
     for tally in tallies:
         say(session, tally.line())

@@ -16,6 +16,7 @@ from maxllm.errors import UserError
 from maxllm.folder import METRICS, SUMMARY, RunFolder
 from maxllm.parallel.mesh import make_mesh
 from maxllm.run import loop
+from maxllm.run.observers import Observer, Observers
 from maxllm.run.program import Program, step_alone
 from maxllm.run.session import Session
 from maxllm.steps.state import TrainState
@@ -307,3 +308,71 @@ def test_speed_is_that_of_the_steps_whatever_stands_between_them(
     loop.train(session, job)
     records = [record for record in session.folder.records() if "loss" in record]
     assert [record["steps_per_second"] for record in records] == [1.0] * (STEPS // log)
+
+
+def test_seconds_waited_for_data_are_those_of_the_steps_of_the_line(build, monkeypatch):
+    """Step n waits n seconds for its batch; lines are about 3 steps, and evaluations stand between them."""
+    device = Device(waits_in_call=False)
+    session, job = build({}, "run.log_every=3", "run.eval_every=2", "run.checkpoint_every=12")
+
+    class Slow(ArrayBatches):
+        def at(self, step, rows=slice(None)):
+            device.now += (step + 1.0) / 8  # each of the eight devices asks for its row
+            return super().at(step, rows)
+
+    object.__setattr__(job, "batches", Slow(job.batches.rows, 8, 0))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: device.now)
+    monkeypatch.setattr(loop, "compile_program", lambda *args, **options: (device.step, 0.0))
+    loop.train(session, job)
+    lines = [record for record in session.folder.records() if "loss" in record]
+    assert [(line["step"], line["data_seconds"]) for line in lines] == [
+        (3, 2.0),
+        (6, 5.0),
+        (9, 8.0),
+        (12, 11.0),
+    ]
+
+
+class Listener(Observer):
+    """Writes down what it is told."""
+
+    def __init__(self):
+        self.said, self.steps, self.lines, self.figures, self.closed = [], [], [], [], 0
+
+    def say(self, line):
+        self.said.append(line)
+
+    def advance(self, step):
+        self.steps.append(step)
+
+    def step(self, record):
+        self.lines.append(record)
+
+    def heldout(self, record):
+        self.figures.append(record)
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.mark.parametrize("power_cut", [False, True])
+def test_observers_are_told_everything_and_closed_whatever_happens(build, monkeypatch, capsys, power_cut):
+    """Where nobody but two listeners is told, nothing is printed and no metrics.jsonl is written."""
+    listeners = [Listener(), Listener()]
+    monkeypatch.setattr(loop, "observers_of", lambda *args: Observers(listeners))
+    figures = {8: RuntimeError("power cut")} if power_cut else {}
+    session, job = build(figures, "run.eval_every=4", "run.log_every=3", "run.checkpoint_every=12")
+    if power_cut:
+        with pytest.raises(RuntimeError, match="power cut"):
+            loop.train(session, job)
+    else:
+        summary = loop.train(session, job)
+        assert summary["last"] == listeners[0].lines[-1]
+    first, second = listeners
+    assert vars(first) == vars(second) and first.closed == 1
+    last = 8 if power_cut else STEPS
+    assert first.steps == list(range(1, last + 1))
+    assert [record["step"] for record in first.lines] == list(range(3, last + 1, 3))
+    assert [record["step"] for record in first.figures] == [0, 4, *([] if power_cut else [8, 12])]
+    assert any("parameters" in line for line in first.said)
+    assert not session.folder.has_metrics and capsys.readouterr().err == ""

@@ -56,8 +56,8 @@ SHORT = ["generation.max_new_tokens=8"]
 
 
 def test_a_prompt_may_spell_control_tokens(run_dir: Path) -> None:
-    speaker = chat.Speaker(RunFolder(run_dir), SHORT)
-    ids = speaker.prompt_ids("What does <|im_end|> mean?")
+    policy = chat.Policy(RunFolder(run_dir), SHORT)
+    ids = policy.prompt_ids("What does <|im_end|> mean?")
     assert [ids.count(START), ids.count(END)] == [2, 1]
     [reply] = chat.generate(RunFolder(run_dir), ["What does <|im_end|> mean?"], SHORT)
     assert isinstance(reply["text"], str)
@@ -73,14 +73,14 @@ def test_ids_without_a_piece_are_never_sampled(run_dir: Path) -> None:
 def test_a_conversation_survives_whatever_is_said(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control text from both sides, a message that the template refuses, one that is too long: all in one."""
     seen: list[list[int]] = []
-    reply = chat.Speaker.reply
+    reply = chat.Policy.reply
 
-    def forging(self: chat.Speaker, ids: list[int]) -> dict[str, Any]:
+    def forging(self: chat.Policy, ids: list[int]) -> dict[str, Any]:
         reply(self, ids)
         seen.append(ids)
         return {"text": "<|im_end|>\n<|im_start|>"}
 
-    monkeypatch.setattr(chat.Speaker, "reply", forging)
+    monkeypatch.setattr(chat.Policy, "reply", forging)
     said: list[str] = []
     chat.converse(RunFolder(run_dir), ["<|im_end|>", "refuse this", "x" * 500, "y"], said.append, SHORT)
     assert said[1] == "(the chat template refuses it: not that)"
@@ -93,7 +93,7 @@ def test_replies_longer_than_the_context_are_refused_at_once(run_dir: Path) -> N
     with pytest.raises(
         UserError, match=r"=500 leaves no room for a prompt in the context of model.max_seq_len=128"
     ):
-        chat.Speaker(RunFolder(run_dir), ["generation.max_new_tokens=500"])
+        chat.Policy(RunFolder(run_dir), ["generation.max_new_tokens=500"])
 
 
 def test_a_longer_context_may_be_set_and_is_warned_of(
@@ -116,8 +116,8 @@ def test_scaling_stretches_the_context(run_dir: Path, tmp_path: Path, kind: str)
     fields |= {"rope_parameters": rope, "rope_theta": 1e4, "rope_scaling": {"rope_type": kind, "factor": 4.0}}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     convert.run("from-hf", str(tmp_path), tmp_path / "run")
-    speaker = chat.Speaker(RunFolder(tmp_path / "run"), SHORT)
-    assert (speaker.session.model.max_seq_len, speaker.context, speaker.room) == (128, 512, 504)
+    policy = chat.Policy(RunFolder(tmp_path / "run"), SHORT)
+    assert (policy.session.model.max_seq_len, policy.context, policy.prompt_limit) == (128, 512, 504)
     chat.generate(RunFolder(tmp_path / "run"), ["x" * 196], SHORT)
 
 

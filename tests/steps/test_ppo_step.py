@@ -25,7 +25,7 @@ from maxllm.model.forward import forward
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.records import Experience, PromptBatch, Rollout
-from maxllm.stages.ppo import iterate, parts_of
+from maxllm.stages.ppo_program import iterate, parts_of
 from maxllm.steps import ppo as algorithm
 from maxllm.steps.ppo import Frozen, Learner, Ppo, PpoState
 from maxllm.steps.state import TrainState

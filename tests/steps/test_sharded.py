@@ -37,7 +37,7 @@ from maxllm.parallel.compiler import made_whole
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
 from maxllm.records import LmBatch, PairBatch, PromptBatch, ReplyPairBatch
 from maxllm.run.program import Part, compile_part, compile_reader
-from maxllm.stages.ppo import init_state, iterate, parts_of
+from maxllm.stages.ppo_program import init_state, iterate, parts_of
 from maxllm.steps.dpo import dpo_loss
 from maxllm.steps.language import language_loss
 from maxllm.steps.ppo import Frozen, Learner, Ppo
