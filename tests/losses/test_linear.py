@@ -117,8 +117,10 @@ def test_rows_that_do_not_divide_are_filled_up_with_rows_of_no_weight(rows, monk
     np.testing.assert_array_equal(sums, wanted)
     np.testing.assert_array_equal(dx, dx_wanted[:count])
     np.testing.assert_array_equal(dw, dw_wanted)
-    logps = linear.target_logps(x[:count], w, targets[:count])
-    np.testing.assert_array_equal(logps, linear.target_logps(x, w, targets)[:count])
+    logps, entropy = linear.target_logps(x[:count], w, targets[:count])
+    logps_wanted, entropy_wanted = linear.target_logps(x, w, targets)
+    np.testing.assert_array_equal(logps, logps_wanted[:count])
+    np.testing.assert_array_equal(entropy, entropy_wanted[:count])
 
 
 def test_logits_are_never_whole(monkeypatch):
