@@ -32,7 +32,7 @@ def run(folder: RunFolder, overrides: Sequence[str] = (), which: Which = "latest
     check_replies_fit(session.config)
     check_batch_divides(session.mesh, session.config.batch, session.model)
     checkpoint = folder.find(which)
-    evaluate = stage.evaluator(session, kept_heldout(folder, session.config))
+    evaluate = stage.figures(session, kept_heldout(folder, session.config))
     program = stage.program(session.config, session.model, session.mesh)
     figures = evaluate(load_params(checkpoint, program.abstract_state.detach()[0]))
     return {"run": str(folder), "stage": name, "step": int(checkpoint.name), **figures}

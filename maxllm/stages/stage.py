@@ -32,13 +32,14 @@ class Stage:
     """What is compiled for a recipe: training runs it, `plan` asks the compilers about it."""
     job: Callable[[Session], Job]
     """Data, start and held-out figures of a run: all that the loop needs."""
-    evaluator: Callable[[Session, Path | None], Callable[[Params], dict[str, float]]]
-    """Held-out figures of exported parameters, as training computes them: over the rows stored in a folder,
-    or, without one, over those of the session's data. Nothing that is only trained on is read."""
     replies: Callable[[Session], Reply]
     """What the model that it makes does with a prompt."""
     report: StageReport
     """What a report says and draws of a run."""
+    evaluator: Callable[[Session, Path | None], Callable[[Params], dict[str, float]]] | None = None
+    """Held-out figures of exported parameters, as training computes them: over the rows stored in a folder,
+    or, without one, over those of the session's data. Nothing that is only trained on is read; without such a
+    way, `job` reads everything."""
     heldout: str = "data"
     """The section or field that names other held-out data, which `evaluate` may set."""
 
@@ -46,3 +47,7 @@ class Stage:
         """Trains to the last step, or continues; returns summary.json's content."""
         session = open_session(config)
         return finished(session) or train(session, self.job(session))
+
+    def figures(self, session: Session, stored: Path | None) -> Callable[[Params], dict[str, float]]:
+        """What measures a run's exported parameters on held-out rows; see `evaluator`."""
+        return self.job(session).evaluate if self.evaluator is None else self.evaluator(session, stored)
