@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import plain
 import pytest
 import rounding
 
@@ -17,7 +17,6 @@ from maxllm.model.adapters import merge
 from maxllm.model.forward import forward, init_weights
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
-from maxllm.optim import Optimizer
 from maxllm.records import LmBatch, PairBatch, ReplyPairBatch
 from maxllm.steps.dpo import dpo_loss
 from maxllm.steps.language import language_loss
@@ -55,7 +54,7 @@ def adapters_of(model, seed=0, b=0.0):
 
 def trained(model, params, batch, kept, loss_fn, steps=1, dtype="float32"):
     """(parameters after some steps, losses)"""
-    optimizer = Optimizer(*optax.adam(1e-2), lambda _: jnp.float32(1e-2))
+    optimizer = plain.adam(1e-2)
     step = jax.jit(
         partial(
             train_step,

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import plain
 import pytest
 import rounding
@@ -265,7 +264,8 @@ def test_microbatches_do_not_change_the_update(world):
     results = []
     for microbatches in (1, 4):
         actor = replace(world.ppo.actor, microbatches=microbatches)
-        critic = replace(world.ppo.critic, microbatches=microbatches)
+        other = world.ppo.critic.optimizer._replace(learning_rate=lambda _: jnp.float32(7))
+        critic = replace(world.ppo.critic, microbatches=microbatches, optimizer=other)
         ppo = replace(world.ppo, config=config, actor=actor, critic=critic)
         step = jax.jit(partial(algorithm.update_epochs, ppo))
         results.append(step(world.state, world.batch, jax.random.key(1)))
@@ -277,6 +277,7 @@ def test_microbatches_do_not_change_the_update(world):
         )
     tokens = np.asarray(world.rollout.mask_BR).sum()
     assert float(whole_metrics["ratio"][1]) == 2 * tokens  # every token once an epoch
+    assert [float(x) for x in whole_metrics["learning_rate"]] == [np.float32(4 * 0.05), 4]  # the actor's
     moved = jax.tree.map(
         lambda a, b: float(jnp.abs(a - b).max()), whole.actor.params, world.state.actor.params
     )
@@ -400,7 +401,7 @@ def test_ppo_raises_the_probability_of_the_rewarded_token(world, monkeypatch):
         return hits.sum(1) / jnp.maximum(rollout.mask_BR.sum(1), 1)
 
     monkeypatch.setattr(algorithm, "scores", share)
-    adam = optax.adam(1e-2)
+    adam = plain.adam(1e-2)
     config = PpoConfig(kl_coef=0.0, missing_eos_penalty=0.0, epochs=2)
     ppo = replace(
         world.ppo, config=config, actor=Learner(world.model, adam), critic=Learner(world.scalar, adam)

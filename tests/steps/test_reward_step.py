@@ -11,11 +11,12 @@ import rounding
 
 from maxllm.config.ppo import PpoConfig
 from maxllm.config.reward import RewardConfig
+from maxllm.losses.token import Shaping
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.records import PairBatch, Rollout
 from maxllm.steps import reward
-from maxllm.steps.ppo import Ppo, scores
+from maxllm.steps.ppo import Learner, Ppo, scores
 from maxllm.steps.state import TrainState
 from maxllm.steps.update import eval_step, train_step
 from maxllm.weights import Weights
@@ -182,7 +183,8 @@ def test_training_separates_the_pairs(scored):
 def test_left_padded_rollouts_score_as_they_do_alone(scored, tiny_model):
     """PPO hands over left-padded prompts with responses that end early; the score is the text's."""
     model, weights = scored
-    ppo = Ppo(PpoConfig(), Llama(tiny_model()), model, SGD, SGD, temperature=1.0, stop_tokens=(2, 4), pad=5)
+    actor, critic = Learner(Llama(tiny_model()), SGD), Learner(model, SGD)
+    ppo = Ppo(PpoConfig(), actor, critic, Shaping(1.0), stop_tokens=(2, 4), pad=5)
     P, R = 9, 7
     shapes = [(9, 7), (1, 3), (6, 3), (8, 1), (9, 3)]  # prompt and response tokens
     rows = sequences(*[p + r for p, r in shapes], seed=3)

@@ -15,7 +15,6 @@ from functools import cache, partial
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
 import plain
 import pytest
 import rounding
@@ -409,7 +408,7 @@ def shard_sizes(config, fsdp, stage, context, tensor):
 
 @pytest.fixture(scope="module")
 def adam_init(config):
-    return initializer(Llama(config), optax.adam(1e-3))
+    return initializer(Llama(config), plain.adam(1e-3))
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -440,7 +439,7 @@ def test_what_zero_3_leaves_whole_is_an_error(config):
     """Norms may be on every device; an embedding of 4 MB, a sixth of all, may not."""
     mesh = mesh_of((1, 8, 1, 1, 1))
     large = config.model_copy(update={"vocab_size": 32768})
-    description = abstract(initializer(Llama(large), optax.adam(1e-3)), mesh)
+    description = abstract(initializer(Llama(large), plain.adam(1e-3)), mesh)
     sharding.check_split(description, mesh)
 
     def whole(path, leaf):
