@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import maxllm
-from maxllm.config.root import TRAINED
+from maxllm.config.stages import TRAINED
 from maxllm.folder import RunFolder
 from maxllm.stages.registry import described
 

@@ -1,4 +1,4 @@
-"""A complete recipe: every section, and the stages that there are.
+"""A complete recipe: every section, and the rules of every stage.
 
 A recipe is a YAML file with these sections; `key=value` words on the command line override it
 (`optimizer.learning_rate=3e-4`). The parsing and its error messages are in `recipe.py`.
@@ -7,7 +7,7 @@ A recipe is a YAML file with these sections; `key=value` words on the command li
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self, get_args
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -24,8 +24,7 @@ from maxllm.config.reward import RewardConfig
 from maxllm.config.rules import Rules
 from maxllm.config.run import RunConfig, StartConfig
 from maxllm.config.section import Section
-
-Stage = Literal["pretrain", "convert", "sft", "reward", "dpo", "ppo"]
+from maxllm.config.stages import Stage
 
 RULES: Mapping[Stage, Rules] = {
     "pretrain": pretrain.RULES,
@@ -35,9 +34,6 @@ RULES: Mapping[Stage, Rules] = {
     "dpo": dpo.RULES,
     "ppo": ppo.RULES,
 }
-
-TRAINED: tuple[Stage, ...] = tuple(stage for stage in get_args(Stage) if stage != "convert")
-"""The stages that train: each has a module of its name in stages/, and is a verb of the command line."""
 
 
 class Config(Section):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from maxllm.config.root import TRAINED
+from maxllm.config.stages import TRAINED
 from maxllm.report.page import write_report
 from maxllm.report.stage import Known
 from maxllm.stages.quickstart import ROAD

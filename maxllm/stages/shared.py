@@ -14,7 +14,7 @@ import numpy as np
 from maxllm import recipe
 from maxllm.config.generation import GenerationConfig
 from maxllm.config.lora import LoraConfig
-from maxllm.config.root import TRAINED
+from maxllm.config.stages import TRAINED
 from maxllm.data import loader
 from maxllm.data.instruct import Question, pad_prompts
 from maxllm.data.sources import Tally
