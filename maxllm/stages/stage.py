@@ -1,7 +1,7 @@
 """What a stage is. Each module of this folder that is named after one ends in its `STAGE`.
 
-To add a stage: a section in config/ with its rules, its name in config/stages.py, both of them in config/root.py, and a module
-here.
+To add a stage: a section in config/ with its rules, its name in config/stages.py, both of them in
+config/root.py, and a module here.
 """
 
 from __future__ import annotations
