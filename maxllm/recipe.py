@@ -53,21 +53,21 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Config:
 def with_inherited_model(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree with the model of `start.policy` below what it says of its own model, such as model.remat.
 
+    A section that says its vocabulary is a whole model, and inherits nothing.
+
     Raises:
       UserError: the recipe leaves its model's shape to a run that is not there.
     """
     own, start = tree.get("model"), tree.get("start")
     policy = start.get("policy") if isinstance(start, dict) else None
-    if not isinstance(own, dict) or not isinstance(policy, str):
+    if not isinstance(own, dict) or "vocab_size" in own or not isinstance(policy, str):
         return tree
     parent = RunFolder(policy)
     if not parent.has_config:
-        if "vocab_size" not in own:
-            raise UserError(
-                f"the section model says {', '.join(own)} and leaves the rest to {policy}, which is not "
-                "there: train that stage first, or give the whole model"
-            )
-        return tree
+        raise UserError(
+            f"the section model says {', '.join(own)} and leaves the rest to {policy}, which is not there: "
+            "train that stage first, or give the whole model"
+        )
     inherited = parent.settings().get("model")
     return tree | {"model": merge(inherited if isinstance(inherited, dict) else {}, own)}
 
