@@ -8,7 +8,7 @@ from maxllm.config.lora import LoraConfig
 from maxllm.config.model import ModelConfig
 from maxllm.model.llama import Llama
 from maxllm.plan.flops import adapter_parameters, matmul_parameters, train_flops_per_token
-from maxllm.steps.state import init_adapters
+from maxllm.steps.state import init_params
 
 LLAMA2_7B = ModelConfig(
     vocab_size=32000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, d_ff=11008, max_seq_len=4096
@@ -50,5 +50,5 @@ def test_adapters_cost_a_forward_pass_and_the_gradients_of_activations() -> None
 def test_all_adapters_are_counted_with_their_own_widths(tiny_model) -> None:
     """As many parameters as a model declares."""
     model, lora = tiny_model(n_heads=4, n_kv_heads=2, head_dim=16), LoraConfig(rank=2)
-    shapes = jax.eval_shape(partial(init_adapters, Llama(model, lora)), jax.random.key(0))
+    shapes = jax.eval_shape(partial(init_params, Llama(model, lora)), jax.random.key(0))
     assert adapter_parameters(model, lora) == sum(leaf.size for leaf in jax.tree.leaves(shapes))
