@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from pydantic import Field
 
-from maxllm.config.rules import Rules, needs_policy
+from maxllm.config.rules import Recipe, Rules, needs_policy
 from maxllm.config.section import Section
-
-if TYPE_CHECKING:
-    from maxllm.config.root import Config
 
 
 class PpoConfig(Section):
@@ -32,7 +29,14 @@ class PpoConfig(Section):
     )
 
 
-def check(recipe: Config) -> None:
+class PpoRecipe(Recipe, Protocol):
+    """What PPO's rules read."""
+
+    @property
+    def ppo(self) -> PpoConfig: ...
+
+
+def check(recipe: PpoRecipe) -> None:
     """Two runs to start from, and a batch that divides into minibatches.
 
     Raises:
@@ -50,7 +54,7 @@ def check(recipe: Config) -> None:
         )
 
 
-def updates(recipe: Config) -> int:
+def updates(recipe: PpoRecipe) -> int:
     """Optimizer updates of the whole run: a step makes one of each minibatch in each epoch."""
     return recipe.run.steps * recipe.ppo.epochs * recipe.ppo.minibatches
 

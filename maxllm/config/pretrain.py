@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from maxllm.config.rules import Rules
-
-if TYPE_CHECKING:
-    from maxllm.config.root import Config
+from maxllm.config.rules import Recipe, Rules
 
 
-def check(recipe: Config) -> None:
+def check(recipe: Recipe) -> None:
     """A corpus, and a model: a new one, or one that is there.
 
     Raises:

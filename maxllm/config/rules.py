@@ -4,18 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from maxllm.config.root import Config
+from maxllm.config.data import BatchConfig, DataConfig, TokenizerConfig
+from maxllm.config.mesh import MeshConfig
+from maxllm.config.model import ModelConfig
+from maxllm.config.run import RunConfig, StartConfig
 
 
-def one_per_step(recipe: Config) -> int:
+class Recipe(Protocol):
+    """The sections of a `Config` that rules read; a stage with a section of its own adds it."""
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def start(self) -> StartConfig: ...
+    @property
+    def model(self) -> ModelConfig | None: ...
+    @property
+    def tokenizer(self) -> TokenizerConfig | None: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def batch(self) -> BatchConfig: ...
+    @property
+    def mesh(self) -> MeshConfig: ...
+
+
+def one_per_step(recipe: Recipe) -> int:
     """Optimizer updates of a run whose every step is one."""
     return recipe.run.steps
 
 
-def needs_policy(recipe: Config) -> None:
+def needs_policy(recipe: Recipe) -> None:
     """A stage that goes on from another.
 
     Raises:
@@ -29,10 +52,10 @@ def needs_policy(recipe: Config) -> None:
 class Rules:
     """The rules of one stage."""
 
-    check: Callable[[Config], None]
-    """Raises ValueError, naming the first thing that is wrong."""
-    updates: Callable[[Config], int] = one_per_step
-    """Optimizer updates of the whole run, which the learning rate's schedule is stretched over."""
+    check: Callable[[Any], None]
+    """Takes a `Recipe`; raises ValueError, naming the first thing that is wrong."""
+    updates: Callable[[Any], int] = one_per_step
+    """Optimizer updates of a whole run, which the learning rate's schedule is stretched over."""
     replies: bool = False
     """Whether the model replies in training or evaluation: a prompt and its reply then share
     batch.sequence_length."""
