@@ -16,10 +16,9 @@ quickstart: setup
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
-# The arithmetic, the data, and what a run leaves: what another version of JAX would change.
-SECOND := tests/data tests/losses tests/parallel tests/model/test_layers.py tests/run/test_hashes.py \
-  tests/run/test_loop.py tests/run/test_parents.py tests/steps/test_adapters.py tests/steps/test_ppo_step.py \
-  tests/steps/test_reward_step.py tests/steps/test_update.py \
+# What another version of JAX would change first: barriers, collectives, sums, and how a state lies on a mesh.
+SECOND := tests/data/test_pack.py tests/data/test_loader.py tests/losses tests/parallel tests/model/test_layers.py \
+  tests/run/test_hashes.py tests/steps/test_ppo_step.py tests/steps/test_update.py \
   tests/steps/test_sharded.py::test_state_lies_as_abstract_says_and_in_shards
 
 test-second:
