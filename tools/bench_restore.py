@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from maxllm.folder import RunFolder
-from maxllm.run import checkpoint
+from maxllm.run import checkpoint, hashes
 from maxllm.run import restore as read
 from maxllm.steps.state import TrainState
 
@@ -49,7 +49,7 @@ def compare(name: str, restore: Callable[[], Any], turns: int) -> None:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(2 * turns + 2):
         hashed = turn % 2 == 0
-        off = mock.patch.object(read, "verify", lambda *args, **options: None)
+        off = mock.patch.multiple(hashes, hashes_of=lambda item, names: {}, compare=lambda *args: None)
         started = time.perf_counter()
         if hashed:
             jax.block_until_ready(restore())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -277,10 +278,22 @@ def tokenizer_of(path: Path) -> FastTokenizer:
     named = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
     config: dict[str, Any] = {named[name]: tokens[i] for name, i in ids.items() if i is not None}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config["add_bos_token"] = bool(file.value("tokenizer.ggml.add_bos_token", ids["bos"] is not None))
+    begins = file.value("tokenizer.ggml.add_bos_token", gguf_tokenizer.adds_bos(file.value))
+    config["add_bos_token"] = bool(begins) and ids["bos"] is not None
     template = file.value("tokenizer.chat_template")
     if template:
         config["chat_template"] = template
     stops = [ids["eos"], file.value("tokenizer.ggml.eot_token_id")]
     config[STOP_KEY] = list(dict.fromkeys(stop for stop in stops if stop is not None))
     return bpe.checked(backend.to_str().encode(), config, str(path))
+
+
+def cut_otherwise_by_transformers(path: Path) -> Callable[[str], bool] | None:
+    """Which texts `transformers` cuts into other ids than a file says; None where there are none.
+
+    It does not read tokenizer.ggml.pre: digits that are to stand alone may be merged, and signs that count as
+    numerals with what is beside them (transformers 5.24, SmolLM2).
+    """
+    pre = GgufFile(path).value("tokenizer.ggml.pre", "default")
+    apart = pre in gguf_tokenizer.PRE and gguf_tokenizer.PRE[pre][0]
+    return (lambda text: any(letter.isnumeric() for letter in text)) if apart else None

@@ -65,6 +65,16 @@ def byte_level(value: Metadata, origin: str) -> tokenizers.Tokenizer:
     return backend
 
 
+def adds_bos(value: Metadata) -> bool:
+    """Whether texts begin with BOS where tokenizer.ggml.add_bos_token is not there to say it.
+
+    llama.cpp's rule (src/llama-vocab.cpp): with SentencePiece and with Llama 3's cut.
+    """
+    if value("tokenizer.ggml.model") == "llama":
+        return True
+    return PRE.get(value("tokenizer.ggml.pre", "default"), (False, ""))[1] is LLAMA3
+
+
 def sentence_piece(value: Metadata) -> tokenizers.Tokenizer:
     """SentencePiece BPE: the neighbours whose union has the best score are merged first."""
     tokens, scores = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.scores")

@@ -10,11 +10,11 @@ can write the files is kept from writing their hashes too.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -24,6 +24,8 @@ from maxllm.errors import UserError
 from maxllm.files import file_hash, read_json, write_json
 from maxllm.folder import damaged
 from maxllm.parallel import processes
+
+T = TypeVar("T")
 
 HASHES = "hashes.json"
 
@@ -101,24 +103,66 @@ def read_hashes(item: Path) -> dict[str, str]:
         raise damaged(checkpoint, str(error)) from None
 
 
-def verify(
-    item: Path, wanted: Callable[[str], bool] = lambda name: True, expected: dict[str, str] | None = None
-) -> None:
+def verify(item: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
     """Compares an item's files with their hashes. Several processes share the work, and must all call this.
 
     Args:
       item: the item's folder in a checkpoint.
       wanted: which files to look at, by their names; all when absent.
-      expected: what `read_hashes` says of the item, for whoever has read it already.
 
     Raises:
       RunFailed: naming the first array that is not as it was written.
     """
-    expected = read_hashes(item) if expected is None else expected
-    names = sorted(filter(wanted, expected))
-    mine = names[jax.process_index() :: jax.process_count()]
-    found = hashes_of(item, mine)
-    wrong = [name for name in mine if found[name] != expected[name]]
+    expected = read_hashes(item)
+    compare(item, hashes_of(item, own_part(filter(wanted, expected))), expected)
+
+
+def verify_beside(
+    item: Path, groups: Sequence[Sequence[str]], expected: dict[str, str], read: Callable[[int], T]
+) -> list[T]:
+    """Reads groups of an item's files, one after another, while a thread hashes the same files.
+
+    What the disk or the page cache gives to one is there for the other, so that hashing costs little time.
+    Nothing is returned before all is compared. Several processes share the hashing, and must all call this.
+
+    Args:
+      item: the item's folder in a checkpoint.
+      groups: file names, relative to the item.
+      expected: what `read_hashes` says of the item.
+      read: called with each group's number.
+
+    Returns:
+      What `read` returned for each group.
+
+    Raises:
+      RunFailed: naming the first array that is not as it was written; an error of `read` where all are.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        hashing = [pool.submit(hashes_of, item, own_part(group)) for group in groups]
+        values, failure = [], None
+        for number, future in enumerate(hashing):
+            try:
+                values.append(read(number))
+            except Exception as error:
+                failure = error
+            compare(item, future.result(), expected)
+            if failure is not None:
+                raise failure
+    return values
+
+
+def own_part(names: Iterable[str]) -> list[str]:
+    """Those of some files that this process hashes."""
+    return sorted(names)[jax.process_index() :: jax.process_count()]
+
+
+def compare(item: Path, found: dict[str, str | None], expected: dict[str, str]) -> None:
+    """Compares hashes that this process computed; all processes call it, and all raise where one does.
+
+    Raises:
+      RunFailed: naming the first array that is not as it was written.
+    """
+    wrong = [name for name in found if found[name] != expected[name]]
     if processes.anywhere(bool(wrong)):
         raise damaged(item.parent, described(item, wrong))
 

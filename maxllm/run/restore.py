@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from maxllm.errors import RunFailed, UserError
 from maxllm.parallel import processes
 from maxllm.records import Params
-from maxllm.run.hashes import array_of, is_description, read_hashes, verify
+from maxllm.run.hashes import array_of, is_description, read_hashes, verify, verify_beside
 
 
 class State(Protocol):
@@ -106,18 +106,23 @@ def load_params(checkpoint: Path, abstract_params: Params) -> Params:
     # The largest first, while there is room: what Orbax has under way is in memory up to three times.
     order = sorted(flat, key=lambda path: -flat[path].size)
     hashes = read_hashes(checkpoint / "params")
-    return unflatten_dict({path: load_array(checkpoint, path, flat[path], hashes) for path in order}, sep="/")
+    files: dict[str, list[str]] = {path.replace("/", "."): [] for path in order}
+    for name in hashes:
+        files.get(array_of(name), []).append(name)
+
+    def load(number: int) -> jax.Array:
+        return load_array(checkpoint, order[number], flat[order[number]])
+
+    arrays = verify_beside(checkpoint / "params", list(files.values()), hashes, load)
+    return unflatten_dict(dict(zip(order, arrays, strict=True)), sep="/")
 
 
-def load_array(
-    checkpoint: Path, path: str, abstract: jax.ShapeDtypeStruct, hashes: dict[str, str]
-) -> jax.Array:
-    """One array of the parameters; its path has slashes, `hashes` are those of all their files.
+def load_array(checkpoint: Path, path: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """One array of the parameters, its files unverified; its path has slashes.
 
     Raises:
-      RunFailed: it is damaged or cannot be read.
+      RunFailed: it cannot be read.
     """
-    verify_array(checkpoint, path, hashes)
     wanted = unflatten_dict({path: abstract}, sep="/")
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
     with readable(checkpoint):
@@ -138,23 +143,14 @@ def open_array(checkpoint: Path, path: str) -> Any:
     """
     import tensorstore
 
-    verify_array(checkpoint, path)
-    store = {"driver": "file", "path": str(checkpoint / "params" / path.replace("/", "."))}
+    name = path.replace("/", ".")
+    verify(checkpoint / "params", wanted=lambda file: array_of(file) == name)
+    store = {"driver": "file", "path": str(checkpoint / "params" / name)}
     spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
     with readable(checkpoint):
         array = tensorstore.open(spec, open=True, read=True).result()
         layers_apart = (array.chunk_layout.read_chunk.shape or ())[:1] == (1,)
         return array if layers_apart else np.asarray(array)
-
-
-def verify_array(checkpoint: Path, path: str, hashes: dict[str, str] | None = None) -> None:
-    """Compares the files of one array of the parameters with their hashes; its path has slashes.
-
-    Raises:
-      RunFailed: it is damaged.
-    """
-    name = path.replace("/", ".")
-    verify(checkpoint / "params", wanted=lambda file: array_of(file) == name, expected=hashes)
 
 
 @contextmanager

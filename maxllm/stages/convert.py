@@ -272,7 +272,10 @@ def check_run_folder(
     if foreign is not None:
         checks["not_checked"] = f"ids and logits, because {foreign}"
     elif direction == "from-gguf":
-        theirs = lambda tokens: hf_logits(source.parent, tokens, source.name)  # noqa: E731
+        checks["tokenized_alike"] = check_tokenization(
+            tokenizer, source.parent, source.name, gguf.cut_otherwise_by_transformers(source)
+        )
+        theirs = partial(hf_logits, source.parent, gguf=source.name)
     else:
         checks["tokenized_alike"] = check_tokenization(tokenizer, source)
         theirs = partial(hf_logits, source)
@@ -282,6 +285,8 @@ def check_run_folder(
 def unread_by_transformers(direction: Direction, source: Path) -> str | None:
     """Why `transformers` cannot be asked about a source; None where it can."""
     if direction == "from-gguf":
+        if not has_torch():
+            return "transformers reads no GGUF without torch"
         return "transformers reads no GGUF in parts" if len(gguf.parts_of(source)) > 1 else None
     return "transformers does not read this layout" if is_original(source) else None
 

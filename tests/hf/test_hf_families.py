@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 from random_models import IDS, abstract_params, read_folder
 from safetensors import safe_open
 
@@ -97,12 +99,12 @@ def their_model(option: str, dtype: str, folder: Path) -> Any:
     return model.to(torch.float32).eval()  # of the rounded weights
 
 
-def our_logits(params: Any, config: Any, tokens_BT: np.ndarray) -> np.ndarray:
-    """Our model in float32."""
+def logits_of(config: Any, tokens_BT: np.ndarray) -> Callable[[Any], jax.Array]:
+    """Parameters -> logits of our model in float32, compiled."""
     model = Llama(config.model_copy(update={"dtype": "float32"}))
     positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    apply = jax.jit(model.apply)
-    return np.asarray(apply({"params": params}, tokens_BT, np.ones_like(tokens_BT), positions_BT))
+    inputs = tokens_BT, np.ones_like(tokens_BT), positions_BT
+    return jax.jit(lambda params: model.apply({"params": params}, *inputs))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -114,7 +116,9 @@ def test_logits_and_round_trip(option: str, tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = theirs(torch.tensor(tokens_BT)).logits.numpy()
     assert np.std(wanted) > 0.5
-    np.testing.assert_allclose(our_logits(params, config, tokens_BT), wanted, atol=1e-4, rtol=0)
+    logits = logits_of(config, tokens_BT)
+    atol = rounding.of_network(logits, params, terms=config.d_ff)
+    np.testing.assert_allclose(logits(params), wanted, atol=atol, rtol=0)
     for dtype in DTYPES:
         folder = tmp_path / dtype
         if dtype != "float32":
@@ -260,9 +264,10 @@ def test_the_original_layout(form: str, tmp_path: Path) -> None:
     assert model.config.tie_embeddings is (form == "tutorial")
     params = load(model.source, model.config, abstract_params(model.config))
     tokens_BT = rng.integers(0, V, (1, 12))
-    ours = our_logits(params, model.config, tokens_BT)
+    logits = logits_of(model.config, tokens_BT)
     wanted = interleaved_llama(weights, tokens_BT[0], L, H, G, K)
-    np.testing.assert_allclose(ours[0], wanted, atol=1e-4, rtol=0)
+    atol = rounding.of_network(logits, params, terms=F)
+    np.testing.assert_allclose(logits(params)[0], wanted, atol=atol, rtol=0)
 
 
 def interleaved_llama(w: dict[str, np.ndarray], tokens: np.ndarray, L: int, H: int, G: int, K: int) -> Any:

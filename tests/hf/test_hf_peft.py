@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import rounding
 from random_models import IDS, TINY, random_params, tiny
 
 from maxllm.config.lora import LoraConfig
@@ -51,7 +53,12 @@ def test_peft_computes_what_we_do(targets: tuple[str, ...], changes: dict, tmp_p
     assert np.abs(ours - plain).max() > 0.5
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     beside = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    logits = lambda weights: forward(Llama(config, lora), weights, tokens, ones, positions)  # noqa: E731
+    close = partial(
+        np.testing.assert_allclose,
+        rtol=0,
+        atol=rounding.of_network(logits, Weights(params, adapters), terms=config.d_ff),
+    )
     with torch.no_grad():
-        np.testing.assert_allclose(beside(torch.tensor(tokens)).logits.numpy(), ours, atol=1e-4, rtol=0)
-        merged = beside.merge_and_unload()
-        np.testing.assert_allclose(merged(torch.tensor(tokens)).logits.numpy(), ours, atol=1e-4, rtol=0)
+        close(beside(torch.tensor(tokens)).logits.numpy(), ours)
+        close(beside.merge_and_unload()(torch.tensor(tokens)).logits.numpy(), ours)

@@ -1,5 +1,7 @@
 """The loss of a head without its logits, against the loss of its logits."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from maxllm.losses import linear, token
 from maxllm.steps.head import head_logps
 
 N, D, V = 24, 8, 40
+TERMS = max(N, D, V)
 
 
 @pytest.fixture
@@ -30,17 +33,20 @@ def by_logits(x_ND, w_DV, targets_N, weights_N):
 
 @pytest.mark.parametrize("part_bytes", [1 << 28, 4 * V * 8, 4 * V * 7, 4 * V], ids=["1", "3", "4", "24"])
 def test_loss_and_gradients_in_parts(rows, monkeypatch, part_bytes):
-    """Parts of 24, 8, 6 and 1 rows. Tolerance: sums of at most 40 float32 terms of order 1."""
+    """Parts of 24, 8, 6 and 1 rows."""
     monkeypatch.setattr(linear, "PART_BYTES", part_bytes)
     sums, dx, dw = linear.cross_entropy(*rows, gradients=True)
     total, (dx_wanted, dw_wanted) = jax.value_and_grad(by_logits, (0, 1))(*rows)
-    np.testing.assert_allclose(sums.total, total, rtol=1e-5)
-    np.testing.assert_allclose(dx, dx_wanted, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(dw, dw_wanted, rtol=1e-5, atol=1e-5)
     x, w, targets, weights = rows
+    loss = lambda xw: by_logits(*xw, targets, weights)  # noqa: E731
+    close = partial(np.testing.assert_allclose, rtol=0)
+    close(sums.total, total, atol=rounding.of_network(loss, (x, w), TERMS))
+    atol = rounding.of_network(jax.grad(loss), (x, w), TERMS)
+    close(dx, dx_wanted, atol=atol)
+    close(dw, dw_wanted, atol=atol)
     right = (jnp.argmax(x @ w, -1) == targets) * weights
-    np.testing.assert_allclose(sums.right, right.sum(), rtol=1e-6)
-    np.testing.assert_allclose(sums.weight, weights.sum(), rtol=1e-6)
+    np.testing.assert_allclose(sums.right, right.sum(), rtol=rounding.of_sum(N))
+    np.testing.assert_allclose(sums.weight, weights.sum(), rtol=rounding.of_sum(N))
     alone, nothing, nothing_either = linear.cross_entropy(*rows)
     np.testing.assert_array_equal(alone.total, sums.total)
     assert nothing is None and nothing_either is None
@@ -60,14 +66,18 @@ def test_a_tie_is_not_right():
 @pytest.mark.parametrize("shaping", [token.PLAIN, token.Shaping(0.6, (0, V - 1))], ids=["plain", "shaped"])
 @pytest.mark.parametrize("part_bytes", [1 << 28, 4 * V * 7], ids=["1", "4"])
 def test_log_probabilities_and_entropies_in_parts(rows, monkeypatch, part_bytes, shaping):
-    """Tolerance as above. No target is an id that the policy never says."""
+    """No target is an id that the policy never says."""
     monkeypatch.setattr(linear, "PART_BYTES", part_bytes)
     x, w, targets, _ = rows
     targets = np.clip(targets, 1, V - 2)
-    logits = token.without(x @ w, shaping.never) / shaping.temperature
-    logps, entropy = linear.target_logps(x, w, targets, shaping=shaping)
-    np.testing.assert_allclose(logps, token.token_logps(logits[None], targets[None])[0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(entropy, token.entropy(logits[None])[0], rtol=1e-5, atol=1e-5)
+
+    def by_logits(xw):
+        logits = token.without(xw[0] @ xw[1], shaping.never) / shaping.temperature
+        return token.token_logps(logits[None], targets[None])[0], token.entropy(logits[None])[0]
+
+    atol = rounding.of_network(by_logits, (x, w), TERMS)
+    ours = linear.target_logps(x, w, targets, shaping=shaping)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=atol), tuple(ours), by_logits((x, w)))
 
 
 def test_gradients_of_shaped_log_probabilities(rows):

@@ -338,7 +338,7 @@ def test_another_tokenization_is_an_error_and_leaves_nothing(
         assert answer("convert", "from-hf", source, tmp_path / "run")[0] == 0
         source = tmp_path / "run"
     load = verify_tokenizer.load
-    monkeypatch.setattr(verify_tokenizer, "load", lambda folder: Off(load(folder)))
+    monkeypatch.setattr(verify_tokenizer, "load", lambda *where: Off(load(*where)))
     code, _, err = answer("convert", direction, source, tmp_path / "out", "--verify")
     assert code == 1 and "the tokenizer does not say what transformers says: 'Hello'" in err
     assert not (tmp_path / "out").exists()

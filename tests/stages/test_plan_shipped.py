@@ -26,9 +26,8 @@ def planned(name, capsys):
     return figures
 
 
-@pytest.mark.parametrize("name", ["pretrain/llama3-405b_synthetic_v5p-256"])
-def test_it_fits_as_recorded(name, capsys):
-    planned(name, capsys)
+def test_the_courses_recipe_fits_as_recorded(capsys):
+    planned("pretrain/happy-llm-215m_seq-monkey_v5e-4", capsys)
 
 
 def test_llama2_7b_beside_maxtext(capsys):

@@ -178,10 +178,9 @@ def test_ppo_moves_its_models(road: Path) -> None:
     "moment",
     ["tokenizing", "pretrain: step 40/40", "sft: step 0 held out", "sft: compiled", "ppo: step 4/4", "hf"],
 )
-def test_ctrl_c_ends_the_road_at_once_wherever_it_comes(
-    moment: str, road: Path, summary: dict, tmp_path: Path
-) -> None:
-    """Exit 75 before another stage begins, and the same command continues."""
+def test_ctrl_c_ends_the_road_at_once_wherever_it_comes(moment: str, road: Path, tmp_path: Path) -> None:
+    """Exit 75 before another stage begins. That the same command continues is shown by the kills above for
+    the road, and for a stage that a signal stopped by tests/run/test_resume.py."""
     out = tmp_path / "quickstart"
     stage = {"pretrain": 0, "sft": 1, "ppo": 3, "hf": 4, "tokenizing": -1}[moment.partition(":")[0]]
     done = ["corpus", "tokenizer.model", *STAGES[:stage]] if stage >= 0 else []
@@ -211,9 +210,6 @@ def test_ctrl_c_ends_the_road_at_once_wherever_it_comes(
     assert not (out / "summary.json").exists()
     following = STAGES[stage + 1 :] if moment not in ("hf", "tokenizing") else ()
     assert not any((out / name).exists() for name in following)
-    if moment == "sft: compiled":  # one of them to its end: the kills above show the others
-        again = json.loads(ok("quickstart", "--fast", "--out", out, "--json"))
-        assert {name: again[name] for name in FIGURES} == {name: summary[name] for name in FIGURES}
 
 
 # --- bad input ----------------------------------------------------------------------------------------------
