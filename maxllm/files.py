@@ -79,11 +79,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+MAPPED_FROM = 1 << 19
+"""Bytes of a file from which copying takes longer than mapping does."""
+
+
 def file_hash(path: Path) -> str:
-    """XXH3 of a file's content, 128 bits in hexadecimal; mapped, for copying takes longer than hashing."""
-    with path.open("rb") as stream:
-        if not os.fstat(stream.fileno()).st_size:  # which cannot be mapped
-            return xxhash.xxh3_128_hexdigest(b"")
+    """XXH3 of a file's content, 128 bits in hexadecimal."""
+    with path.open("rb", buffering=0) as stream:
+        if os.fstat(stream.fileno()).st_size < MAPPED_FROM:
+            return xxhash.xxh3_128_hexdigest(stream.read())
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             content.madvise(mmap.MADV_SEQUENTIAL)
             return xxhash.xxh3_128_hexdigest(content)

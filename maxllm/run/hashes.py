@@ -34,8 +34,8 @@ COMMITTED = "commit_success.txt"
 
 STEP_METADATA = "_CHECKPOINT_METADATA"
 
-THREADS_FROM = 1 << 24
-"""Bytes that take longer to hash than threads take to begin, about a millisecond."""
+THREADS_FROM = 1 << 25
+"""Bytes from which threads gain more than they cost each other."""
 
 
 class HashedHandler(ocp.PyTreeCheckpointHandler):
@@ -72,19 +72,24 @@ def files_of(item: Path) -> list[str]:
 
 def hashes_of(item: Path, names: Iterable[str]) -> dict[str, str | None]:
     """{file name: hash} of some files of an item; None for one that cannot be read."""
-
-    def one(name: str) -> str | None:
-        try:
-            return file_hash(item / name)
-        except OSError:
-            return None
-
     names = list(names)
-    size = sum((item / name).stat().st_size for name in names if (item / name).is_file())
-    if size < THREADS_FROM:
-        return {name: one(name) for name in names}
+    if size_of(item, names) < THREADS_FROM:
+        return {name: hash_of(item / name) for name in names}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(one, names), strict=True))
+        return dict(zip(names, pool.map(hash_of, (item / name for name in names)), strict=True))
+
+
+def hash_of(file: Path) -> str | None:
+    """The hash of a file; None for one that cannot be read."""
+    try:
+        return file_hash(file)
+    except OSError:
+        return None
+
+
+def size_of(item: Path, names: Iterable[str]) -> int:
+    """Bytes of those of an item's files that are there."""
+    return sum((item / name).stat().st_size for name in names if (item / name).is_file())
 
 
 def read_hashes(item: Path) -> dict[str, str]:
@@ -120,10 +125,11 @@ def verify(item: Path, wanted: Callable[[str], bool] = lambda name: True) -> Non
 def verify_beside(
     item: Path, groups: Sequence[Sequence[str]], expected: dict[str, str], read: Callable[[int], T]
 ) -> list[T]:
-    """Reads groups of an item's files, one after another, while a thread hashes the same files.
+    """Reads groups of an item's files, one after another, while threads hash the same files.
 
-    What the disk or the page cache gives to one is there for the other, so that hashing costs little time.
-    Nothing is returned before all is compared. Several processes share the hashing, and must all call this.
+    What the disk or the page cache gives to one is there for the other, so that hashing costs little time;
+    half of the processors are left to the reader. Nothing is returned before all is compared. Several
+    processes share the hashing, and must all call this.
 
     Args:
       item: the item's folder in a checkpoint.
@@ -137,15 +143,21 @@ def verify_beside(
     Raises:
       RunFailed: naming the first array that is not as it was written; an error of `read` where all are.
     """
-    with ThreadPoolExecutor(1) as pool:
-        hashing = [pool.submit(hashes_of, item, own_part(group)) for group in groups]
-        values, failure = [], None
-        for number, future in enumerate(hashing):
+    own, values = [own_part(group) for group in groups], []
+    if size_of(item, (name for group in groups for name in group)) < THREADS_FROM:
+        for number, group in enumerate(own):
+            compare(item, hashes_of(item, group), expected)
+            values.append(read(number))
+        return values
+    with ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
+        hashing = [{name: pool.submit(hash_of, item / name) for name in group} for group in own]
+        for number, futures in enumerate(hashing):
+            failure = None
             try:
                 values.append(read(number))
             except Exception as error:
                 failure = error
-            compare(item, future.result(), expected)
+            compare(item, {name: future.result() for name, future in futures.items()}, expected)
             if failure is not None:
                 raise failure
     return values
