@@ -111,14 +111,14 @@ def test_data_parallelism_reduces_gradients_and_keeps_the_state_whole(plan):
 
 
 def test_zero_trades_memory_for_exchanges(plan):
-    """Bytes of state per parameter on each of four devices: 12, 4 + 8/4, 4 + 8/4, 12/4. Gradients are reduced
-    whole at stage 0 and scattered at 2; at 1 the compiler may do either, as only shares of them are used."""
-    each = {0: 12, 1: 6, 2: 6, 3: 3}
+    """Bytes of state per parameter on each of four devices: 12, 4 + 8/4, 12/4. Gradients are reduced whole at
+    stage 0 and scattered at 2; at 1 the compiler may do either, as only shares of them are used."""
+    each = {0: 12, 2: 6, 3: 3}
     figures = {zero: plan("mesh.fsdp=4", f"mesh.zero={zero}")[1] for zero in each}
     for zero, expected in each.items():
         assert figures[zero]["argument_bytes"] == pytest.approx(expected * PARAMETERS, rel=0.1), zero
     scattered = [figures[zero]["collectives"].get("reduce-scatter", {"bytes": 0})["bytes"] for zero in each]
-    assert scattered[0] == 0 < min(scattered[2:])
+    assert scattered[0] == 0 < min(scattered[1:])
     assert figures[0]["collectives"].keys() == {"all-reduce"}
 
 
@@ -189,24 +189,6 @@ def test_what_does_not_fit_is_exit_3_and_says_how_much(plan):
     assert "GB per device are needed on v5e:2x2, which has 16.91" in error
 
 
-@pytest.mark.parametrize(
-    ("stage", "changes"),
-    [
-        ("sft", {}),
-        ("sft", {"lora": {"rank": 4}}),
-        ("reward", {}),
-    ],
-    ids=["sft", "lora", "reward"],
-)
-def test_every_stage_has_a_plan(plan, stage, changes):
-    start = {"policy": "not/here", "reward": "not/here"}
-    data = {"sources": ["unused.jsonl"]}
-    batch = {"rows": 8, "sequence_length": 256}
-    code, figures, error = plan("mesh.fsdp=4", stage=stage, start=start, data=data, batch=batch, **changes)
-    assert code == 0, error
-    assert figures["fits"] and figures["collectives"]
-
-
 def test_dpo_holds_its_reference_and_counts_it(plan):
     """The policy 12 bytes a parameter, the reference 4, over the shards; both rows of a pair are read, by the
     reference forward alone. Logits are so few here that the policy's are kept for its backward pass."""
@@ -236,7 +218,7 @@ def test_adapters_cost_no_gradients_of_the_model(plan):
         generation={"max_new_tokens": 128},
         lora={"rank": 8, "targets": ["wq", "w_down"]},
     )
-    assert code == 0, error
+    assert code == 0 and figures["fits"], error
     weights, down, head = L * (3 * D * D + 3 * D * F), L * D * F, D * V
     low_rank, last = L * 8 * (2 * D + F + D), L * 8 * D
     assert figures["parameters"] == low_rank
@@ -249,7 +231,7 @@ def test_a_reward_model_has_no_language_head(plan):
     code, figures, error = plan(
         "mesh.fsdp=4", stage="reward", start={"policy": "not/here"}, data={"sources": ["unused.jsonl"]}
     )
-    assert code == 0, error
+    assert code == 0 and figures["fits"], error
     weights, attention = L * (3 * D * D + 3 * D * F), 6 * L * D * 256
     assert figures["flops_per_token"] == 6 * (weights + D) + attention
     assert figures["flops_per_token_full_attention"] == 6 * (weights + D) + 2 * attention
