@@ -25,7 +25,7 @@ from maxllm.model.forward import declarations_of
 from maxllm.model.layers import dtype_of, in_type
 from maxllm.model.llama import Llama, unstack
 from maxllm.parallel.memory import fetched
-from maxllm.parallel.sharding import weights_whole
+from maxllm.parallel.sharding import decoding
 from maxllm.records import Array, PromptBatch, Rollout
 from maxllm.weights import Declaration, Kind, Weights
 
@@ -42,8 +42,9 @@ def decoder_of(model: Llama, platform: str) -> Llama:
 
 
 def laid_out(model: Llama, weights: Weights) -> Weights:
-    """A model's weights as decoding reads them, at every token: in the compute type, and whole on every
-    device but for tensor parallelism. Left as training has them, FSDP would gather them for each token.
+    """A model's weights as decoding reads them, at every token: in the compute type, each device with the
+    heads, feed-forward and vocabulary that it computes. Left as training has them, FSDP would gather them for
+    each token.
 
     Args:
       model: if it is `unstacked`, so are the results.
@@ -54,14 +55,15 @@ def laid_out(model: Llama, weights: Weights) -> Weights:
     def lay(declaration: Declaration, w: jax.Array) -> jax.Array:
         w = fetched(w)
         if declaration.kind not in (Kind.NORM, Kind.BIAS):  # norms are computed in float32
-            w = in_type(w, dtype)
-        return nn.with_logical_constraint(w, declaration.axes)
+            # Rounded where training has it, for what travels would otherwise be float32.
+            w = nn.with_logical_constraint(in_type(w, dtype), declaration.axes)
+        with decoding(model.config):
+            return nn.with_logical_constraint(w, declaration.axes)
 
     declared = declarations_of(model.clone(unstacked=False))
     if weights.adapters is None:
         declared = declared.replace(adapters=None)
-    with weights_whole():
-        weights = jax.tree.map(lay, declared, weights)
+    weights = jax.tree.map(lay, declared, weights)
     return unstack(weights, model.config.n_layers) if model.unstacked else weights
 
 
@@ -116,17 +118,24 @@ def fed(
     positions_BT: Array,
 ) -> tuple[jax.Array, Cache]:
     """Logits [B, V] of the last slot fed, and the cache with the new keys and values."""
-    with weights_whole():
+    rows = rows_laid_out(model, (tokens_BT, segments_BT, positions_BT))
+    with decoding(model.config):
         logits_B1V, cache = model.apply(
             {**weights.collections(), **cache},
-            tokens_BT,
-            segments_BT,
-            positions_BT,
+            *rows,
             cache_length=slots,
             last_only=True,
             mutable=["cache"],
         )
     return logits_B1V[:, 0], cache
+
+
+def rows_laid_out(model: Llama, tree: Any) -> Any:
+    """Arrays of a batch's rows, [B, ...], as decoding splits them over devices."""
+    with decoding(model.config):
+        return jax.tree.map(
+            lambda a: nn.with_logical_constraint(a, ("batch",) + (None,) * (a.ndim - 1)), tree
+        )
 
 
 def places(prompts: PromptBatch) -> tuple[jax.Array, jax.Array]:

@@ -50,8 +50,8 @@ def settings_of(fields: Mapping[str, Any] | None, context: int) -> dict[str, Any
     """
     fields = fields or {}
     longest = fields.get("max_new_tokens")
-    room = isinstance(longest, int) and 0 < longest < context
-    settings: dict[str, Any] = {"max_new_tokens": longest if room else min(256, max(1, context // 2))}
+    fits = isinstance(longest, int) and 0 < longest < context
+    settings: dict[str, Any] = {"max_new_tokens": longest if fits else min(256, max(1, context // 2))}
     if fields.get("do_sample"):
         # Defaults are those of transformers, whose top_k is 50.
         defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
@@ -62,8 +62,8 @@ def settings_of(fields: Mapping[str, Any] | None, context: int) -> dict[str, Any
 
 def not_followed(fields: Mapping[str, Any] | None) -> list[str]:
     """`name=value` of what the file asks for and our decoding does not do."""
-    asked = {name: value for name, value in (fields or {}).items() if name in NO_EFFECT}
-    return [f"{name}={value}" for name, value in asked.items() if value not in (None, NO_EFFECT[name])]
+    given = {name: value for name, value in (fields or {}).items() if name in NO_EFFECT}
+    return [f"{name}={value}" for name, value in given.items() if value not in (None, NO_EFFECT[name])]
 
 
 def fields_of(

@@ -83,16 +83,16 @@ def made_whole() -> Iterator[list[str]]:
     """
     found: list[str] = []
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as messages:
         stderr = os.dup(2)
-        os.dup2(said.fileno(), 2)
+        os.dup2(messages.fileno(), 2)
         try:
             yield found
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-            said.seek(0)
-            for line in said.read().decode(errors="replace").splitlines():
+            messages.seek(0)
+            for line in messages.read().decode(errors="replace").splitlines():
                 if match := _MADE_WHOLE.search(line):
                     found.append(f"{match[3]} from {match[1]} to {match[2]}")
                 elif re.match(r"[EF]\d{4} ", line):

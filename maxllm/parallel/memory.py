@@ -90,14 +90,14 @@ def in_turns(function: Callable[[Any, Any], Any], params: Any, state: Any, after
         seen = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
         for i in turn:
             seen[i] = moved(now.get(i, leaves[i]), jax.memory.Space.Device)
-        *arrays, told = function(*jax.tree.unflatten(structure, seen))
+        *arrays, returned = function(*jax.tree.unflatten(structure, seen))
         new = jax.tree.leaves(arrays)
         for i in turn:
             results[i] = moved(new[i], space_of(leaves[i]))
-        notes |= {name: note for name, note in by_name(told) if name == owner}
+        notes |= {name: note for name, note in by_name(returned) if name == owner}
         previous = [results[i] for i in turn]
-    told = jax.tree.unflatten(jax.tree.structure(params), [notes[name] for name, _ in by_name(params)])
-    return (*jax.tree.unflatten(structure, results), told)
+    returned = jax.tree.unflatten(jax.tree.structure(params), [notes[name] for name, _ in by_name(params)])
+    return (*jax.tree.unflatten(structure, results), returned)
 
 
 def by_name(params: Any) -> list[tuple[tuple[str, ...], Any]]:

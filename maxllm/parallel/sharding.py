@@ -14,17 +14,20 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxllm.config.mesh import Offload
+from maxllm.config.model import ModelConfig
 from maxllm.errors import UserError, listed
 from maxllm.parallel.memory import HOST
 from maxllm.weights import LAYERS, Box, Kind
 
 STAGE, CONTEXT, TENSOR = "stage", "context", "tensor"
 """Mesh axes of layers, of a row's positions, and of heads, feed-forward and vocabulary."""
-MICROBATCH = ("data", "fsdp")
+FSDP = "fsdp"
+"""Mesh axis of rows, and of each weight's parts."""
+MICROBATCH = ("data", FSDP)
 """Mesh axes of the rows of a microbatch inside the layers: every stage of a pipeline sees all of them."""
 BATCH = (STAGE, *MICROBATCH)
 """Mesh axes of the rows of a batch everywhere else, so that no stage repeats another's embedding and head."""
-PARAMETERS = ("fsdp", CONTEXT)
+PARAMETERS = (FSDP, CONTEXT)
 """Mesh axes that split a layer's weights besides: devices that share a row share its weights too."""
 TABLES = (STAGE, *PARAMETERS)
 """Mesh axes that split the embedding table and the head, which belong to no stage of a pipeline."""
@@ -69,13 +72,25 @@ def rules_of(zero: int) -> Rules:
 
 
 @contextmanager
-def weights_whole() -> Iterator[None]:
-    """Rules for decoding: inside, a weight is on every device, but for what tensor parallelism splits.
+def decoding(model: ModelConfig) -> Iterator[None]:
+    """Rules for decoding, where a device reads all of its weights for each token: none is gathered for one.
 
-    The rules in force outside keep their say of everything else; without any there are none inside.
+    The devices of `fsdp` split heads, feed-forward and vocabulary, as those of `tensor` do, and each has all
+    rows of their batch; where a dimension of the model does not divide by both, each has its own rows and
+    whole weights. The rules in force outside keep their say of everything else; without any there are none
+    inside.
     """
-    split = (LAYERS, "embed", "table")
-    rules: Any = [(name, None if name in split else axes) for name, axes in nn.get_logical_axis_rules()]
+    split: tuple[str, ...] = (TENSOR, FSDP)
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = (model.n_heads, model.n_kv_heads, model.d_ff, model.vocab_size)
+    if not mesh.empty and any(size % math.prod(mesh.shape[axis] for axis in split) for size in sizes):
+        split = (TENSOR,)
+    rows = tuple(axis for axis in BATCH if axis not in split)
+    changed = dict.fromkeys((LAYERS, "embed", "table"), None) | {"batch": rows}
+    rules: Any = [
+        (name, changed.get(name, split if axes == TENSOR else axes))
+        for name, axes in nn.get_logical_axis_rules()
+    ]
     with nn.logical_axis_rules(rules):
         yield
 

@@ -56,14 +56,14 @@ class Chart:
     @property
     def description(self) -> str:
         """The drawing in a sentence, for who cannot see it."""
-        told = [
+        parts = [
             f"{line.label} from {self.show(line.points[0][1])} at step {line.points[0][0]} "
             f"to {self.show(line.points[-1][1])} at step {line.points[-1][0]}"
             for line in self.lines
             if line.points
         ]
-        told += [f"{level.label} at {self.show(level.value)}" for level in self.levels]
-        return f"{self.title}: " + "; ".join(told)
+        parts += [f"{level.label} at {self.show(level.value)}" for level in self.levels]
+        return f"{self.title}: " + "; ".join(parts)
 
 
 def training_and_heldout(run: Run, title: str, unit: str, name: str) -> Chart:

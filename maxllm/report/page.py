@@ -65,10 +65,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said to a task."""
+    """What a model replied to a task."""
 
     text: str
-    speaker: str
+    model: str
     right: bool
 
 
@@ -117,7 +117,7 @@ def render(folder: Folder, known: Known) -> str:
     road = known.road if folder.kind == "road" else None
     facts = facts_together(folder.runs, known, folder.summary)
     table = road_table(folder, known, facts) if road else []
-    replies = Replies(known.road.speakers, folder.samples)
+    replies = Replies(known.road.models, folder.samples)
     return environment.get_template(TEMPLATE).render(
         kind=folder.kind,
         title=page_title(folder, known),
@@ -129,7 +129,7 @@ def render(folder: Folder, known: Known) -> str:
         remarks=remarks(table, known, road.stages) if road else [],
         sections=[section(run, known, facts if road else None) for run in folder.runs],
         missing=[known.of(stage).title for stage in missing_stages(folder, known.road)],
-        speakers=replies.speakers,
+        models=replies.labels,
         tasks=replies.rows,
         scores=replies.scores,
         texts=text_samples(folder.samples),
@@ -196,8 +196,8 @@ def lead(folder: Folder, road: Road, facts: Facts) -> str:
     if folder.kind == "road":
         missing.append("export")
     lists = (("complete", done), ("begun", left), (NOT_YET, missing))
-    said = "; ".join(f"{state}: {wording.joined(names)}" for state, names in lists if names)
-    return said[:1].upper() + said[1:] + "."
+    sentence = "; ".join(f"{state}: {wording.joined(names)}" for state, names in lists if names)
+    return sentence[:1].upper() + sentence[1:] + "."
 
 
 def progress(run: Run) -> str:
@@ -247,12 +247,12 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     }
     labels = {"tokens": "token positions", "tokens_per_second": "tokens/s", "compile_seconds": "compiling"}
     labels |= {"peak_rss_bytes": "peak memory"}
-    told = [("time", wording.duration(run.seconds))] if run.seconds is not None else []
+    facts = [("time", wording.duration(run.seconds))] if run.seconds is not None else []
     for name, show in known.items():
         value = number(run.summary.get(name))
         if value is not None:
-            told.append((labels.get(name, name), show(value)))
-    return told
+            facts.append((labels.get(name, name), show(value)))
+    return facts
 
 
 @dataclass(frozen=True)
@@ -260,27 +260,27 @@ class Replies:
     """The tasks of samples.json, and what each model replied to them."""
 
     names: Mapping[str, str]
-    """What samples.json calls each model -> when it spoke."""
+    """What samples.json calls each model -> what the page calls it."""
     samples: dict[str, Any]
 
     @property
-    def said(self) -> list[str]:
+    def models(self) -> list[str]:
         """The models that replied to any task, as samples.json calls them."""
         tasks = objects(self.samples.get("tasks"))
         return [name for name in self.names if any(name in task for task in tasks)]
 
     @property
-    def speakers(self) -> list[str]:
-        """When they spoke."""
-        return [self.names[name] for name in self.said]
+    def labels(self) -> list[str]:
+        """What the page calls them."""
+        return [self.names[name] for name in self.models]
 
     @property
     def rows(self) -> list[tuple[str, str, list[Reply]]]:
         """(question, answer, a reply of each model)."""
         tasks = objects(self.samples.get("tasks"))
-        said = self.said
+        models = self.models
         return [
-            (str(t.get("prompt", "")), str(t.get("answer", "")), [self.reply(t, name) for name in said])
+            (str(t.get("prompt", "")), str(t.get("answer", "")), [self.reply(t, name) for name in models])
             for t in tasks
         ]
 
@@ -293,7 +293,7 @@ class Replies:
     def scores(self) -> list[str]:
         """How many of the shown replies are right, by model."""
         return [
-            f"{replies[0].speaker} {sum(reply.right for reply in replies)} of {len(replies)}"
+            f"{replies[0].model} {sum(reply.right for reply in replies)} of {len(replies)}"
             for replies in zip(*(replies for _, _, replies in self.rows), strict=True)
         ]
 

@@ -38,8 +38,8 @@ class Road:
     title: str
     stages: tuple[str, ...]
     """In the order in which they run."""
-    speakers: Mapping[str, str]
-    """What samples.json calls each model -> when it spoke."""
+    models: Mapping[str, str]
+    """What samples.json calls each model -> what a page calls it."""
     lead: Callable[[Facts, float | None], str]
     """One sentence of what the whole road did; the seconds are None while they are not known."""
     rows: Callable[[Facts], list[Row]]

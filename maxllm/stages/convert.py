@@ -351,7 +351,7 @@ def bar(what: str, size: int) -> Iterator[Callable[[int], None]]:
 # --- as the stage that a converted folder names -----------------------------------------------------------
 
 
-def trains_nothing(*asked: object) -> NoReturn:
+def trains_nothing(*arguments: object) -> NoReturn:
     """Stands where a stage has its program, its job and its held-out figures.
 
     Raises:

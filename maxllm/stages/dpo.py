@@ -134,9 +134,9 @@ def heldout_of(session: Session, rows: Sequence[Preference]) -> Heldout:
     """Held-out rows as they are measured."""
     config = session.config
     limit = config.batch.sequence_length - config.generation.max_new_tokens
-    asked = [(q, q.answer) for _, q in rows if q.answer is not None and len(q.ids) <= limit]
-    prompts = prompts_of([question for question, _ in asked], limit, session.tokenizer.pad)
-    return Heldout(padded(session, rows), [answer for _, answer in asked], prompts)
+    answered = [(q, q.answer) for _, q in rows if q.answer is not None and len(q.ids) <= limit]
+    prompts = prompts_of([question for question, _ in answered], limit, session.tokenizer.pad)
+    return Heldout(padded(session, rows), [answer for _, answer in answered], prompts)
 
 
 def pair_and_question(session: Session, row: dict[str, Any]) -> Preference:
@@ -172,7 +172,7 @@ def figures_of(
     return evaluate
 
 
-# --- what a report tells ----------------------------------------------------------------------------------
+# --- what a report shows -----------------------------------------------------------------------------------
 
 
 def facts(run: Run) -> Facts:

@@ -82,10 +82,10 @@ def search_best(config: Config, hardware_name: str | None, fixed: Collection[str
     """
     figures, fitting = search.run(config, hardware_name, fixed)
     figures["chosen"] = None
-    for candidate, said in zip(fitting[:CONFIRMED], figures["best"], strict=False):
-        said["compiled"] = compiled = run(candidate.config, figures["hardware"])
+    for candidate, best in zip(fitting[:CONFIRMED], figures["best"], strict=False):
+        best["compiled"] = compiled = run(candidate.config, figures["hardware"])
         if compiled["fits"] and figures["chosen"] is None:
-            figures["chosen"] = said["words"]
+            figures["chosen"] = best["words"]
     figures["fits"] = figures["chosen"] is not None
     return figures
 

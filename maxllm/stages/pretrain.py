@@ -109,7 +109,7 @@ def open_corpus(session: Session) -> tuple[Path, dict[str, Any]]:
     return prepared, manifest
 
 
-# --- what a report tells ----------------------------------------------------------------------------------
+# --- what a report shows -----------------------------------------------------------------------------------
 
 
 def facts(run: Run) -> Facts:

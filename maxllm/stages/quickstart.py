@@ -123,12 +123,12 @@ def samples(out: Path, rows: list[dict[str, str]]) -> dict[str, Any]:
     """What the models say: continuations of texts, and greedy replies to held-out tasks after each stage."""
     greedy = ["generation.temperature=0", "generation.max_new_tokens=16"]
     prompts = [row["prompt"] for row in rows]
-    said = {
+    replies = {
         stage: [reply["text"] for reply in generate(RunFolder(out / stage), prompts, greedy)]
         for stage in ("sft", "ppo")
     }
     # The pretrained model has never seen a chat turn; the same question stands before it as plain text.
-    said["pretrained"] = [
+    replies["pretrained"] = [
         reply["text"]
         for reply in generate(RunFolder(out / "pretrain"), [f"{prompt}\n" for prompt in prompts], greedy)
     ]
@@ -139,13 +139,13 @@ def samples(out: Path, rows: list[dict[str, str]]) -> dict[str, Any]:
             for reply in generate(RunFolder(out / "pretrain"), TEXT_PROMPTS, sampled)
         ],
         "tasks": [
-            {**row, **{stage: texts[number] for stage, texts in said.items()}}
+            {**row, **{stage: texts[number] for stage, texts in replies.items()}}
             for number, row in enumerate(rows)
         ],
     }
 
 
-# --- what a report tells ----------------------------------------------------------------------------------
+# --- what a report shows -----------------------------------------------------------------------------------
 
 
 def rows(facts: Facts) -> list[Row]:
@@ -176,21 +176,23 @@ def lead(facts: Facts, seconds: float | None) -> str:
     parameters = number(facts.get("parameters"))
     model = f"A LLaMA of {whole(parameters)} parameters" if parameters else "A LLaMA"
     took = f" in {duration(seconds)}" if seconds else ""
-    said = f"{model} was pretrained on text, taught to answer and tuned by PPO against a reward model{took}"
+    sentence = (
+        f"{model} was pretrained on text, taught to answer and tuned by PPO against a reward model{took}"
+    )
     before = number(facts.get("sft_exact_match_before"))
     after = number(facts.get("ppo_exact_match_greedy_after"))
     if before is not None and after is not None:
-        said += (
+        sentence += (
             f"; of held-out questions it answered {percent(before)} right before SFT and "
             f"{percent(after)} after PPO"
         )
-    return f"{said}."
+    return f"{sentence}."
 
 
 ROAD = Road(
     title="From text to a tuned LLaMA",
     stages=tuple(RECIPES),
-    speakers={"pretrained": "after pretraining", "sft": "after SFT", "ppo": "after PPO"},
+    models={"pretrained": "after pretraining", "sft": "after SFT", "ppo": "after PPO"},
     lead=lead,
     rows=rows,
 )

@@ -110,7 +110,7 @@ def with_new_head(session: Session, start: Callable[[], Params]) -> Params:
     return params | {"decoder": start()["decoder"]}
 
 
-# --- what a report tells ----------------------------------------------------------------------------------
+# --- what a report shows -----------------------------------------------------------------------------------
 
 PAIRS = "Pairs the reward model orders right"
 

@@ -194,7 +194,7 @@ def last_questions(session: Session, conversations: Sequence[Conversation], limi
     return questions
 
 
-# --- what a report tells ----------------------------------------------------------------------------------
+# --- what a report shows -----------------------------------------------------------------------------------
 
 
 def facts(run: Run) -> Facts:

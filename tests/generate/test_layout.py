@@ -1,4 +1,4 @@
-"""How decoding lays out a model's weights: whole, in the compute type, once for all tokens."""
+"""How decoding lays out a model's weights: by heads or whole, in the compute type, once for all tokens."""
 
 import math
 import re
@@ -53,11 +53,23 @@ def gathered(text):
     return outside, [one.result for one in found if one is not None and one.kind.startswith("all-gather")]
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-@pytest.mark.parametrize("shape", [(1, 8, 1, 1, 1), (1, 2, 2, 1, 2)], ids=str)
-def test_weights_are_gathered_before_the_loop_over_tokens(tiny_model, params_of, shape, platform):
-    """On eight devices that each hold a part of every weight; the responses are those of one device."""
-    config = tiny_model(vocab_size=72, n_heads=4)
+@pytest.mark.parametrize(
+    ("shape", "kv_heads", "platform"),
+    [
+        ((1, 8, 1, 1, 1), 2, "cpu"),
+        ((1, 8, 1, 1, 1), 8, "cpu"),
+        ((1, 2, 2, 1, 2), 2, "tpu"),
+        ((2, 2, 1, 1, 2), 8, "tpu"),
+    ],
+    ids=str,
+)
+def test_weights_travel_before_the_loop_over_tokens(tiny_model, params_of, shape, kv_heads, platform):
+    """On eight devices that each hold a part of every weight; the responses are those of one device.
+
+    Eight heads of keys and values are split over fsdp and tensor, two are not: there, weights are gathered.
+    """
+    config = tiny_model(vocab_size=72, n_heads=8, n_kv_heads=kv_heads)
+    whole = kv_heads == 2
     model = decoder_of(Llama(config), platform)
     assert model.unstacked == (platform == "cpu")
     names = ("data", "fsdp", "stage", "context", "tensor")
@@ -77,10 +89,18 @@ def test_weights_are_gathered_before_the_loop_over_tokens(tiny_model, params_of,
     with jax.set_mesh(mesh), sharding.nn.logical_axis_rules(sharding.RULES):
         text = jax.jit(respond(model)).lower(described, batch).compile().as_text()
     outside, inside = gathered(text)
-    assert len(outside) >= len(jax.tree.leaves(weights)) - 3  # three norms are whole already
-    # Where the vocabulary is split, each row's best logit of every part; no weight is as small.
-    sizes = [math.prod(int(n) for n in re.findall(r"\d+", one.split("{")[0].split("[")[1])) for one in inside]
-    assert max(sizes, default=0) <= (B * shape[4] if shape[4] > 1 else 0)
+    vocabulary_parts = shape[4] if whole else shape[1] * shape[4]
+    matrices = len(jax.tree.leaves(weights)) - 3  # three norms are whole already
+    assert len(outside) >= matrices if whole else size_of(outside) <= B * max(P, R) * vocabulary_parts
+    # Each row's best logit of every part of the vocabulary and, where rows are not split, the ids so far.
+    best = 0 if vocabulary_parts == 1 else B * vocabulary_parts
+    assert size_of(inside) <= (best if whole else max(best, B * R))
+
+
+def size_of(results):
+    """Elements of the largest of some results."""
+    shapes = (one.split("{")[0].split("[")[1] for one in results)
+    return max((math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes), default=0)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["plain", "adapters"])
