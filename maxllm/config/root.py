@@ -15,6 +15,7 @@ from maxllm.config import convert, dpo, ppo, pretrain, reward, sft
 from maxllm.config.data import BatchConfig, DataConfig, TokenizerConfig
 from maxllm.config.dpo import DpoConfig
 from maxllm.config.generation import GenerationConfig
+from maxllm.config.launch import LaunchConfig
 from maxllm.config.lora import LoraConfig
 from maxllm.config.mesh import MeshConfig
 from maxllm.config.model import ModelConfig
@@ -50,6 +51,7 @@ class Config(Section):
     batch: BatchConfig = Field(description="Batch shape.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="Device mesh.")
+    launch: LaunchConfig = Field(default_factory=LaunchConfig, description="Several processes.")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Decoding.")
     lora: LoraConfig | None = Field(None, description="Train adapters instead of the model (SFT).")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="Reward-model loss.")

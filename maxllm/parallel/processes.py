@@ -1,8 +1,4 @@
-"""Several processes as one JAX program, and global arrays from what each process holds.
-
-A launcher sets three variables (launch/local_multiprocess.sh does); without them there is one process, or, on
-Cloud TPU and Slurm, what `jax.distributed.initialize()` finds by itself when MAXLLM_DISTRIBUTED=auto.
-"""
+"""Several processes as one JAX program, and global arrays from what each process holds."""
 
 from __future__ import annotations
 
@@ -15,20 +11,27 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from maxllm.errors import UserError
+from maxllm.config.launch import RENDEZVOUS_SECONDS
+from maxllm.errors import RunFailed, UserError
 from maxllm.parallel.compiler import keep_compiled
-
-COORDINATOR, COUNT, INDEX = "MAXLLM_COORDINATOR", "MAXLLM_NUM_PROCESSES", "MAXLLM_PROCESS_ID"
-AUTO = "MAXLLM_DISTRIBUTED"
+from maxllm.parallel.discovery import AUTO, INDEX, Place, place_of
 
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 """XLA flag without which simulated devices may each begin another of two exchanges that do not wait for each
 other, and keep their few threads waiting for ever (seen with a ring inside a pipeline)."""
 
 
-def initialize() -> None:
+def initialize(rendezvous_seconds: int = RENDEZVOUS_SECONDS) -> None:
     """Before anything is computed: joins the other processes, if the environment says that there are any, and
-    says where compiled programs are kept. Idempotent."""
+    says where compiled programs are kept. Idempotent.
+
+    Args:
+      rendezvous_seconds: how long the others are waited for.
+
+    Raises:
+      UserError: the environment cannot be right, or gives this process other GPUs than JAX finds.
+      RunFailed: the others did not come.
+    """
     keep_compiled()
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # Simulated devices share one thread pool: two programs in flight, each with a collective, can starve
@@ -39,19 +42,57 @@ def initialize() -> None:
     if jax.distributed.is_initialized():
         return
     if os.environ.get(AUTO) == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(initialization_timeout=rendezvous_seconds)
         return
-    given = [name for name in (COORDINATOR, COUNT, INDEX) if name in os.environ]
-    if not given:
-        return
-    if len(given) < 3:
-        raise UserError(f"{', '.join(given)} set alone: a launcher sets {COORDINATOR}, {COUNT} and {INDEX}")
-    try:
-        count, index = int(os.environ[COUNT]), int(os.environ[INDEX])
-    except ValueError:
-        raise UserError(f"{COUNT} and {INDEX} must be whole numbers") from None
+    place = place_of(os.environ)
+    if place is not None:
+        join(place, rendezvous_seconds)
+
+
+def join(place: Place, seconds: int) -> None:
+    """Meets the other processes of a job.
+
+    Raises:
+      UserError: JAX finds other GPUs than the job gives to this process.
+      RunFailed: the others did not come, or one has come in this process's place.
+    """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(os.environ[COORDINATOR], num_processes=count, process_id=index)
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            num_processes=place.processes,
+            process_id=place.index,
+            local_device_ids=place.local_devices,
+            # Left to itself, JAX would take one GPU of a Slurm node where one process is to have all.
+            cluster_detection_method="deactivate",
+            initialization_timeout=seconds,
+        )
+    except Exception as error:  # a JaxRuntimeError, whose text alone says what happened
+        raise RunFailed(not_joined(place, seconds, str(error))) from error
+    found = jax.local_device_count() if jax.default_backend() == "gpu" else 0
+    if place.gpus is not None and found != place.gpus:
+        raise UserError(
+            f"{place.launcher} gives process {place.index} {place.gpus} GPUs, and JAX finds {found}: "
+            "see CUDA_VISIBLE_DEVICES, and whether maxllm[cuda] is installed"
+        )
+
+
+def not_joined(place: Place, seconds: int, error: str) -> str:
+    """Why a process could not join, in a sentence."""
+    which = f"process {place.index} of {place.processes}"
+    if "ALREADY_EXISTS" in error or "incarnation" in error:
+        return f"{which}: another process has this index; {INDEX} must differ in each of them"
+    if "DEADLINE_EXCEEDED" in error or "timed out" in error.lower():
+        if place.index == 0:
+            return (
+                f"not all {place.processes} processes came to {place.coordinator} within {seconds} s "
+                "(launch.rendezvous_seconds): see whether each host has started, and can reach this address"
+            )
+        return (
+            f"{which} did not meet the others at {place.coordinator} within {seconds} s "
+            "(launch.rendezvous_seconds): see whether process 0 runs there, and the address can be reached"
+        )
+    return f"{which} cannot join the others at {place.coordinator}: {error.strip().splitlines()[0][:300]}"
 
 
 def is_main() -> bool:

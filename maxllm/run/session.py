@@ -74,7 +74,7 @@ def open_session(config: Config) -> Session:
       UserError: a missing run folder or file, a vocabulary that does not match, a mesh that does not divide
         the model or batch, a run folder that holds another recipe.
     """
-    processes.initialize()
+    processes.initialize(config.launch.rendezvous_seconds)
     tokenizer_path, model = inherited(config)
     day = day_of(config)
     tokenizer = load_tokenizer(tokenizer_path, day)

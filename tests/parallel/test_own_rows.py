@@ -12,7 +12,7 @@ import pytest
 
 from maxllm.config.mesh import MeshConfig
 from maxllm.data.loader import ALL, ArrayBatches
-from maxllm.parallel import processes, sharding
+from maxllm.parallel import discovery, processes, sharding
 from maxllm.parallel.mesh import AXES, make_mesh
 
 SHAPES = [
@@ -79,13 +79,13 @@ def test_two_processes_build_their_own_rows_alone():
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     few = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    few |= {processes.COORDINATOR: address, processes.COUNT: "2"}
+    few |= {discovery.COORDINATOR: address, discovery.COUNT: "2"}
     running = [
         subprocess.Popen(
             [sys.executable, __file__],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | few | {processes.INDEX: str(number)},
+            env=os.environ | few | {discovery.INDEX: str(number)},
         )
         for number in range(2)
     ]
