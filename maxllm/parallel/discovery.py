@@ -78,8 +78,9 @@ def place_of(environment: Environment) -> Place | None:
         return None
     missing = [name for name in values if name not in given]
     if missing:
-        source = f"{launcher.name} started this process, but" if launcher.name != "settings" else "of the settings"
-        raise UserError(f"{source} {', '.join(missing)} is not set: the scripts in launch/ set it")
+        names = ", ".join(missing)
+        by = "" if launcher.name == "settings" else f"{launcher.name} started this process, but "
+        raise UserError(f"{by}{names} is not set, as the scripts in launch/ set it")
     coordinator = values[COORDINATOR]
     assert coordinator is not None, "all are given"
     processes, index = (
@@ -131,7 +132,9 @@ def open_mpi(environment: Environment) -> Launcher | None:
     if "OMPI_COMM_WORLD_SIZE" not in environment or "OMPI_COMM_WORLD_RANK" not in environment:
         return None
     size = whole_number(environment["OMPI_COMM_WORLD_SIZE"], "OMPI_COMM_WORLD_SIZE")
-    local = whole_number(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", str(size)), "OMPI_COMM_WORLD_LOCAL_SIZE")
+    local = whole_number(
+        environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", str(size)), "OMPI_COMM_WORLD_LOCAL_SIZE"
+    )
     return Launcher(
         name="Open MPI",
         processes=str(size),
@@ -197,7 +200,7 @@ def own_gpus(environment: Environment, tasks: int) -> tuple[int, ...] | None:
 
 
 def shared_out(environment: Environment, processes: int, variable: str) -> tuple[int, ...] | None:
-    """A node's GPUs in equal parts, that of this process; None where each sees its own alone, or there are none.
+    """A node's GPUs in equal parts, that of this process; None where each sees its own, or there are none.
 
     Raises:
       UserError: they cannot be shared out evenly.
@@ -207,8 +210,8 @@ def shared_out(environment: Environment, processes: int, variable: str) -> tuple
         return None
     if seen % processes:
         raise UserError(
-            f"CUDA_VISIBLE_DEVICES has {seen} GPUs for {processes} processes of this host, which cannot share "
-            "them evenly: start one process per host, or one per GPU"
+            f"CUDA_VISIBLE_DEVICES has {seen} GPUs for {processes} processes of this host, which cannot "
+            "share them evenly: start one process per host, or one per GPU"
         )
     each, local = seen // processes, whole_number(environment.get(variable, "0"), variable)
     return tuple(range(local * each, (local + 1) * each))
@@ -242,8 +245,8 @@ def check_address(coordinator: str, hosts: int | None) -> None:
         raise UserError(f"{COORDINATOR}={coordinator} is not host:port")
     if hosts is not None and hosts > 1 and is_loopback(host.strip("[]")):
         raise UserError(
-            f"{COORDINATOR}={coordinator} is this host alone, where the job has {hosts}: give the name or address "
-            "of the first host, as the others reach it"
+            f"{COORDINATOR}={coordinator} is this host alone, where the job has {hosts}: give the name or "
+            "address of the first host, as the others reach it"
         )
 
 

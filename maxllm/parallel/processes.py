@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 from jax.sharding import Sharding
 
 from maxllm.config.launch import RENDEZVOUS_SECONDS
-from maxllm.errors import RunFailed, UserError
+from maxllm.errors import UserError
 from maxllm.parallel.compiler import keep_compiled
-from maxllm.parallel.discovery import AUTO, INDEX, Place, place_of
+from maxllm.parallel.discovery import AUTO, Place, place_of
+from maxllm.parallel.rendezvous import meet
 
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 """XLA flag without which simulated devices may each begin another of two exchanges that do not wait for each
@@ -53,46 +55,26 @@ def join(place: Place, seconds: int) -> None:
     """Meets the other processes of a job.
 
     Raises:
-      UserError: JAX finds other GPUs than the job gives to this process.
-      RunFailed: the others did not come, or one has come in this process's place.
+      UserError: see `rendezvous.meet`; or JAX finds other GPUs than the job gives to this process.
+      RunFailed: the others did not come.
     """
+    meet(place, seconds, lambda sentence: print(f"maxllm: {sentence}", file=sys.stderr, flush=True))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        jax.distributed.initialize(
-            place.coordinator,
-            num_processes=place.processes,
-            process_id=place.index,
-            local_device_ids=place.local_devices,
-            # Left to itself, JAX would take one GPU of a Slurm node where one process is to have all.
-            cluster_detection_method="deactivate",
-            initialization_timeout=seconds,
-        )
-    except Exception as error:  # a JaxRuntimeError, whose text alone says what happened
-        raise RunFailed(not_joined(place, seconds, str(error))) from error
+    jax.distributed.initialize(
+        place.coordinator,
+        num_processes=place.processes,
+        process_id=place.index,
+        local_device_ids=place.local_devices,
+        # Left to itself, JAX takes one GPU of a Slurm node whose one process is to have all.
+        cluster_detection_method="deactivate",
+        initialization_timeout=seconds,
+    )
     found = jax.local_device_count() if jax.default_backend() == "gpu" else 0
     if place.gpus is not None and found != place.gpus:
         raise UserError(
             f"{place.launcher} gives process {place.index} {place.gpus} GPUs, and JAX finds {found}: "
             "see CUDA_VISIBLE_DEVICES, and whether maxllm[cuda] is installed"
         )
-
-
-def not_joined(place: Place, seconds: int, error: str) -> str:
-    """Why a process could not join, in a sentence."""
-    which = f"process {place.index} of {place.processes}"
-    if "ALREADY_EXISTS" in error or "incarnation" in error:
-        return f"{which}: another process has this index; {INDEX} must differ in each of them"
-    if "DEADLINE_EXCEEDED" in error or "timed out" in error.lower():
-        if place.index == 0:
-            return (
-                f"not all {place.processes} processes came to {place.coordinator} within {seconds} s "
-                "(launch.rendezvous_seconds): see whether each host has started, and can reach this address"
-            )
-        return (
-            f"{which} did not meet the others at {place.coordinator} within {seconds} s "
-            "(launch.rendezvous_seconds): see whether process 0 runs there, and the address can be reached"
-        )
-    return f"{which} cannot join the others at {place.coordinator}: {error.strip().splitlines()[0][:300]}"
 
 
 def is_main() -> bool:

@@ -1,9 +1,4 @@
-"""Where a process stands, from what Slurm, Open MPI, Kubernetes and our own scripts set; and real processes."""
-
-import os
-import socket
-import subprocess
-import sys
+"""Where a process stands, from what Slurm, Open MPI, Kubernetes and our own scripts set."""
 
 import pytest
 
@@ -113,50 +108,3 @@ def test_what_cannot_be_right_is_named(environment, sentence):
     with pytest.raises(UserError) as caught:
         place_of(environment)
     assert sentence in str(caught.value)
-
-
-# --- real processes ----------------------------------------------------------------------------------------
-
-
-def joining(index, seconds, **changes):
-    """A process that joins others as `index` and says in a sentence what became of it."""
-    code = (
-        "from maxllm.errors import RunFailed, UserError\n"
-        "from maxllm.parallel import processes\n"
-        "import jax\n"
-        "try:\n"
-        f"    processes.initialize({seconds})\n"
-        "    print('joined', jax.process_index(), jax.process_count(), flush=True)\n"
-        "except (RunFailed, UserError) as error:\n"
-        "    print(type(error).__name__, error, flush=True)\n"
-    )
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", INDEX: str(index)} | changes
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def free_address():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
-@pytest.mark.parametrize(
-    ("index", "sentence"),
-    [
-        (0, "not all 2 processes came to {} within 5 s (launch.rendezvous_seconds)"),
-        (1, "process 1 of 2 did not meet the others at {} within 5 s"),
-    ],
-)
-def test_who_does_not_come_is_not_waited_for_without_end(index, sentence):
-    address = free_address()
-    process = joining(index, 5, **{COORDINATOR: address, COUNT: "2"})
-    said = process.communicate(timeout=120)[0]
-    assert sentence.format(address) in said
-
-
-def test_two_processes_with_one_index():
-    address = free_address()
-    settings = {COORDINATOR: address, COUNT: "3"}
-    running = [joining(index, 20, **settings) for index in (0, 1, 1)]
-    said = [process.communicate(timeout=180)[0] for process in running]
-    assert any(f"another process has this index; {INDEX} must differ" in one for one in said), said
