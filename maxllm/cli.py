@@ -310,6 +310,17 @@ def report(options: argparse.Namespace) -> None:
     print(stage.run(options.folder))
 
 
+def doctor(options: argparse.Namespace) -> None:
+    """maxllm doctor"""
+    from maxllm.stages import doctor as stage
+
+    found = stage.run()
+    problems = found["problems"]
+    show(options, found if options.json else found | {"problems": len(problems)}, "maxllm doctor")
+    if problems:
+        raise RunFailed(f"a run would fail here: {'; '.join(problems)}")
+
+
 def show(options: argparse.Namespace, figures: dict[str, Any], title: str) -> None:
     """Figures as a table, or as JSON."""
     if options.json:
@@ -348,6 +359,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "evaluate": evaluate,
     "export": export,
     "report": report,
+    "doctor": doctor,
 }
 
 

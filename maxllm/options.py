@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan(verbs)
     add_convert(verbs)
     add_readers(verbs)
+    add_json(add_verb(verbs, "doctor", "show what is here (devices, job, disk), and what would fail"))
     return parser
 
 

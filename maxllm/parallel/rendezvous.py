@@ -1,7 +1,7 @@
 """The processes of a job meet before JAX begins.
 
 JAX's client waits without a word and, where one process does not come, or two have one index, ends the others
-by an abort that no Python sees. Here every process tells process 0 who it is, at the address where JAX will meet
+by an abort that no Python sees. Here every process tells process 0 who it is, at the address where JAX begins
 afterwards; process 0 answers when all are there, or tells all of them who is missing or has come twice.
 """
 
