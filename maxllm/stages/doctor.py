@@ -3,8 +3,8 @@
     maxllm doctor
     srun -N2 maxllm doctor --json
 
-Asks the environment where this process stands in its job, JAX which devices it finds, the system for addresses
-and room on disk. It joins no other process, and computes nothing.
+Asks the environment where this process stands in its job, JAX which devices it finds, the system for its
+addresses and for room on disk. It joins no other process, and computes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from maxllm.errors import UserError
 from maxllm.parallel.discovery import AUTO, Place, place_of
 
 DEVICE_SECONDS = 120
-"""JAX has so long to say which devices there are: it waits without end for a TPU that another process holds."""
+"""JAX has so long to say which devices are here: it waits without end for a TPU that another process holds."""
 
 ROOM_BYTES = 10 * 10**9
 """Less than this for checkpoints is said."""
@@ -114,7 +114,7 @@ def devices_here(problems: list[str]) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         problems.append(
-            f"JAX does not say within {DEVICE_SECONDS} s which devices are here: another process may hold them"
+            f"JAX does not say within {DEVICE_SECONDS} s which devices are here: has another process got them?"
         )
         return {}
     if asked.returncode != 0:
@@ -133,8 +133,8 @@ def check_devices(place: Place | None, devices: dict[str, Any], problems: list[s
         extra = {"gpu": "cuda", "tpu": "tpu"}[kind]
         if devices["platform"] == "cpu" and any(Path(node).exists() for node in nodes):
             problems.append(
-                f"this machine has a {kind.upper()}, and JAX uses the CPU: pip install 'maxllm[{extra}]', and "
-                "see whether JAX_PLATFORMS says otherwise"
+                f"this machine has a {kind.upper()}, and JAX uses the CPU: pip install 'maxllm[{extra}]', "
+                "and see whether JAX_PLATFORMS says otherwise"
             )
     if place is not None and place.gpus is not None:
         found = devices["count"] if devices["platform"] == "gpu" else 0
@@ -159,27 +159,26 @@ def versions() -> dict[str, str]:
 
 
 def extras() -> dict[str, str]:
-    """Each extra of maxllm -> "installed", or which of its packages are missing."""
-    found: dict[str, list[str]] = {}
-    for requirement, extra in requirements():
-        missing = found.setdefault(extra, [])
-        if not is_installed(requirement.name):
-            missing.append(requirement.name)
-    return {
-        extra: f"missing {', '.join(names)}" if names else "installed"
-        for extra, names in sorted(found.items())
-    }
+    """Each extra of maxllm -> "installed", or which packages are missing."""
+    found = {}
+    for extra in importlib.metadata.metadata("maxllm").get_all("Provides-Extra") or []:
+        missing = sorted(set(missing_of("maxllm", extra)))
+        found[extra] = f"missing {', '.join(missing)}" if missing else "installed"
+    return found
 
 
-def requirements() -> Iterator[tuple[Requirement, str]]:
-    """(requirement, extra) of all that is optional on this system."""
-    extras = importlib.metadata.metadata("maxllm").get_all("Provides-Extra") or []
-    for text in importlib.metadata.requires("maxllm") or []:
+def missing_of(package: str, extra: str) -> Iterator[str]:
+    """Packages that are not here, of those that an extra of a package needs besides the package itself."""
+    for text in importlib.metadata.requires(package) or []:
         requirement = Requirement(text)
         marker = requirement.marker
-        if marker is None or marker.evaluate({"extra": ""}) or requirement.name == "maxllm":
+        if marker is None or marker.evaluate({"extra": ""}) or not marker.evaluate({"extra": extra}):
             continue
-        yield from ((requirement, extra) for extra in extras if marker.evaluate({"extra": extra}))
+        if not is_installed(requirement.name):
+            yield requirement.name
+            continue
+        for inner in requirement.extras:
+            yield from missing_of(requirement.name, inner)
 
 
 def is_installed(package: str) -> bool:

@@ -14,7 +14,8 @@ GPUS = {"platform": "gpu", "kind": "NVIDIA H100", "count": 8}
 
 @pytest.fixture
 def found(capsys, monkeypatch):
-    """found(**environment): exit code, figures, stderr; the devices are those that `doctor.devices_here` is told."""
+    """found(devices, **environment): exit code, figures, stderr; JAX is asked where no devices are given."""
+    monkeypatch.setattr(doctor, "ROOM_BYTES", 0)
     for name in (COORDINATOR, COUNT, INDEX):
         monkeypatch.delenv(name, raising=False)
 
@@ -40,7 +41,21 @@ def test_this_machine(found):
     assert figures["extras"]["gguf"] == "installed" and "tpu" in figures["extras"]
 
 
+def test_little_room_is_said(found, monkeypatch):
+    monkeypatch.setattr(doctor, "ROOM_BYTES", 1 << 60)
+    assert "GB are free in this folder: checkpoints may not fit" in found(GPUS)[1]["problems"][0]
+
+
+def test_an_extra_is_installed_with_all_that_it_needs(monkeypatch):
+    """`jax[cuda12]` is jax, which is always here, and CUDA's plugin, which may not be."""
+    monkeypatch.setattr(doctor, "is_installed", lambda package: package not in ("gguf", "jax-cuda12-plugin"))
+    extras = doctor.extras()
+    assert extras["gguf"] == "missing gguf" and extras["check"] == "missing gguf"
+    assert extras["cuda"] == "missing jax-cuda12-plugin"
+
+
 def test_people_get_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "ROOM_BYTES", 0)
     monkeypatch.setattr(doctor, "devices_here", lambda problems: GPUS)
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
@@ -99,4 +114,4 @@ def test_a_driver_that_hangs_or_aborts_is_a_sentence(found, monkeypatch):
         raise subprocess.TimeoutExpired("jax", options["timeout"])
 
     monkeypatch.setattr(doctor.subprocess, "run", hangs)
-    assert "JAX does not say within 120 s which devices there are" in found()[1]["problems"][0]
+    assert "JAX does not say within 120 s which devices are here" in found()[1]["problems"][0]
