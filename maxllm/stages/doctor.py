@@ -27,7 +27,7 @@ from maxllm.errors import UserError
 from maxllm.parallel.discovery import AUTO, Place, place_of
 
 DEVICE_SECONDS = 120
-"""JAX has so long to say which devices are here: it waits without end for a TPU that another process holds."""
+"""JAX has so long to say which devices are here: it waits without end for a TPU that another has."""
 
 ROOM_BYTES = 10 * 10**9
 """Less than this for checkpoints is said."""
@@ -114,7 +114,8 @@ def devices_here(problems: list[str]) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         problems.append(
-            f"JAX does not say within {DEVICE_SECONDS} s which devices are here: has another process got them?"
+            f"JAX does not say within {DEVICE_SECONDS} s which devices are here: another process may "
+            "hold them"
         )
         return {}
     if asked.returncode != 0:
