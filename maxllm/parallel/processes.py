@@ -58,17 +58,18 @@ def join(place: Place, seconds: int) -> None:
       UserError: see `rendezvous.meet`; or JAX finds other GPUs than the job gives to this process.
       RunFailed: the others did not come.
     """
-    meet(place, seconds, lambda sentence: print(f"maxllm: {sentence}", file=sys.stderr, flush=True))
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        place.coordinator,
-        num_processes=place.processes,
-        process_id=place.index,
-        local_device_ids=place.local_devices,
-        # Left to itself, JAX takes one GPU of a Slurm node whose one process is to have all.
-        cluster_detection_method="deactivate",
-        initialization_timeout=seconds,
-    )
+    if place.processes > 1:  # one alone takes no port, which another command of the same job step may have
+        meet(place, seconds, lambda sentence: print(f"maxllm: {sentence}", file=sys.stderr, flush=True))
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            place.coordinator,
+            num_processes=place.processes,
+            process_id=place.index,
+            local_device_ids=place.local_devices,
+            # Left to itself, JAX takes one GPU of a Slurm node whose one process is to have all.
+            cluster_detection_method="deactivate",
+            initialization_timeout=seconds,
+        )
     found = jax.local_device_count() if jax.default_backend() == "gpu" else 0
     if place.gpus is not None and found != place.gpus:
         raise UserError(

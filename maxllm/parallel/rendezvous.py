@@ -58,7 +58,7 @@ class Guest:
 
 
 def meet(place: Place, seconds: float, say: Say) -> None:
-    """Returns when all processes of a job have come.
+    """Returns when all processes of a job, of which there are several, have come.
 
     Args:
       place: this process's.
@@ -69,11 +69,10 @@ def meet(place: Place, seconds: float, say: Say) -> None:
       UserError: the port is taken, two have one index, or they do not agree on how many they are.
       RunFailed: not all came.
     """
-    if place.processes > 1:
-        if place.index == 0:
-            receive(place, seconds, say)
-        else:
-            visit(place, seconds)
+    if place.index == 0:
+        receive(place, seconds, say)
+    else:
+        visit(place, seconds)
 
 
 # --- process 0 ---------------------------------------------------------------------------------------------
