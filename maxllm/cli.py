@@ -1,7 +1,7 @@
 """The command line: one verb per job. Parses, then calls a stage; nothing heavy is imported before that.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input, one sentence on stderr; 3 a plan does not fit its machine;
-75 interrupted and saved.
+75 interrupted: the same command continues.
 """
 
 from __future__ import annotations
@@ -123,14 +123,26 @@ def quickstart(options: argparse.Namespace) -> None:
         print(f"Hugging Face folder: {options.out / 'hf'}\nreport: {page}")
 
 
+def load_for(verb: str, name: str, overrides: Sequence[str]) -> Any:
+    """A recipe (`Config`) for a verb that takes one.
+
+    Raises:
+      UserError: it is not a recipe of that verb's stage.
+    """
+    from maxllm import recipe
+
+    config = recipe.load_recipe(name, overrides)
+    wanted = "pretrain" if verb == "prepare" else verb
+    if config.stage != wanted:
+        raise UserError(f"{name} is a recipe for the stage {config.stage}, not {wanted}")
+    return config
+
+
 def train(options: argparse.Namespace) -> None:
     """maxllm prepare, and every stage"""
     from maxllm import recipe
 
-    config = recipe.load_recipe(options.recipe, options.overrides)
-    wanted = "pretrain" if options.verb == "prepare" else options.verb
-    if config.stage != wanted:
-        raise UserError(f"{options.recipe} is a recipe for the stage {config.stage}, not {wanted}")
+    config = load_for(options.verb, options.recipe, options.overrides)
     if options.print_config:
         from maxllm.run.session import resolved
 
@@ -321,32 +333,49 @@ def doctor(options: argparse.Namespace) -> None:
         raise RunFailed(f"a run would fail here: {'; '.join(problems)}")
 
 
+def machine(options: argparse.Namespace) -> None:
+    """maxllm machine"""
+    from maxllm import recipe
+    from maxllm.stages import machine as stage
+
+    facts = stage.machine_of(recipe.load_recipe(options.recipe, with_hardware(options))).facts()
+    if options.shell:
+        print(stage.as_lines(facts), end="")
+    else:
+        show(options, facts, "maxllm machine")
+
+
+def manifest(options: argparse.Namespace) -> None:
+    """maxllm manifest"""
+    from maxllm.stages import manifest as stage
+
+    overrides = with_hardware(options)
+    job = stage.Job(
+        words=(options.job_verb, options.recipe, *overrides),
+        config=load_for(options.job_verb, options.recipe, overrides),
+        name=options.name,
+        restarts=options.restarts,
+        spot=options.spot,
+        image=options.image,
+        bucket=options.bucket,
+        service_account=options.service_account,
+    )
+    print(stage.run(options.kind, job), end="")
+
+
+def with_hardware(options: argparse.Namespace) -> list[str]:
+    """The overrides, of which --hardware is one."""
+    return [*options.overrides, *([f"run.hardware={options.hardware}"] if options.hardware else [])]
+
+
 def show(options: argparse.Namespace, figures: dict[str, Any], title: str) -> None:
     """Figures as a table, or as JSON."""
     if options.json:
         print(json.dumps(figures, ensure_ascii=False))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from maxllm.report.table import print_table
 
-    table = Table("figure", "value", title=title, show_header=False)
-    for column in table.columns:
-        column.overflow = "fold"
-    for name, value in flat(figures):
-        table.add_row(Text(name), Text(value))  # as it is: `tasks:train:40` is no emoji
-    Console().print(table)
-
-
-def flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, formatted value) of nested figures."""
-    for name, value in figures.items():
-        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-            value = {str(number): item for number, item in enumerate(value, start=1)}
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, f"{value:,.4g}" if isinstance(value, float) else str(value)
+    print_table(figures, title)
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -359,6 +388,8 @@ VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "evaluate": evaluate,
     "export": export,
     "report": report,
+    "machine": machine,
+    "manifest": manifest,
     "doctor": doctor,
 }
 

@@ -14,7 +14,8 @@ class RunFailed(Exception):
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop and has saved its state; the same command continues it. Exit code 75."""
+    """A run that the same command continues: it was asked to stop and has saved its state, or another of its
+    processes is gone. Exit code 75."""
 
 
 class DoesNotFit(Exception):

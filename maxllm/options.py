@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan(verbs)
     add_convert(verbs)
     add_readers(verbs)
+    add_launching(verbs)
     add_json(add_verb(verbs, "doctor", "show what is here (devices, job, disk), and what would fail"))
     return parser
 
@@ -146,12 +147,7 @@ def add_plan(verbs: Any) -> None:
     )
     verb.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of one under configs/")
     add_overrides(verb, "mesh.fsdp=16")
-    verb.add_argument(
-        "--hardware",
-        metavar="NAME",
-        help="v5e-256, v6e-16 (chips), v5p-16 (cores), v5p:2x2x2, tpu7x:4x4x4 (shape), h100x8, h200x16; "
-        "default: run.hardware of the recipe",
-    )
+    add_hardware(verb)
     how = verb.add_mutually_exclusive_group()
     how.add_argument("--estimate", action="store_true", help="arithmetic instead of the compiler: at once")
     how.add_argument(
@@ -163,6 +159,39 @@ def add_plan(verbs: Any) -> None:
     verb.add_argument("--tokens", type=float, metavar="COUNT", help="length of the training, as in 2e12")
     verb.add_argument("--price", type=float, metavar="AMOUNT", help="of a chip for an hour, any currency")
     add_json(verb)
+
+
+def add_hardware(verb: Any) -> None:
+    """--hardware of verbs that know machines."""
+    verb.add_argument(
+        "--hardware",
+        metavar="NAME",
+        help="v5e-256, v6e-16 (chips), v5p-16 (cores), v5p:2x2x2, tpu7x:4x4x4 (shape), 2xv5p-16 (slices), "
+        "h100x8, h200x16; default: run.hardware of the recipe",
+    )
+
+
+def add_launching(verbs: Any) -> None:
+    """machine and manifest, which the scripts in launch/ ask."""
+    verb = add_verb(verbs, "machine", "show what a recipe's machine is called by clouds, and its hosts")
+    verb.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of one under configs/")
+    add_overrides(verb, "mesh.slices=2")
+    add_hardware(verb)
+    verb.add_argument("--shell", action="store_true", help="print lines NAME=value for a shell")
+    add_json(verb)
+
+    verb = add_verb(verbs, "manifest", "print a recipe's job for Kubernetes (JobSet) or SkyPilot")
+    verb.add_argument("kind", choices=("jobset", "skypilot"), help="what for")
+    verb.add_argument("job_verb", metavar="VERB", choices=RECIPE_VERBS, help=", ".join(RECIPE_VERBS))
+    verb.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of one under configs/")
+    add_overrides(verb, "run.dir=/data/runs/mine")
+    add_hardware(verb)
+    verb.add_argument("--name", default="maxllm", help="of the job (default %(default)s)")
+    verb.add_argument("--restarts", type=int, default=20, metavar="N", help="at most so many (default 20)")
+    verb.add_argument("--spot", action="store_true", help="on spot capacity")
+    verb.add_argument("--image", help="jobset: container image in which maxllm is installed")
+    verb.add_argument("--bucket", help="jobset: Google Cloud Storage bucket to mount at /data")
+    verb.add_argument("--service-account", help="jobset: the pods' account, which may use the bucket")
 
 
 def add_convert(verbs: Any) -> None:

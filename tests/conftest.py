@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 # Read when jax is imported, which no module may have done before this one.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,6 +13,9 @@ _FLAGS = (
     "--xla_backend_optimization_level=0",  # LLVM's effort, not the arithmetic: compiling takes half the time
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # see parallel/processes.py
 )
+if tuple(map(int, version("jaxlib").split(".")[:2])) <= (0, 10):
+    # The former generator of fused loops, which later versions have no more: half the time again.
+    _FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
 for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()

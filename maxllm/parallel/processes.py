@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -59,7 +60,12 @@ def join(place: Place, seconds: int) -> None:
       RunFailed: the others did not come.
     """
     if place.processes > 1:  # one alone takes no port, which another command of the same job step may have
-        meet(place, seconds, lambda sentence: print(f"maxllm: {sentence}", file=sys.stderr, flush=True))
+
+        def say(sentence: str) -> None:
+            print(f"maxllm: {sentence}", file=sys.stderr, flush=True)
+
+        meet(place, seconds, say)
+        say(f"process {place.index} of {place.processes} on {socket.gethostname()} ({place.launcher})")
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
             place.coordinator,

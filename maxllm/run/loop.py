@@ -77,9 +77,8 @@ def train(session: Session, job: Job) -> dict[str, Any]:
     Nothing is written before the first state is there: what cannot start leaves no folder behind.
 
     Raises:
-      Interrupted: SIGTERM or Ctrl-C came; the state is saved.
-      RunFailed: too many consecutive updates were not finite, the run's checkpoints are gone or damaged, or
-        another process of the run has ended.
+      Interrupted: SIGTERM or Ctrl-C came, and the state is saved; or another process of the run has ended.
+      RunFailed: too many consecutive updates were not finite, or the run's checkpoints are gone or damaged.
       UserError: another process is training in the same folder, or the run began from other data or parents.
     """
     title = session.config.stage
@@ -90,7 +89,7 @@ def train(session: Session, job: Job) -> dict[str, Any]:
                 summary = finished(session) or _train_in_folder(session, job, state, stop)
         except Exception as error:
             if processes.peer_lost(error):
-                raise RunFailed(
+                raise Interrupted(
                     "another process of this run has ended, and this one cannot go on alone; the message of "
                     "that process says why. The same command continues from the last complete checkpoint"
                 ) from error

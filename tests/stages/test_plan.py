@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 import yaml
@@ -36,6 +37,14 @@ RECIPE = {
 }
 D, L, F, V = 512, 4, 1024, 512
 PARAMETERS = 2 * V * D + D + L * (D * D * (1 + 0.5 + 0.5 + 1) + 3 * D * F + 2 * D)
+
+
+@pytest.fixture(autouse=True)
+def little_effort():
+    """The compiler does less for a program's speed, which nobody looks at here, in two thirds of the time."""
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    yield
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
 
 
 @pytest.fixture

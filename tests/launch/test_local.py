@@ -40,10 +40,10 @@ def test_two_processes_get_the_losses_of_one(recipe_words: list[str], tmp_path: 
         capture_output=True,
         env=one,
     )
-    two = environment | {"DEVICES_PER_PROCESS": "2", "MAXLLM": str(Path(sys.executable).parent / "maxllm")}
-    script = str(ROOT / "launch" / "local_multiprocess.sh")
+    two = environment | {"MAXLLM": str(Path(sys.executable).parent / "maxllm")}
+    script = ["bash", str(ROOT / "launch" / "local.sh"), "--processes", "2", "--devices", "2"]
     result = subprocess.run(
-        ["bash", script, "2", "pretrain", *recipe_words, f"run.dir={tmp_path / 'two'}"],
+        [*script, "pretrain", *recipe_words, f"run.dir={tmp_path / 'two'}"],
         capture_output=True,
         text=True,
         env=two,
@@ -84,13 +84,15 @@ def launch(tmp_path: Path):
     worker = tmp_path / "worker.sh"
     worker.write_text(WORKER)
     worker.chmod(0o755)
-    few = {"MAXLLM": str(worker), "GRACE_SECONDS": "1", "STOPPED_SECONDS": "2"}
+    words = ["--processes", "3", "--grace-seconds", "1", "--stopped-seconds", "2"]
 
     def run(what: str, *signals: int) -> subprocess.CompletedProcess:
-        script = ["bash", str(ROOT / "launch" / "local_multiprocess.sh"), "3", "pretrain", what]
+        script = ["bash", str(ROOT / "launch" / "local.sh"), *words, "pretrain", what]
         out = tmp_path / "out"
         with out.open("w") as stream:
-            process = subprocess.Popen(script, stdout=stream, stderr=stream, env=os.environ | few)
+            process = subprocess.Popen(
+                script, stdout=stream, stderr=stream, env=os.environ | {"MAXLLM": str(worker)}
+            )
             for number in signals:
                 while out.read_text().count("is there") < 3:
                     time.sleep(0.05)
@@ -134,8 +136,8 @@ def test_a_signal_to_the_launcher_stops_all_saved_and_a_second_one_kills(launch)
 def test_a_run_whose_process_is_killed_says_so(recipe_words: list[str], tmp_path: Path) -> None:
     """The other waits in an exchange; it says that its peer is gone, not that a disk is at fault."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    few = {"MAXLLM": str(Path(sys.executable).parent / "maxllm"), "DEVICES_PER_PROCESS": "2"}
-    script = ["bash", str(ROOT / "launch" / "local_multiprocess.sh"), "2", "pretrain", *recipe_words]
+    few = {"MAXLLM": str(Path(sys.executable).parent / "maxllm")}
+    script = ["bash", str(ROOT / "launch" / "local.sh"), "--devices=2", "pretrain", *recipe_words]
     log = tmp_path / "log"
     with log.open("w") as stream:
         words = [*script, f"run.dir={tmp_path / 'run'}", "run.steps=100000", "run.eval_every=1000"]
@@ -151,7 +153,7 @@ def test_a_run_whose_process_is_killed_says_so(recipe_words: list[str], tmp_path
             for pid in listed.stdout.split()
             if b"MAXLLM_PROCESS_ID=1" in Path(f"/proc/{pid}/environ").read_bytes()
             and b"pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()
-            and b"local_multiprocess" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+            and b"local.sh" not in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         assert len(workers) == 1
         os.kill(workers[0], signal.SIGKILL)
@@ -197,8 +199,8 @@ def test_long_steps_stop_after_the_one_in_which_a_process_was_asked(
     program.write_text(SLOW.replace("{python}", sys.executable))
     program.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    few = {"MAXLLM": str(program), "DEVICES_PER_PROCESS": "2", "PYTHONPATH": str(ROOT)}
-    script = ["bash", str(ROOT / "launch" / "local_multiprocess.sh"), "2", "pretrain", *recipe_words]
+    few = {"MAXLLM": str(program), "PYTHONPATH": str(ROOT)}
+    script = ["bash", str(ROOT / "launch" / "local.sh"), "--devices=2", "pretrain", *recipe_words]
     result = subprocess.run(
         [*script, f"run.dir={tmp_path / 'run'}"],
         capture_output=True,
@@ -209,10 +211,3 @@ def test_long_steps_stop_after_the_one_in_which_a_process_was_asked(
     assert result.returncode == 75, result.stderr
     assert result.stderr.count("stopped after step 3 of 6 and saved") == 2
     assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
-
-
-def test_wrong_usage_is_explained() -> None:
-    result = subprocess.run(
-        ["bash", str(ROOT / "launch" / "local_multiprocess.sh"), "x"], capture_output=True
-    )
-    assert result.returncode == 2 and b"usage" in result.stderr
