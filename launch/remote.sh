@@ -10,6 +10,9 @@
 #
 # shellcheck disable=SC2154 # what common.sh and the script set
 
+# What a host's process is known by there; hosts may share their file system.
+known_as() { echo "${options[name]}.$1"; }
+
 # Runs words on a host, in the folder of the code.
 on() { remote "$1" "cd $(quoted "${options[folder]}") && $(quoted "${@:2}")"; }
 
@@ -76,15 +79,16 @@ start_one() {
   for name in JAX_PLATFORMS XLA_FLAGS LIBTPU_INIT_ARGS; do
     [ -z "${!name:-}" ] || settings+=("$name=${!name}")
   done
-  on "$1" launch/worker.sh start "${options[name]}" "${settings[@]}" -- .venv/bin/maxllm "${words[@]}" </dev/null
+  on "$1" launch/worker.sh start "$(known_as "$1")" "${settings[@]}" -- .venv/bin/maxllm "${words[@]}" </dev/null
 }
 
 # Prints one host's log until its process has ended, whose exit code it returns; the time of its end goes to a file.
 follow_one() {
-  local host=${hosts[$1]} line=1 text code='' failures=0
+  local host=${hosts[$1]} name line=1 text code='' failures=0
+  name=$(known_as "$1")
   while true; do
     while IFS= read -r text; do
-      if [[ $text =~ ^"${options[name]}"\ ended\ ([0-9]+)\ ([0-9.]+)$ ]]; then
+      if [[ $text =~ ^"$name"\ ended\ ([0-9]+)\ ([0-9.]+)$ ]]; then
         code=${BASH_REMATCH[1]}
         echo "${BASH_REMATCH[2]} $code $host" >"$scratch/end.$1"
       elif [[ $text == "[$host] "* ]]; then
@@ -94,7 +98,7 @@ follow_one() {
       else # of the connection
         printf '[%s] %s\n' "$host" "$text" >&2
       fi
-    done < <(on "$1" launch/worker.sh follow "${options[name]}" "$host" "$line" 2>&1 </dev/null)
+    done < <(on "$1" launch/worker.sh follow "$name" "$host" "$line" 2>&1 </dev/null)
     [ -z "$code" ] || return "$code"
     failures=$((failures + 1))
     if ((failures > 20)); then
@@ -109,7 +113,10 @@ follow_one() {
 named() { echo "${hosts[$1]}"; }
 
 # The children are shells that read logs: what is to reach the processes goes over the connection.
-signal_one() { on "${index_of[$2]}" launch/worker.sh signal "${options[name]}" "$1" </dev/null || true; }
+signal_one() {
+  local index=${index_of[$2]}
+  on "$index" launch/worker.sh signal "$(known_as "$index")" "$1" </dev/null || true
+}
 
 # Follows all hosts to their end; leaves the exit code in `code`: that of the host that failed first.
 follow_all() {
@@ -129,7 +136,8 @@ follow_all() {
       code=$status
       say "$host failed first, with exit code $status; the end of its log:"
       for index in "${!hosts[@]}"; do
-        [ "${hosts[$index]}" != "$host" ] || on "$index" tail -n 5 "runs/launch/${options[name]}/log" </dev/null >&2 || true
+        [ "${hosts[$index]}" != "$host" ] || on "$index" tail -n 5 "runs/launch/$(known_as "$index")/log" \
+          </dev/null >&2 || true
       done
       return 0
     fi

@@ -129,12 +129,12 @@ show_status() {
   everywhere status_one "no answer"
 }
 status_one() {
-  if dry; then on "$1" launch/worker.sh status "${options[name]}"; else
-    echo "${hosts[$1]}: $(on "$1" launch/worker.sh status "${options[name]}" </dev/null)"
+  if dry; then on "$1" launch/worker.sh status "$(known_as "$1")"; else
+    echo "${hosts[$1]}: $(on "$1" launch/worker.sh status "$(known_as "$1")" </dev/null)"
   fi
 }
 
-stop_one() { on "$1" launch/worker.sh signal "${options[name]}" TERM </dev/null; }
+stop_one() { on "$1" launch/worker.sh signal "$(known_as "$1")" TERM </dev/null; }
 
 case ${options[step]} in
   create | install | start) "${options[step]}" && exit 0 ;;

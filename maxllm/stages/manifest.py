@@ -184,12 +184,14 @@ def pod(job: Job, labels: Mapping[str, str]) -> dict[str, Any]:
         "command": ["maxllm", job.words[0], f"{RECIPE_FOLDER}/recipe.yaml"],
         "workingDir": "/data" if job.bucket is not None else "/tmp",
         "env": [{"name": name, "value": value} for name, value in environment(job).items()],
-        "ports": [{"containerPort": PORT}],
+        # Of TPUs: the runtime's, its metrics', and between slices.
+        "ports": [
+            {"containerPort": port, "protocol": "TCP"}
+            for port in ((8471, 8431, 8080) if machine.is_tpu else (PORT,))
+        ],
         "resources": {"limits": {kind: machine.chips_per_host}},
         "volumeMounts": mounts,
     }
-    if machine.is_tpu:  # of the TPU runtime, its metrics, and between slices
-        container["ports"] = [{"containerPort": port} for port in (8471, 8431, 8080)]
     spec = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE_SECONDS,

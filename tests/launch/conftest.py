@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from clusters import ENVIRONMENT, STEPS
 
 ROOT = Path(__file__).parents[2]
 MAXLLM = Path(sys.executable).parent / "maxllm"
@@ -53,3 +54,33 @@ def stand_in(tmp_path: Path) -> Callable[[str, str], Callable[[], list[list[str]
         return lambda: [json.loads(line) for line in calls.read_text().splitlines()]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def recipe_words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A small recipe and its prepared corpus."""
+    folder = tmp_path_factory.mktemp("multiprocess")
+    words = ["pretrain/tiny_slice_cpu_fast", "run.steps=6", "run.log_every=1", "run.eval_every=3"]
+    words += ["data.sources=['slice:tang']", "tokenizer.vocab_size=3000", "model.vocab_size=3000"]
+    words += ["tokenizer.character_coverage=0.98", f"tokenizer.path={folder / 'tokenizer.model'}"]
+    words += [f"data.prepared_dir={folder / 'corpus'}", "batch.sequence_length=64", "batch.rows=8"]
+    words += ["mesh.data=2", "mesh.fsdp=2", "model.n_layers=2", "model.scan_unroll=1"]
+    subprocess.run([sys.executable, "-m", "maxllm.cli", "prepare", *words], check=True, capture_output=True)
+    return words
+
+
+@pytest.fixture(scope="module")
+def words(recipe_words: list[str]) -> list[str]:
+    """VERB RECIPE key=value …, without the folder: two processes of one device each."""
+    own = [word for word in recipe_words if not word.startswith(("mesh.", "run.steps", "run.eval_every"))]
+    own += [f"run.steps={STEPS}", "run.eval_every=15", "run.checkpoint_every=4", "mesh.data=1", "mesh.fsdp=2"]
+    return ["pretrain", *own]
+
+
+@pytest.fixture(scope="module")
+def reference(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run of two processes."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    script = ["bash", str(ROOT / "launch" / "local.sh"), *words, f"run.dir={folder}"]
+    subprocess.run(script, check=True, env=ENVIRONMENT, capture_output=True)
+    return folder

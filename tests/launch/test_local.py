@@ -13,19 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def recipe_words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A small recipe and its prepared corpus."""
-    folder = tmp_path_factory.mktemp("multiprocess")
-    words = ["pretrain/tiny_slice_cpu_fast", "run.steps=6", "run.log_every=1", "run.eval_every=3"]
-    words += ["data.sources=['slice:tang']", "tokenizer.vocab_size=3000", "model.vocab_size=3000"]
-    words += ["tokenizer.character_coverage=0.98", f"tokenizer.path={folder / 'tokenizer.model'}"]
-    words += [f"data.prepared_dir={folder / 'corpus'}", "batch.sequence_length=64", "batch.rows=8"]
-    words += ["mesh.data=2", "mesh.fsdp=2", "model.n_layers=2", "model.scan_unroll=1"]
-    subprocess.run([sys.executable, "-m", "maxllm.cli", "prepare", *words], check=True, capture_output=True)
-    return words
-
-
 def logged(folder: Path) -> list[dict]:
     """metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

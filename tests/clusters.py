@@ -1,0 +1,70 @@
+"""What the tests with real launchers share: looking at runs, and comparing how they end."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from maxllm.folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+MAXLLM = Path(sys.executable).parent / "maxllm"
+STEPS = 30
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+    "MAXLLM": str(MAXLLM),
+    "JAX_PLATFORMS": "cpu",
+}
+
+
+def arrays_of(folder: Path) -> dict[str, np.ndarray]:
+    """All arrays of the last checkpoint's state."""
+    step = RunFolder(folder).latest_step()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(folder.absolute() / "checkpoints" / str(step) / "state")
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def check_same_end(folder: Path, reference: Path) -> None:
+    """Both runs have ended with the same state, bit for bit, and the same held-out figures."""
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (folder, reference))
+    assert ours["steps"] == STEPS and ours["heldout_last"] == theirs["heldout_last"]
+    one, other = arrays_of(folder), arrays_of(reference)
+    assert one.keys() == other.keys() and one
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def step_of(log: Path) -> int:
+    """The last step that a log tells of."""
+    steps = re.findall(r"step (\d+)/", log.read_text()) if log.exists() else []
+    return int(steps[-1]) if steps else 0
+
+
+def await_step(log: Path, step: int, process: subprocess.Popen) -> None:
+    """Waits until a run has come to a step."""
+    while step_of(log) < step:
+        assert process.poll() is None, log.read_text() if log.exists() else "no log"
+        time.sleep(0.05)
+
+
+def trainers(folder: Path, **variables: str) -> list[int]:
+    """Processes that train in a folder, by what stands in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            continue
+        told = {f"{name}={value}".encode() for name, value in variables.items()}
+        if b"python" in command[0] and f"run.dir={folder}".encode() in command and told <= set(environment):
+            found.append(int(entry.name))
+    return found
