@@ -103,6 +103,7 @@ def test_a_plan_has_the_figures(plan):
 
 def test_ironwood_has_two_devices_a_chip(plan):
     """Each with half of the chip's 192 GiB; what its SparseCores gather and scatter is counted as well."""
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)  # with less, its compiler aborts
     code, figures, error = plan("--hardware", "tpu7x:2x2x1", "mesh.data=1", "mesh.fsdp=8")
     assert code == 0 and figures["devices"] == 8, error
     assert 94 * 2**30 < figures["hbm_bytes"] < 96 * 2**30
