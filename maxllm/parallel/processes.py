@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 from maxllm.config.launch import RENDEZVOUS_SECONDS
 from maxllm.errors import UserError
 from maxllm.parallel.compiler import keep_compiled
-from maxllm.parallel.discovery import AUTO, Place, place_of
+from maxllm.parallel.discovery import AUTO, Place, is_loopback, place_of
 from maxllm.parallel.rendezvous import meet
 
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -64,7 +64,7 @@ def join(place: Place, seconds: int) -> None:
         def say(sentence: str) -> None:
             print(f"maxllm: {sentence}", file=sys.stderr, flush=True)
 
-        meet(place, seconds, say)
+        hosts = meet(place, seconds, say)
         say(f"process {place.index} of {place.processes} on {socket.gethostname()} ({place.launcher})")
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
@@ -76,11 +76,28 @@ def join(place: Place, seconds: int) -> None:
             cluster_detection_method="deactivate",
             initialization_timeout=seconds,
         )
+        if hosts > 1 and jax.default_backend() == "cpu":
+            check_own_address()
     found = jax.local_device_count() if jax.default_backend() == "gpu" else 0
     if place.gpus is not None and found != place.gpus:
         raise UserError(
             f"{place.launcher} gives process {place.index} {place.gpus} GPUs, and JAX finds {found}: "
             "see CUDA_VISIBLE_DEVICES, and whether maxllm[cuda] is installed"
+        )
+
+
+def check_own_address() -> None:
+    """Gloo, which exchanges arrays between CPUs, tells the others the address that this host's name has here.
+
+    Raises:
+      UserError: it is one that they cannot reach.
+    """
+    name = socket.gethostname()
+    address = str(socket.getaddrinfo(name, None, proto=socket.IPPROTO_TCP)[0][4][0])
+    if is_loopback(address):
+        raise UserError(
+            f"{name} knows itself as {address}, where other hosts cannot reach it for exchanges between CPUs: "
+            f"/etc/hosts must have {name} with its own address"
         )
 
 

@@ -57,29 +57,29 @@ class Guest:
             self.connection.sendall(line_of(answer))
 
 
-def meet(place: Place, seconds: float, say: Say) -> None:
-    """Returns when all processes of a job, of which there are several, have come.
+def meet(place: Place, seconds: float, say: Say) -> int:
+    """Waits until all processes of a job, of which there are several, have come.
 
     Args:
       place: this process's.
       seconds: how long the others are waited for.
       say: takes process 0's sentences on who is missing.
 
+    Returns:
+      On how many hosts they are, by the hosts' names.
+
     Raises:
       UserError: the port is taken, two have one index, or they do not agree on how many they are.
       RunFailed: not all came.
     """
-    if place.index == 0:
-        receive(place, seconds, say)
-    else:
-        visit(place, seconds)
+    return receive(place, seconds, say) if place.index == 0 else visit(place, seconds)
 
 
 # --- process 0 ---------------------------------------------------------------------------------------------
 
 
-def receive(place: Place, seconds: float, say: Say) -> None:
-    """Process 0 waits for the others, and tells each what came of it."""
+def receive(place: Place, seconds: float, say: Say) -> int:
+    """Process 0 waits for the others, tells each what came of it, and returns the number of hosts."""
     guests: dict[int, Guest] = {}
     deadline = time.monotonic() + seconds
     try:
@@ -101,8 +101,10 @@ def receive(place: Place, seconds: float, say: Say) -> None:
             guest.tell({"error": str(error), "usage": isinstance(error, UserError)})
         raise
     else:
+        hosts = len({socket.gethostname(), *(guest.host for guest in guests.values())})
         for guest in guests.values():
-            guest.tell({"go": True})
+            guest.tell({"hosts": hosts})
+        return hosts
     finally:
         for guest in guests.values():
             guest.connection.close()
@@ -190,8 +192,8 @@ def absent(place: Place, guests: dict[int, Guest]) -> list[int]:
 # --- the others --------------------------------------------------------------------------------------------
 
 
-def visit(place: Place, seconds: float) -> None:
-    """Comes to process 0, again if it is gone, and waits for its answer."""
+def visit(place: Place, seconds: float) -> int:
+    """Comes to process 0, again if it is gone, and waits for its answer: the number of hosts."""
     deadline = time.monotonic() + seconds
     why = "it has not answered"
     while (left := deadline - time.monotonic()) > 0:
@@ -200,8 +202,8 @@ def visit(place: Place, seconds: float) -> None:
         except OSError as error:
             why = error.strerror or str(error)
             answer = {}
-        if answer.get("go") is True:
-            return
+        if isinstance(hosts := answer.get("hosts"), int):
+            return hosts
         if isinstance(answer.get("error"), str):
             raise UserError(answer["error"]) if answer.get("usage") else RunFailed(answer["error"])
         time.sleep(min(RETRY_SECONDS, max(0.0, deadline - time.monotonic())))

@@ -70,8 +70,14 @@ class Hosts:
             own.mkdir()
             conf = self.folder / f"sshd-{name}.conf"
             conf.write_text(SSHD.format(address=address, folder=self.folder, name=name))
-            inside = f"mount --bind {own} {self.home} && exec /usr/sbin/sshd -D -f {conf}"
-            self.daemons.append(subprocess.Popen(["ip", "netns", "exec", name, "sh", "-c", inside]))
+            # `ip netns exec` lays these files over those of /etc.
+            etc = Path("/etc/netns") / name
+            etc.mkdir(parents=True)
+            names = "".join(f"{address} {host}\n" for host, address in self.names.items())
+            (etc / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+            inside = f"hostname {name} && mount --bind {own} {self.home} && exec /usr/sbin/sshd -D -f {conf}"
+            enter = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", inside]
+            self.daemons.append(subprocess.Popen(enter))
         for address in self.names.values():
             while subprocess.run([*self.ssh.split(), address, "true"], capture_output=True).returncode != 0:
                 time.sleep(0.2)
@@ -83,6 +89,7 @@ class Hosts:
             daemon.wait(timeout=30)
         for name in self.names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+            shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
         subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True)
 
 

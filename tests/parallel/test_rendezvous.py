@@ -11,7 +11,7 @@ import time
 import pytest
 
 from maxllm.errors import RunFailed, UserError
-from maxllm.parallel import rendezvous
+from maxllm.parallel import processes, rendezvous
 from maxllm.parallel.discovery import COORDINATOR, COUNT, INDEX, Place
 
 
@@ -30,8 +30,8 @@ def coming(address):
     def come(index, processes=3, seconds=30.0, name=None):
         def run():
             try:
-                rendezvous.meet(Place("settings", address, processes, index), seconds, said.append)
-                ends[index if name is None else name] = "met"
+                hosts = rendezvous.meet(Place("settings", address, processes, index), seconds, said.append)
+                ends[index if name is None else name] = "met" if hosts == 1 else f"{hosts} hosts"
             except (RunFailed, UserError) as error:
                 ends[index if name is None else name] = error
 
@@ -122,6 +122,26 @@ def test_another_number_of_processes(coming):
     ends = coming.end()
     for end in ends.values():
         assert isinstance(end, UserError) and "says that there are 2 processes, process 0 on" in str(end)
+
+
+def test_hosts_are_counted(coming, address):
+    line = json.dumps({"index": 1, "processes": 3, "host": "another"}).encode() + b"\n"
+    coming(0)
+    with visitor(address, line) as other:
+        coming(2)
+        assert coming.end() == dict.fromkeys((0, 2), "2 hosts")
+        assert json.loads(other.recv(4096)) == {"hosts": 2}
+
+
+@pytest.mark.parametrize(("address", "says"), [("127.0.1.1", "cannot reach it"), ("10.0.0.7", None)])
+def test_an_address_that_others_cannot_reach(monkeypatch, address, says):
+    """Debian's /etc/hosts has a machine's own name as 127.0.1.1."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 0))])
+    if says is None:
+        processes.check_own_address()
+    else:
+        with pytest.raises(UserError, match=says):
+            processes.check_own_address()
 
 
 def test_one_that_died_may_come_again(coming, address):
