@@ -96,13 +96,14 @@ job_field() {
 log=$(job_field StdOut)
 say "job $job, whose log is $log"
 trap 'kill "$tail" 2>/dev/null; say "job $job goes on: tail -f $log follows it, scancel $job ends it"; exit 130' INT TERM
-while [ ! -e "$log" ] && [[ $(job_field JobState) =~ ^(PENDING|CONFIGURING|RUNNING)$ ]]; do sleep 2; done
 tail -n +1 -F "$log" 2>/dev/null &
 tail=$!
-# A job that is queued again stands as COMPLETING, then PENDING.
-while state=$(job_field JobState) && [[ $state =~ ^(PENDING|CONFIGURING|RUNNING|COMPLETING|REQUEUED|SUSPENDED|STOPPED|SIGNALING|STAGE_OUT|RESIZING|SPECIAL_EXIT|REQUEUE_HOLD|REQUEUE_FED)$ ]]; do
-  sleep 2
-done
+# Whether the job goes on. One that is queued again stands as COMPLETING, then PENDING, and for a moment as FAILED.
+live='^(PENDING|CONFIGURING|RUNNING|COMPLETING|REQUEUED|REQUEUE_FED|REQUEUE_HOLD|RESIZING|SIGNALING|SPECIAL_EXIT|STAGE_OUT|STOPPED|SUSPENDED)$'
+goes_on() {
+  state=$(job_field JobState) && [[ $state =~ $live ]]
+}
+while goes_on || { sleep 5 && goes_on; }; do sleep 2; done
 sleep 1
 kill "$tail" 2>/dev/null || true
 wait "$tail" 2>/dev/null || true

@@ -22,6 +22,14 @@ started=${SLURM_RESTART_COUNT:-0}
 say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: start $((started + 1))"
 export PYTHONUNBUFFERED=1
 
+# The processes meet on the first node. Its name in Slurm need not be a host's; then the controller knows its address.
+node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+if [ -z "${MAXLLM_COORDINATOR:-}" ] && ! getent hosts "$node" >/dev/null; then
+  address=$(scontrol --oneliner show node "$node")
+  address=${address#* NodeAddr=}
+  export MAXLLM_COORDINATOR="${address%% *}:$((61440 + SLURM_JOB_ID % 4096))"
+fi
+
 # A signal to the job goes to the processes, which save; this script waits for them.
 trap : TERM
 srun=()

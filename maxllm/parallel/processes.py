@@ -96,7 +96,7 @@ def check_own_address() -> None:
     address = str(socket.getaddrinfo(name, None, proto=socket.IPPROTO_TCP)[0][4][0])
     if is_loopback(address):
         raise UserError(
-            f"{name} knows itself as {address}, where other hosts cannot reach it for exchanges between CPUs: "
+            f"{name} knows itself as {address}, where other hosts cannot reach it to exchange arrays: "
             f"/etc/hosts must have {name} with its own address"
         )
 

@@ -27,7 +27,7 @@ INTRODUCTION_SECONDS = 5.0
 
 RETRY_SECONDS = 0.5
 REPORT_SECONDS = 30.0
-"""Process 0 says who is missing as often."""
+"""Who waits says for whom as often."""
 
 Say = Callable[[str], None]
 
@@ -63,7 +63,7 @@ def meet(place: Place, seconds: float, say: Say) -> int:
     Args:
       place: this process's.
       seconds: how long the others are waited for.
-      say: takes process 0's sentences on who is missing.
+      say: takes sentences on who is missing.
 
     Returns:
       On how many hosts they are, by the hosts' names.
@@ -72,7 +72,7 @@ def meet(place: Place, seconds: float, say: Say) -> int:
       UserError: the port is taken, two have one index, or they do not agree on how many they are.
       RunFailed: not all came.
     """
-    return receive(place, seconds, say) if place.index == 0 else visit(place, seconds)
+    return receive(place, seconds, say) if place.index == 0 else visit(place, seconds, say)
 
 
 # --- process 0 ---------------------------------------------------------------------------------------------
@@ -192,9 +192,10 @@ def absent(place: Place, guests: dict[int, Guest]) -> list[int]:
 # --- the others --------------------------------------------------------------------------------------------
 
 
-def visit(place: Place, seconds: float) -> int:
+def visit(place: Place, seconds: float, say: Say) -> int:
     """Comes to process 0, again if it is gone, and waits for its answer: the number of hosts."""
     deadline = time.monotonic() + seconds
+    report = time.monotonic() + REPORT_SECONDS
     why = "it has not answered"
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -206,6 +207,9 @@ def visit(place: Place, seconds: float) -> int:
             return hosts
         if isinstance(answer.get("error"), str):
             raise UserError(answer["error"]) if answer.get("usage") else RunFailed(answer["error"])
+        if time.monotonic() >= report:
+            report = time.monotonic() + REPORT_SECONDS
+            say(f"process {place.index} waits for process 0 at {place.coordinator}: {why}")
         time.sleep(min(RETRY_SECONDS, max(0.0, deadline - time.monotonic())))
     raise RunFailed(
         f"process {place.index} of {place.processes} on {socket.gethostname()} did not meet process 0 at "

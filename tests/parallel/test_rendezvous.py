@@ -81,9 +81,11 @@ def test_who_is_missing_is_told_to_all(coming, address, monkeypatch):
     assert "waiting for 1, 3 of 4 processes" in coming.said
 
 
-def test_process_0_does_not_come(coming, address):
+def test_process_0_does_not_come(coming, address, monkeypatch):
+    monkeypatch.setattr(rendezvous, "REPORT_SECONDS", 0.3)
     coming(1, seconds=1.0)
     error = coming.end()[1]
+    assert f"process 1 waits for process 0 at {address}: Connection refused" in coming.said
     assert isinstance(error, RunFailed)
     assert (
         f"did not meet process 0 at {address} within 1 s (launch.rendezvous_seconds): Connection refused"
