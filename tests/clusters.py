@@ -26,9 +26,13 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA
 
 def arrays_of(folder: Path) -> dict[str, np.ndarray]:
     """All arrays of the last checkpoint's state."""
-    step = RunFolder(folder).latest_step()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(folder.absolute() / "checkpoints" / str(step) / "state")
+    checkpoint = folder.absolute() / "checkpoints" / str(RunFolder(folder).latest_step())
+    tree = {}
+    for item in ("params", "rest"):  # by one process what two have written: as NumPy's, which lie nowhere
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            shapes = checkpointer.metadata(checkpoint / item).item_metadata.tree
+            plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+            tree[item] = checkpointer.restore(checkpoint / item, restore_args=plain)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
