@@ -132,6 +132,30 @@ def check_model_divides(mesh: Mesh, model: ModelConfig) -> None:
             raise UserError(f"{name}={size} is not divisible by {given}")
 
 
+def check_layers_unrolled(mesh: Mesh, model: ModelConfig) -> None:
+    """On CPU, XLA runs a loop beside exchanges that do not wait for it.
+
+    Between processes, gloo then takes the arrays of one for the other's and aborts (seen with jaxlib 0.10: the
+    head's weights and a layer's).
+
+    Raises:
+      UserError: layers are a loop, and exchange arrays with other processes.
+    """
+    if platform_of(mesh) != "cpu" or model.scan_unroll == model.n_layers:
+        return
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    spanning = [
+        name
+        for axis, name in enumerate(mesh.axis_names)
+        if name in ("fsdp", "context", "tensor") and np.diff(owners, axis=axis).any()
+    ]
+    if spanning:
+        raise UserError(
+            f"mesh.{spanning[0]} goes over several processes of CPUs, where layers must be no loop: give "
+            f"model.scan_unroll={model.n_layers}"
+        )
+
+
 def platform_of(mesh: Mesh | AbstractMesh) -> str:
     """The kind of a mesh's devices: cpu, gpu or tpu; where it has none, of those that are here."""
     if isinstance(mesh, AbstractMesh):

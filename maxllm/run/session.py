@@ -27,7 +27,13 @@ from maxllm.folder import RunFolder
 from maxllm.model.attend import resolve
 from maxllm.parallel import processes
 from maxllm.parallel.memory import check_offload
-from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh
+from maxllm.parallel.mesh import (
+    AXES,
+    check_batch_divides,
+    check_layers_unrolled,
+    check_model_divides,
+    make_mesh,
+)
 from maxllm.recipe import flat
 from maxllm.run.changes import is_of, record_changes
 from maxllm.run.console import console
@@ -97,6 +103,7 @@ def open_session(config: Config) -> Session:
     mesh = make_mesh(config.mesh)
     check_offload(mesh, config.mesh)
     check_model_divides(mesh, model)
+    check_layers_unrolled(mesh, model)
     check_batch_divides(mesh, config.batch, model)
     folder = RunFolder(config.run.dir)
     run = config.run.model_copy(update={"day": day})

@@ -49,6 +49,23 @@ def test_two_processes_get_the_losses_of_one(recipe_words: list[str], tmp_path: 
             assert a["heldout"]["loss"] == pytest.approx(b["heldout"]["loss"], rel=1e-5)
 
 
+def test_layers_in_a_loop_across_processes_are_refused(recipe_words: list[str], tmp_path: Path) -> None:
+    """Gloo would mix up their weights, and abort."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    words = [word for word in recipe_words if not word.startswith("mesh.")]
+    words += ["mesh.data=1", "mesh.fsdp=2", f"run.dir={tmp_path / 'run'}"]
+    result = subprocess.run(
+        ["bash", str(ROOT / "launch" / "local.sh"), "pretrain", *words],
+        capture_output=True,
+        text=True,
+        env=environment | {"MAXLLM": str(Path(sys.executable).parent / "maxllm")},
+        timeout=300,
+    )
+    assert result.returncode == 2
+    assert "mesh.fsdp goes over several processes of CPUs" in result.stderr
+    assert "model.scan_unroll=2" in result.stderr and not (tmp_path / "run").exists()
+
+
 WORKER = """#!/usr/bin/env bash
 # A process of the run: says that it is there, does what the test asks of it, then waits to be asked to stop.
 [ "$2" = deaf ] && trap '' TERM
