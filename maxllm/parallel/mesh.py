@@ -135,7 +135,7 @@ def check_model_divides(mesh: Mesh, model: ModelConfig) -> None:
 def check_layers_unrolled(mesh: Mesh, model: ModelConfig) -> None:
     """On CPU, XLA runs a loop beside exchanges that do not wait for it.
 
-    Between processes, gloo then takes the arrays of one for the other's and aborts (seen with jaxlib 0.10: the
+    Between processes, gloo then takes the arrays of one for the other's and aborts (with jaxlib 0.10: the
     head's weights and a layer's).
 
     Raises:
