@@ -87,8 +87,9 @@ follow() {
   local label=${1:-} line=${2:-1} prefix=
   [ -d "$run" ] || { say "there is no run $name here" && exit 2; }
   [ -z "$label" ] || prefix="[$label] "
-  tail -n "+$line" --follow --sleep-interval=0.5 --pid="$(cut -d' ' -f1 "$run/pid")" "$run/log" |
-    sed -u "s/^/${prefix//\//\\/}/"
+  local until=()
+  ! is_running || until=(--follow --sleep-interval=0.5 "--pid=$(cut -d' ' -f1 "$run/pid")")
+  tail -n "+$line" "${until[@]}" "$run/log" | sed -u "s/^/${prefix//\//\\/}/"
   for _ in {1..20}; do [ -e "$run/ended" ] || sleep 0.1; done # written down just after the end
   [ -e "$run/ended" ] || { say "$name vanished: was this host restarted?" && exit 137; }
   echo "$name ended $(cat "$run/ended")"

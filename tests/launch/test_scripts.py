@@ -152,7 +152,7 @@ match words[2:4]:
         home.mkdir(parents=True, exist_ok=True)
         if "worker.sh install" in flags["command"]:
             program = home / "maxllm/.venv/bin/maxllm"
-            program.parent.mkdir(parents=True)
+            program.parent.mkdir(parents=True, exist_ok=True)
             program.write_text({program!r})
             program.chmod(0o755)
         else:
