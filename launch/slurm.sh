@@ -113,5 +113,5 @@ say "job $job: $state"
 if [ "$state" = COMPLETED ]; then exit 0; fi
 status=${exit_code%%:*}
 ((status > 0)) || status=$((128 + ${exit_code##*:}))
-((status > 128 || status < 128)) || status=1 # ended by Slurm itself: cancelled, out of time, a node lost
+((status != 128)) || status=1 # ended by Slurm itself: cancelled, out of time, a node lost
 exit "$status"
