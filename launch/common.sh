@@ -181,13 +181,15 @@ supervise() {
       first="$(named "$index") was killed first, by SIG$(kill -l $((status - 128)))"
       [ "$status" -ne 137 ] || first+=" (out of memory, perhaps: see the system's log)"
     fi
-    if [ "$status" -ne 75 ] && [ ${#index_of[@]} -gt 0 ]; then
+    [ ${#index_of[@]} -gt 0 ] || continue
+    if [ "$status" -ne 75 ]; then
       first+="; the others were ended for it"
       signal_all TERM
-      # A shell of its own, which has the children's names but waits for none of them.
-      (trap '' INT TERM && sleep "$grace" && signal_all KILL) &
-      helpers+=($!)
     fi
+    # A shell of its own, which has the children's names but waits for none of them. Where one has ended with 75
+    # all do by themselves, unless one is stopped, or cut off.
+    (trap '' INT TERM && sleep "$((status == 75 ? grace + 60 : grace))" && signal_all KILL) &
+    helpers+=($!)
   done
   if [ ${#helpers[@]} -gt 0 ]; then
     kill -KILL "${helpers[@]}" 2>/dev/null || true

@@ -7,19 +7,18 @@
 #   --processes N            how many (2)
 #   --devices N              simulated CPU devices of each (1)
 #   --grace-seconds S        when one fails the others are asked to end at once, and killed S seconds later (10)
-#   --stopped-seconds S      one that has been stopped (SIGSTOP) for S seconds is killed, for the others wait (60)
 #   --dry-run                print the commands, run nothing
 #
 # All print; only process 0 writes the run folder's text files. Ctrl-C or SIGTERM asks all to stop after the step
 # under way, saved (exit code 75); a second one kills them. The exit code is that of the process that failed
 # first, 128 + N for one that signal N killed; which one it was is said last.
 set -euo pipefail
-declare -A options=([processes]=2 [devices]=1 [grace-seconds]=10 [stopped-seconds]=60)
+declare -A options=([processes]=2 [devices]=1 [grace-seconds]=10)
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 parse "$@"
 need_recipe
-for option in processes devices grace-seconds stopped-seconds; do need_number "$option"; done
+for option in processes devices grace-seconds; do need_number "$option"; done
 find_maxllm
 
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
@@ -45,25 +44,6 @@ for ((index = 0; index < options[processes]; index++)); do
 done
 dry && exit 0
 
-# Ends processes that have been stopped for too long: the state T of ps, not t, a debugger's.
-watch() {
-  declare -A since
-  while sleep 1; do
-    for pid in "$@"; do
-      if [[ $(ps -o state= -p "$pid" 2>/dev/null) == T ]]; then
-        since[$pid]=${since[$pid]:-$SECONDS}
-        if ((SECONDS - since[$pid] >= options[stopped-seconds])); then
-          say "a process has been stopped (SIGSTOP) for ${options[stopped-seconds]} s and is killed"
-          kill -KILL "$pid" 2>/dev/null || true
-        fi
-      else
-        unset "since[$pid]"
-      fi
-    done
-  done
-}
-trap '' INT TERM # inherited by the helper alone
-watch "${!index_of[@]}" &
-supervise "${options[grace-seconds]}" $!
+supervise "${options[grace-seconds]}"
 [ "$code" -eq 0 ] || [ "$code" -eq 75 ] || say "$first"
 exit "$code"

@@ -20,6 +20,7 @@ from maxllm.errors import DoesNotFit, Interrupted, RunFailed, UserError, leave
 from maxllm.options import RECIPE_VERBS, parse
 from maxllm.parallel.compiler import without_tpu
 from maxllm.parallel.hugepages import restart_with_huge_pages
+from maxllm.phases import PHASES, Phase
 
 CONTINUES = {"quickstart", "export", "convert", *RECIPE_VERBS}
 """Verbs that go on where they were interrupted: launchers retry exit code 75."""
@@ -40,8 +41,9 @@ def entry() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: leave(code, sentence))
     done = run(options)
-    if done in (1, 2):
-        # Reads and writes under way in libraries' threads would print tracebacks while Python shuts down.
+    if done in (1, 2) or PHASES.phase is Phase.BEREAVED:
+        # Reads and writes under way in libraries' threads would print tracebacks while Python shuts down, and
+        # JAX would wait for a process that is gone.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(done)
@@ -151,7 +153,10 @@ def train(options: argparse.Namespace) -> None:
         return
     from maxllm.stages import prepare
     from maxllm.stages.registry import stage_of
+    from maxllm.supervise.supervisor import supervise_where_needed
 
+    if options.verb != "prepare":
+        supervise_where_needed(config, options.restarts)
     run = prepare.run if options.verb == "prepare" else stage_of(config.stage).run
     show(options, run(config), f"maxllm {options.verb}")
 

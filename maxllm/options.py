@@ -137,6 +137,14 @@ def add_trainer(verbs: Any, name: str, description: str) -> None:
     verb.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of one under configs/")
     add_overrides(verb, "run.steps=100")
     verb.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    if name in TRAINED:
+        verb.add_argument(
+            "--restarts",
+            type=int,
+            default=0,
+            metavar="N",
+            help="begin again after a hang, a lost process or a kill, up to N times in a row",
+        )
     add_json(verb)
 
 

@@ -60,8 +60,8 @@ def await_step(log: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def trainers(folder: Path, **variables: str) -> list[int]:
-    """Processes that train in a folder, by what stands in their environment."""
-    found = []
+    """Processes that train in a folder, by what stands in their environment; not their supervisors."""
+    found: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         try:
             command = (entry / "cmdline").read_bytes().split(b"\0")
@@ -70,5 +70,6 @@ def trainers(folder: Path, **variables: str) -> list[int]:
             continue
         told = {f"{name}={value}".encode() for name, value in variables.items()}
         if b"python" in command[0] and f"run.dir={folder}".encode() in command and told <= set(environment):
-            found.append(int(entry.name))
-    return found
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            found[int(entry.name)] = int(parent)
+    return [process for process, parent in found.items() if parent in found]

@@ -44,6 +44,13 @@ class RunConfig(Section):
         5, ge=0, description="Consecutive skipped (non-finite) updates after which the run fails."
     )
 
+    hang_seconds: Annotated[int, Effect.RECORD] = Field(
+        300,
+        gt=0,
+        description="A run of several processes, or with --restarts, in which nothing changes for about as "
+        "long ends with 75; compiling, saving and evaluating may take 12 times as long.",
+    )
+
     @field_validator("dir")
     @classmethod
     def _local(cls, value: str) -> str:

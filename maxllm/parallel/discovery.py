@@ -22,6 +22,9 @@ COORDINATOR, COUNT, INDEX = "MAXLLM_COORDINATOR", "MAXLLM_NUM_PROCESSES", "MAXLL
 
 AUTO = "MAXLLM_DISTRIBUTED"
 
+HOSTS = "MAXLLM_HOSTS"
+"""Machines of the job, as a supervisor has counted them for its process."""
+
 PORTS = range(61_440, 65_536)
 """Where a coordinator's port is taken from, by the number of the job: two jobs of one host seldom collide."""
 
@@ -89,13 +92,14 @@ def place_of(environment: Environment) -> Place | None:
     )
     if processes < 1 or not 0 <= index < processes:
         raise UserError(f"{INDEX}={index} is not one of the {processes} processes that {COUNT} says")
-    check_address(coordinator, launcher.hosts)
+    hosts = whole_number(environment[HOSTS], HOSTS) if HOSTS in environment else launcher.hosts
+    check_address(coordinator, hosts)
     return Place(
         launcher=launcher.name,
         coordinator=coordinator,
         processes=processes,
         index=index,
-        hosts=launcher.hosts,
+        hosts=hosts,
         local_devices=launcher.local_devices,
         gpus=launcher.gpus,
     )

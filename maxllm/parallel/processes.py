@@ -18,10 +18,15 @@ from maxllm.errors import UserError
 from maxllm.parallel.compiler import keep_compiled
 from maxllm.parallel.discovery import AUTO, Place, is_loopback, place_of
 from maxllm.parallel.rendezvous import meet
+from maxllm.phases import PHASES
 
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 """XLA flag without which simulated devices may each begin another of two exchanges that do not wait for each
 other, and keep their few threads waiting for ever (seen with a ring inside a pipeline)."""
+
+
+HEARTBEAT_SECONDS = 3600
+"""After so long JAX gives up a process from which nothing comes, by an abort; supervisors know far sooner."""
 
 
 def initialize(rendezvous_seconds: int = RENDEZVOUS_SECONDS) -> None:
@@ -60,12 +65,7 @@ def join(place: Place, seconds: int) -> None:
       RunFailed: the others did not come.
     """
     if place.processes > 1:  # one alone takes no port, which another command of the same job step may have
-
-        def say(sentence: str) -> None:
-            print(f"maxllm: {sentence}", file=sys.stderr, flush=True)
-
-        hosts = meet(place, seconds, say)
-        say(f"process {place.index} of {place.processes} on {socket.gethostname()} ({place.launcher})")
+        hosts = place.hosts if PHASES.supervised else hosts_met(place, seconds)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
             place.coordinator,
@@ -75,8 +75,9 @@ def join(place: Place, seconds: int) -> None:
             # Left to itself, JAX takes one GPU of a Slurm node whose one process is to have all.
             cluster_detection_method="deactivate",
             initialization_timeout=seconds,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS if PHASES.supervised else 100,
         )
-        if hosts > 1 and jax.default_backend() == "cpu":
+        if (hosts or 1) > 1 and jax.default_backend() == "cpu":
             check_own_address()
     found = jax.local_device_count() if jax.default_backend() == "gpu" else 0
     if place.gpus is not None and found != place.gpus:
@@ -84,6 +85,22 @@ def join(place: Place, seconds: int) -> None:
             f"{place.launcher} gives process {place.index} {place.gpus} GPUs, and JAX finds {found}: "
             "see CUDA_VISIBLE_DEVICES, and whether maxllm[cuda] is installed"
         )
+
+
+def hosts_met(place: Place, seconds: int) -> int:
+    """Meets the other processes, where no supervisor has done so; on how many hosts they are.
+
+    Raises:
+      UserError, RunFailed: see `rendezvous.meet`.
+    """
+
+    def say(sentence: str) -> None:
+        print(f"maxllm: {sentence}", file=sys.stderr, flush=True)
+
+    meeting = meet(place, seconds, say)
+    meeting.close()
+    say(f"process {place.index} of {place.processes} on {socket.gethostname()} ({place.launcher})")
+    return meeting.hosts
 
 
 def check_own_address() -> None:

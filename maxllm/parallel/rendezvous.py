@@ -57,16 +57,28 @@ class Guest:
             self.connection.sendall(line_of(answer))
 
 
-def meet(place: Place, seconds: float, say: Say) -> int:
+@dataclass(frozen=True)
+class Meeting:
+    """All processes have come, and are still connected."""
+
+    hosts: int
+    """On how many hosts they are, by the hosts' names."""
+    guests: dict[int, Guest]
+    """In process 0: each of the others. In another: process 0."""
+
+    def close(self) -> None:
+        """Ends the connections, which nobody needs for what follows."""
+        for guest in self.guests.values():
+            guest.connection.close()
+
+
+def meet(place: Place, seconds: float, say: Say) -> Meeting:
     """Waits until all processes of a job, of which there are several, have come.
 
     Args:
       place: this process's.
       seconds: how long the others are waited for.
       say: takes sentences on who is missing.
-
-    Returns:
-      On how many hosts they are, by the hosts' names.
 
     Raises:
       UserError: the port is taken, two have one index, or they do not agree on how many they are.
@@ -78,8 +90,8 @@ def meet(place: Place, seconds: float, say: Say) -> int:
 # --- process 0 ---------------------------------------------------------------------------------------------
 
 
-def receive(place: Place, seconds: float, say: Say) -> int:
-    """Process 0 waits for the others, tells each what came of it, and returns the number of hosts."""
+def receive(place: Place, seconds: float, say: Say) -> Meeting:
+    """Process 0 waits for the others, and tells each what came of it."""
     guests: dict[int, Guest] = {}
     deadline = time.monotonic() + seconds
     try:
@@ -99,15 +111,12 @@ def receive(place: Place, seconds: float, say: Say) -> int:
     except (RunFailed, UserError) as error:
         for guest in guests.values():
             guest.tell({"error": str(error), "usage": isinstance(error, UserError)})
-        raise
-    else:
-        hosts = len({socket.gethostname(), *(guest.host for guest in guests.values())})
-        for guest in guests.values():
-            guest.tell({"hosts": hosts})
-        return hosts
-    finally:
-        for guest in guests.values():
             guest.connection.close()
+        raise
+    hosts = len({socket.gethostname(), *(guest.host for guest in guests.values())})
+    for guest in guests.values():
+        guest.tell({"hosts": hosts, "host": socket.gethostname()})
+    return Meeting(hosts, guests)
 
 
 def listening(place: Place) -> socket.socket:
@@ -192,19 +201,22 @@ def absent(place: Place, guests: dict[int, Guest]) -> list[int]:
 # --- the others --------------------------------------------------------------------------------------------
 
 
-def visit(place: Place, seconds: float, say: Say) -> int:
-    """Comes to process 0, again if it is gone, and waits for its answer: the number of hosts."""
+def visit(place: Place, seconds: float, say: Say) -> Meeting:
+    """Comes to process 0, again if it is gone, and waits for its answer."""
     deadline = time.monotonic() + seconds
     report = time.monotonic() + REPORT_SECONDS
     why = "it has not answered"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            answer = answer_of(place, left)
+            answer, connection = answer_of(place, left)
         except OSError as error:
             why = error.strerror or str(error)
-            answer = {}
-        if isinstance(hosts := answer.get("hosts"), int):
-            return hosts
+            answer, connection = {}, None
+        hosts, host = answer.get("hosts"), answer.get("host")
+        if connection is not None and isinstance(hosts, int) and isinstance(host, str):
+            return Meeting(hosts, {0: Guest(host[:255], connection)})
+        if connection is not None:
+            connection.close()
         if isinstance(answer.get("error"), str):
             raise UserError(answer["error"]) if answer.get("usage") else RunFailed(answer["error"])
         if time.monotonic() >= report:
@@ -217,19 +229,23 @@ def visit(place: Place, seconds: float, say: Say) -> int:
     )
 
 
-def answer_of(place: Place, seconds: float) -> dict[str, Any]:
-    """What process 0 answers; {} where it, or whoever listens there, goes without a word.
+def answer_of(place: Place, seconds: float) -> tuple[dict[str, Any], socket.socket]:
+    """What process 0 answers, and the connection; {} where it, or whoever listens there, goes without a word.
 
     Raises:
       OSError: nobody listens, or the time is over.
     """
     host, _, port = place.coordinator.rpartition(":")
     address = host.strip("[]"), int(port)
-    with socket.create_connection(address, timeout=min(seconds, INTRODUCTION_SECONDS)) as connection:
+    connection = socket.create_connection(address, timeout=min(seconds, INTRODUCTION_SECONDS))
+    try:
         own = {"index": place.index, "processes": place.processes, "host": socket.gethostname()}
         connection.sendall(line_of(own))
         connection.settimeout(seconds)
-        return line_from(connection)
+        return line_from(connection), connection
+    except OSError:
+        connection.close()
+        raise
 
 
 # --- lines -------------------------------------------------------------------------------------------------
@@ -245,7 +261,7 @@ def line_from(connection: socket.socket) -> dict[str, Any]:
     received = b""
     try:
         while not received.endswith(b"\n") and len(received) < LINE_BYTES:
-            part = connection.recv(LINE_BYTES - len(received))
+            part = connection.recv(1)  # no more than this line: others may follow
             if not part:
                 return {}
             received += part

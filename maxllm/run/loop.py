@@ -19,6 +19,7 @@ from maxllm.data.store import write_record
 from maxllm.errors import Interrupted, RunFailed, UserError
 from maxllm.folder import METRICS, UNRANKED, RunFolder
 from maxllm.parallel import processes, sharding
+from maxllm.phases import PHASES, Phase
 from maxllm.records import Metrics, Params
 from maxllm.run.checkpoint import Checkpoints
 from maxllm.run.faults import StopRequest, stop_on_signals
@@ -82,6 +83,7 @@ def train(session: Session, job: Job) -> dict[str, Any]:
       UserError: another process is training in the same folder, or the run began from other data or parents.
     """
     title = session.config.stage
+    PHASES.enter(Phase.PREPARING, 0)
     with stop_on_signals() as stop:
         try:
             state = job.fresh() if session.folder.latest_step() is None else None
@@ -89,6 +91,7 @@ def train(session: Session, job: Job) -> dict[str, Any]:
                 summary = finished(session) or _train_in_folder(session, job, state, stop)
         except Exception as error:
             if processes.peer_lost(error):
+                PHASES.enter(Phase.BEREAVED)
                 raise Interrupted(
                     "another process of this run has ended, and this one cannot go on alone; the message of "
                     "that process says why. The same command continues from the last complete checkpoint"
@@ -120,14 +123,17 @@ def _train_in_folder(session: Session, job: Job, state: Any, stop: StopRequest) 
         listening = observers_of(folder, session.config.stage, run.steps, first or 0, former, main)
         with closing(listening) as observers:
             if first is not None:
-                state = checkpoints.restore(first, job.program.abstract_state)
+                with PHASES.during(Phase.RESTORING):
+                    state = checkpoints.restore(first, job.program.abstract_state)
                 observers.say(f"continues from the checkpoint of step {first}")
             elif state is None:
                 state = job.fresh()
             loop = _Loop(session, job, checkpoints, observers, former, stop)
             summary = loop.run(state, first or 0)
+        PHASES.enter(Phase.SAVING)
     finally:
         checkpoints.close()
+    PHASES.enter(Phase.ENDING)
     if main:
         folder.write_summary(summary)
     return summary
@@ -190,9 +196,10 @@ class _Loop:
         if not self.evaluations():
             self.evaluate(state, first)
         rows = sharding.batch_sharding(self.session.mesh)
-        iterate, compile_seconds = compile_program(
-            self.session.mesh, job.program, self.session.config.mesh.zero
-        )
+        with PHASES.during(Phase.COMPILING):
+            iterate, compile_seconds = compile_program(
+                self.session.mesh, job.program, self.session.config.mesh.zero
+            )
         self.observers.say(f"compiled the step in {compile_seconds:.1f} s")
 
         if self.stop.anywhere(0):
@@ -200,9 +207,11 @@ class _Loop:
 
         self.window.restart()
         for step in range(first + 1, run.steps + 1):
+            PHASES.enter(Phase.LOADING, step)
             asked = time.perf_counter()
             batch = processes.own_rows(partial(job.batches.at, step - 1), job.program.abstract_batch, rows)
             waited = time.perf_counter() - asked
+            PHASES.enter(Phase.COMPUTING)
             if self.is_over():
                 self.note_pending()
             state, metrics = iterate(state, batch, *job.frozen)
@@ -280,7 +289,8 @@ class _Loop:
     def evaluate(self, state: Any, step: int) -> dict[str, float]:
         """Held-out figures, recorded."""
         started = time.perf_counter()
-        heldout = self.job.evaluate(state.detach()[0])
+        with PHASES.during(Phase.EVALUATING):
+            heldout = self.job.evaluate(state.detach()[0])
         record = {"step": step, "seconds": self.seconds(), "heldout": heldout}
         self.records.append(record)
         self.observers.heldout(record)
@@ -300,7 +310,8 @@ class _Loop:
     def save(self, step: int, state: Any, rank: float) -> None:
         """Starts saving in the background."""
         started = time.perf_counter()
-        self.checkpoints.save(step, state, rank)
+        with PHASES.during(Phase.SAVING):
+            self.checkpoints.save(step, state, rank)
         self.window.paused(time.perf_counter() - started)
 
     def summary(self, compile_seconds: float) -> dict[str, Any]:

@@ -30,8 +30,11 @@ def coming(address):
     def come(index, processes=3, seconds=30.0, name=None):
         def run():
             try:
-                hosts = rendezvous.meet(Place("settings", address, processes, index), seconds, said.append)
-                ends[index if name is None else name] = "met" if hosts == 1 else f"{hosts} hosts"
+                meeting = rendezvous.meet(Place("settings", address, processes, index), seconds, said.append)
+                ends[index if name is None else name] = (
+                    "met" if meeting.hosts == 1 else f"{meeting.hosts} hosts"
+                )
+                meeting.close()
             except (RunFailed, UserError) as error:
                 ends[index if name is None else name] = error
 
@@ -132,7 +135,7 @@ def test_hosts_are_counted(coming, address):
     with visitor(address, line) as other:
         coming(2)
         assert coming.end() == dict.fromkeys((0, 2), "2 hosts")
-        assert json.loads(other.recv(4096)) == {"hosts": 2}
+        assert json.loads(other.recv(4096)) == {"hosts": 2, "host": socket.gethostname()}
 
 
 @pytest.mark.parametrize(("address", "says"), [("127.0.1.1", "cannot reach it"), ("10.0.0.7", None)])
