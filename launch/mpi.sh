@@ -33,9 +33,8 @@ read -ra more <<<"${options[mpirun]}"
 command=(
   mpirun --host "$(IFS=,; echo "${slots[*]}")" -np $((${#hosts[@]} * options[per-host]))
   --map-by "ppr:${options[per-host]}:node" --bind-to none --tag-output --wdir "$PWD"
-  # One that saved and ended must not take the others along, which are still saving; those that cannot go on end by
-  # themselves. What is asked to stop has the grace.
-  --mca orte_abort_on_non_zero_status 0 --mca odls_base_sigkill_timeout "${options[grace-seconds]}"
+  # The first that ends with another code than 0 has mpirun ask the others to stop: they have the grace to save.
+  --mca odls_base_sigkill_timeout "${options[grace-seconds]}"
   -x "MAXLLM_COORDINATOR=$coordinator:${options[port]}" -x PYTHONUNBUFFERED=1
 )
 # What is set here on purpose goes along; mpirun itself passes nothing on to other hosts.
@@ -48,4 +47,13 @@ if dry; then
   quoted "${command[@]}"
   exit 0
 fi
-exec "${command[@]}"
+# mpirun ends at once what runs when it is sent SIGTERM; SIGUSR2 it passes on, which asks maxllm to stop, saved.
+asked=USR2
+trap 'kill "-$asked" "$mpirun" && asked=TERM' INT TERM
+"${command[@]}" &
+mpirun=$!
+while kill -0 "$mpirun" 2>/dev/null; do
+  code=0
+  wait "$mpirun" || code=$?
+done
+exit "$code"

@@ -130,9 +130,11 @@ follow_all() {
   done
   supervise "${options[grace-seconds]}"
   [ "$code" -ne 0 ] || return 0
+  # All of them say why they end with 75.
+  [ "$code" -ne 75 ] || { say "ended with 75: the same command continues" && return 0; }
   # Who failed first is what the hosts' clocks say: the logs come in by another order.
   while read -r _ status host; do
-    if [ "$status" -ne 0 ] && { [ "$status" -ne 75 ] || [ "$code" -eq 75 ]; }; then
+    if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
       code=$status
       say "$host failed first, with exit code $status; the end of its log:"
       for index in "${!hosts[@]}"; do

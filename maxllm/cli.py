@@ -38,7 +38,7 @@ def entry() -> NoReturn:
         code, sentence = 75, "interrupted; the same command continues from what was saved"
     else:
         code, sentence = 130, "interrupted"
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, lambda *_: leave(code, sentence))
     done = run(options)
     if done in (1, 2) or PHASES.phase is Phase.BEREAVED:

@@ -1,7 +1,6 @@
 """What the tests with real launchers share: looking at runs, and comparing how they end."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from environments import ONE_DEVICE
 
 from maxllm.folder import RunFolder
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 MAXLLM = Path(sys.executable).parent / "maxllm"
 STEPS = 30
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+ENVIRONMENT = ONE_DEVICE | {
     "MAXLLM": str(MAXLLM),
     "JAX_PLATFORMS": "cpu",
 }

@@ -44,15 +44,15 @@ from maxllm.data.sources import Tally, read_documents  # noqa: E402
 from maxllm.data.spm import SpmTokenizer, train  # noqa: E402
 from maxllm.folder import RunFolder  # noqa: E402
 from maxllm.model.llama import Llama  # noqa: E402
+from maxllm.parallel import compiler  # noqa: E402
 from maxllm.records import Params  # noqa: E402
 from maxllm.run.checkpoint import save_params  # noqa: E402
 from maxllm.steps.state import init_params  # noqa: E402
 
 # As in parallel/processes.py: simulated devices run one program at a time, or they can starve each other.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-jax.config.update(
-    "jax_enable_compilation_cache", False
-)  # what runs in the tests' own process is compiled there
+# What tests compile in their own process is shared as well, among them and between the workers.
+compiler.keep_compiled()
 
 TINY = {
     "vocab_size": 64,

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and Ctrl-C set a flag that the loop reads between two steps."""
+"""Being asked to stop: a signal sets a flag that the loop reads between two steps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import jax
 
 from maxllm.errors import leave
 from maxllm.parallel import processes
+
+ASKS_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""SIGUSR2 is what mpirun passes on, and Slurm can send."""
 
 AGREE_SECONDS = 1.0
 """About as long several processes go on without asking each other whether to stop: little of the half minute
@@ -64,9 +67,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Installs the handlers for SIGTERM and SIGINT, and puts the former ones back."""
+    """Installs the handlers, and puts the former ones back."""
     request = StopRequest()
-    former = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    former = {number: signal.signal(number, request) for number in ASKS_TO_STOP}
     try:
         yield request
     finally:

@@ -37,6 +37,9 @@ VERDICT_SECONDS = 5.0
 DUMP_SECONDS = 1.0
 """So long a stuck process has for writing down where it is."""
 
+FIRST_SECONDS = 0.5
+"""So much later than the one that it ends for a process ends: launchers tell which one failed first."""
+
 INTERRUPTED = 75
 BAD_INPUT = (2, 3)
 
@@ -126,7 +129,7 @@ def end(code: int) -> NoReturn:
 class Child:
     """The process that trains, as its supervisor sees it."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
     def __init__(self, memory: mmap.mmap) -> None:
         """Forks; `pid` is 0 in the new process."""
@@ -245,6 +248,9 @@ class Watch:
             self._child.let_tell(own)
         if running:
             self._child.end()
+        if not own:
+            time.sleep(FIRST_SECONDS)
+        if running:
             return INTERRUPTED
         code = self.ended(replace(self.report(), ended=self._child.ended))
         return code if own or code in BAD_INPUT else INTERRUPTED

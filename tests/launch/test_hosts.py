@@ -170,7 +170,7 @@ def test_mpi_runs_two_hosts_and_goes_on_after_a_kill(hosts, words, reference, tm
     wrapper.write_text(f'#!/bin/sh\nexec {hosts.ssh} "$@"\n')
     wrapper.chmod(0o755)
     script = ["bash", str(ROOT / "launch" / "mpi.sh"), f"--hosts={','.join(hosts.names.values())}"]
-    script += ["--grace-seconds=60", f"--mpirun=--allow-run-as-root --mca plm_rsh_agent {wrapper}"]
+    script += ["--grace-seconds=20", f"--mpirun=--allow-run-as-root --mca plm_rsh_agent {wrapper}"]
 
     def run(log: Path) -> subprocess.Popen:
         with log.open("w") as out:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from clusters import trainers
+from environments import ONE_DEVICE
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,15 +22,15 @@ def logged(folder: Path) -> list[dict]:
 
 
 def test_two_processes_get_the_losses_of_one(recipe_words: list[str], tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    one = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    four = f"{ONE_DEVICE['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    one = ONE_DEVICE | {"XLA_FLAGS": four, "JAX_PLATFORMS": "cpu"}
     subprocess.run(
         [sys.executable, "-m", "maxllm.cli", "pretrain", *recipe_words, f"run.dir={tmp_path / 'one'}"],
         check=True,
         capture_output=True,
         env=one,
     )
-    two = environment | {"MAXLLM": str(Path(sys.executable).parent / "maxllm")}
+    two = ONE_DEVICE | {"MAXLLM": str(Path(sys.executable).parent / "maxllm")}
     script = ["bash", str(ROOT / "launch" / "local.sh"), "--processes", "2", "--devices", "2"]
     result = subprocess.run(
         [*script, "pretrain", *recipe_words, f"run.dir={tmp_path / 'two'}"],
@@ -53,14 +54,13 @@ def test_two_processes_get_the_losses_of_one(recipe_words: list[str], tmp_path: 
 
 def test_layers_in_a_loop_across_processes_are_refused(recipe_words: list[str], tmp_path: Path) -> None:
     """Gloo would mix up their weights, and abort."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     words = [word for word in recipe_words if not word.startswith("mesh.")]
     words += ["mesh.data=1", "mesh.fsdp=2", f"run.dir={tmp_path / 'run'}"]
     result = subprocess.run(
         ["bash", str(ROOT / "launch" / "local.sh"), "pretrain", *words],
         capture_output=True,
         text=True,
-        env=environment | {"MAXLLM": str(Path(sys.executable).parent / "maxllm")},
+        env=ONE_DEVICE | {"MAXLLM": str(Path(sys.executable).parent / "maxllm")},
         timeout=300,
     )
     assert result.returncode == 2
@@ -138,14 +138,13 @@ def test_a_signal_to_the_launcher_stops_all_saved_and_a_second_one_kills(launch)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs bash 5.1 and setsid")
 def test_a_run_whose_process_is_killed_says_so(recipe_words: list[str], tmp_path: Path) -> None:
-    """Process 0, where JAX's coordination service runs: the other is aborted by JAX, and says for whose sake."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    """Process 0, where JAX's coordination service runs: the other is aborted by JAX, and says why."""
     few = {"MAXLLM": str(Path(sys.executable).parent / "maxllm")}
     script = ["bash", str(ROOT / "launch" / "local.sh"), "--devices=2", "pretrain", *recipe_words]
     log = tmp_path / "log"
     with log.open("w") as stream:
         words = [*script, f"run.dir={tmp_path / 'run'}", "run.steps=100000", "run.eval_every=1000"]
-        launcher = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment | few)
+        launcher = subprocess.Popen(words, stdout=stream, stderr=stream, env=ONE_DEVICE | few)
         while "step 3/" not in log.read_text():
             assert launcher.poll() is None, log.read_text()
             time.sleep(0.1)
@@ -194,14 +193,13 @@ def test_long_steps_stop_after_the_one_in_which_a_process_was_asked(
     program = tmp_path / "slow.py"
     program.write_text(SLOW.replace("{python}", sys.executable))
     program.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     few = {"MAXLLM": str(program), "PYTHONPATH": str(ROOT)}
     script = ["bash", str(ROOT / "launch" / "local.sh"), "--devices=2", "pretrain", *recipe_words]
     result = subprocess.run(
         [*script, f"run.dir={tmp_path / 'run'}"],
         capture_output=True,
         text=True,
-        env=environment | few,
+        env=ONE_DEVICE | few,
         timeout=300,
     )
     assert result.returncode == 75, result.stderr

@@ -15,14 +15,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import yaml
+from environments import ONE_DEVICE
 from jax.sharding import SingleDeviceSharding
 
 import maxllm
 
 STEPS = 24
-
-ONE_DEVICE = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-"""The tests themselves run with 8 simulated devices; these runs have one."""
 
 
 def command(folder: Path, corpus: Path) -> list[str]:
@@ -140,7 +138,7 @@ def test_kill_9_then_the_same_command(corpus: Path, uninterrupted: Path) -> None
     assert steps == sorted(steps), "lines of the killed sitting were cut back"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits_75(corpus: Path, uninterrupted: Path, number: int) -> None:
     folder = corpus / f"signal{number}"
     words = verb(command(folder, corpus), "pretrain")
@@ -329,6 +327,7 @@ def test_what_lies_in_the_hosts_memory_goes_through_a_checkpoint(tmp_path: Path,
         assert in_host == (set() if kind == "none" else {"pinned_host"})
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_its_state_in_the_hosts_memory(corpus: Path, uninterrupted: Path) -> None:
     """Parameters and optimizer in host memory for 6 of 24 steps; for the rest the optimizer's state alone,
     and layers are computed again. Held-out rows are evaluated on the way. Another program rounds otherwise,

@@ -92,6 +92,7 @@ def test_a_plan_has_the_figures(plan):
     assert figures["cost"] == pytest.approx(figures["days"] * 24 * 4 * 2)
 
 
+@pytest.mark.slow
 def test_ironwood_has_two_devices_a_chip(plan):
     """Each with half of the chip's 192 GiB; what its SparseCores gather and scatter is counted as well."""
     code, figures, error = plan("--hardware", "tpu7x:2x2x1", "mesh.data=1", "mesh.fsdp=8")
@@ -110,6 +111,7 @@ def test_data_parallelism_reduces_gradients_and_keeps_the_state_whole(plan):
     assert set(figures["collectives"]) == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_zero_trades_memory_for_exchanges(plan):
     """Bytes of state per parameter on each of four devices: 12, 4 + 8/4, 12/4. Gradients are reduced whole at
     stage 0 and scattered at 2; at 1 the compiler may do either, as only shares of them are used."""
@@ -122,6 +124,7 @@ def test_zero_trades_memory_for_exchanges(plan):
     assert figures[0]["collectives"].keys() == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_products_compile(plan):
     code, figures, _ = plan("mesh.fsdp=2", "mesh.tensor=2")
     assert code == 0 and figures["fits"]
@@ -150,6 +153,7 @@ def test_what_lies_in_the_hosts_memory_is_counted_there(plan):
     assert 4 * tables / 4 <= figures["argument_bytes"] < 1.1 * 4 * tables / 4
 
 
+@pytest.mark.slow
 def test_two_slices_exchange_their_shares_of_gradients(plan):
     """Each chip of a slice sends its quarter of the gradients: in bfloat16 those of layers, at least."""
     code, figures, _ = plan("--hardware", "2xv5e:2x2", "mesh.slices=2", "mesh.data=2", "mesh.fsdp=4")
@@ -227,6 +231,7 @@ def test_adapters_cost_no_gradients_of_the_model(plan):
     assert figures["matmul_flops"] == multiplied * 8 * 256 / 4
 
 
+@pytest.mark.slow
 def test_a_reward_model_has_no_language_head(plan):
     code, figures, error = plan(
         "mesh.fsdp=4", stage="reward", start={"policy": "not/here"}, data={"sources": ["unused.jsonl"]}
@@ -237,6 +242,7 @@ def test_a_reward_model_has_no_language_head(plan):
     assert figures["flops_per_token_full_attention"] == 6 * (weights + D) + 2 * attention
 
 
+@pytest.mark.slow
 def test_four_models_of_ppo_hold_what_they_should(plan):
     """Actor and critic 12 bytes a parameter, reference and reward model 4: 32 in all, over the shards."""
     _, figures, _ = plan(
@@ -278,6 +284,7 @@ def test_what_cannot_be_planned_is_told(plan, words, sentence):
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_search_is_confirmed_by_the_compiler(plan, monkeypatch):
     """All but the mesh is held; of the candidates, the first two are compiled and no more."""
     monkeypatch.setattr("maxllm.stages.plan.CONFIRMED", 2)

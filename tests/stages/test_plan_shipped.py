@@ -9,6 +9,8 @@ from maxllm import recipe
 from maxllm.cli import main
 from maxllm.plan.flops import matmul_parameters
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("libtpu", reason="TPU's compiler is made for Linux on x86-64")
 
 CONFIGS = Path(__file__).parents[2] / "configs"

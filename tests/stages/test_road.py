@@ -1,7 +1,6 @@
 """The whole road, fast: every stage, every figure, every verb on what it left; and kill -9 on the way."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,12 +12,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from environments import ONE_DEVICE
 from safetensors.numpy import load_file
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
-
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-"""A user's: one device."""
 
 
 def maxllm(*words: object, stdin: str | None = None) -> subprocess.CompletedProcess:
@@ -27,7 +24,7 @@ def maxllm(*words: object, stdin: str | None = None) -> subprocess.CompletedProc
         [sys.executable, "-m", "maxllm.cli", *map(str, words)],
         capture_output=True,
         text=True,
-        env=ENVIRONMENT,
+        env=ONE_DEVICE,
         input=stdin,
     )
 
@@ -135,7 +132,7 @@ def test_kill_9_in_every_stage_then_the_same_end(road: Path, summary: dict, tmp_
     words = [sys.executable, "-m", "maxllm.cli", "quickstart", "--fast", "--out", str(out), "--json"]
     for stage in STAGES:
         process = subprocess.Popen(
-            words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+            words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_DEVICE
         )
         deadline = time.time() + 240
         while not any(path.name.isdigit() for path in (out / stage / "checkpoints").glob("*")):
@@ -176,7 +173,15 @@ def test_ppo_moves_its_models(road: Path) -> None:
 
 @pytest.mark.parametrize(
     "moment",
-    ["tokenizing", "pretrain: step 40/40", "sft: step 0 held out", "sft: compiled", "ppo: step 4/4", "hf"],
+    [
+        "tokenizing",
+        "sft: step 0 held out",
+        "hf",
+        *(
+            pytest.param(moment, marks=pytest.mark.slow)
+            for moment in ("pretrain: step 40/40", "sft: compiled", "ppo: step 4/4")
+        ),
+    ],
 )
 def test_ctrl_c_ends_the_road_at_once_wherever_it_comes(moment: str, road: Path, tmp_path: Path) -> None:
     """Exit 75 before another stage begins. That the same command continues is shown by the kills above for
@@ -190,7 +195,7 @@ def test_ctrl_c_ends_the_road_at_once_wherever_it_comes(moment: str, road: Path,
         copy(road / name, out / name)
     words = [sys.executable, "-m", "maxllm.cli", "quickstart", "--fast", "--out", str(out), "--json"]
     process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ONE_DEVICE
     )
     assert process.stderr is not None
     said = ""
@@ -256,7 +261,7 @@ def test_prompt_longer_than_the_context(road: Path) -> None:
 def test_batch_that_the_mesh_does_not_divide(road: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "maxllm.cli", "sft", "sft/tiny_tasks_cpu_fast", "batch.rows=3"]
     words += [f"start.policy={road / 'pretrain'}", f"run.dir={tmp_path / 'x'}"]
-    flags = ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = ONE_DEVICE | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     result = subprocess.run(words, capture_output=True, text=True, env=flags)
     assert result.returncode == 2
     assert "batch.rows=3" in result.stderr and "does not divide" in result.stderr
@@ -348,7 +353,7 @@ def ppo_words(road: Path) -> tuple[str, ...]:
 
 def test_ppo_refuses_minibatches_that_the_devices_do_not_divide(road: Path, tmp_path: Path) -> None:
     rows = ("ppo.minibatches=4", "batch.rows=4", "batch.microbatches=1", f"run.dir={tmp_path / 'no'}")
-    two = ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    two = ONE_DEVICE | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-m", "maxllm.cli", *ppo_words(road), *rows]
     result = subprocess.run(command, capture_output=True, text=True, env=two)
     assert result.returncode == 2, result.stderr
