@@ -171,6 +171,10 @@ class RunFolder:
         """Writes summary.json, which makes the run complete."""
         write_json(self.path / SUMMARY, dict(summary))
 
+    def remove_summary(self) -> None:
+        """The run is not complete any more: it is given more steps."""
+        (self.path / SUMMARY).unlink(missing_ok=True)
+
     def data(self) -> dict[str, Any]:
         """{name of the data: fingerprint} as the run began; nothing where it was not recorded."""
         return read_json(self.path / DATA) if (self.path / DATA).is_file() else {}

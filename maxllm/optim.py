@@ -14,7 +14,8 @@ from maxllm.weights import Declaration
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warmup, then cosine, linear or no decay to final_share of the peak."""
+    """Learning rate by step: linear warmup, then cosine, linear or no decay to final_share of the peak, or a
+    linear one in the last steps alone (wsd; Hu et al. 2024, MiniCPM, equation 1)."""
     peak, last = config.learning_rate, config.learning_rate * config.final_share
     decay_steps = max(steps - config.warmup_steps, 1)
     match config.schedule:
@@ -24,6 +25,10 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
             decay = optax.linear_schedule(peak, last, decay_steps)
         case "constant":
             decay = optax.constant_schedule(peak)
+        case "wsd":
+            falling = config.decay_of(steps)
+            stable, fall = optax.constant_schedule(peak), optax.linear_schedule(peak, last, falling)
+            decay = optax.join_schedules([stable, fall], [decay_steps - falling])
     warmup = optax.linear_schedule(0.0, peak, max(config.warmup_steps, 1))
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 

@@ -22,7 +22,14 @@ class OptimizerConfig(Section):
         gt=0,
         description="Peak learning rate; adafactor's is a share of each matrix's root mean square (1e-2).",
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after warmup.")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine",
+        description="Decay after warmup; wsd (warmup, stable, decay) stays at the peak until the last "
+        "decay_steps. Runs of constant, and of wsd before it decays, can be given more run.steps later.",
+    )
+    decay_steps: int | None = Field(
+        None, gt=0, description="Updates of wsd's linear decay at the end; a tenth of the run when absent."
+    )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warmup from 0.")
     final_share: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, on matrices only.")
@@ -40,6 +47,16 @@ class OptimizerConfig(Section):
         "float32",
         description="Type of the layers' gradients until they are summed or clipped; bfloat16 halves them.",
     )
+
+    def decay_of(self, updates: int) -> int:
+        """Updates of wsd's decay in a run of so many."""
+        return self.decay_steps or max(1, updates // 10)
+
+    @model_validator(mode="after")
+    def _decay(self) -> Self:
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(f"decay_steps is of the schedule wsd, not of {self.schedule}")
+        return self
 
     @model_validator(mode="after")
     def _moments(self) -> Self:

@@ -77,6 +77,12 @@ class Config(Section):
             raise ValueError(
                 f"batch.microbatches={self.batch.microbatches} does not divide batch.rows={self.batch.rows}"
             )
+        falling = self.optimizer.decay_of(self.updates) if self.optimizer.schedule == "wsd" else 0
+        if falling and self.updates < self.optimizer.warmup_steps + falling:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} and optimizer.decay_steps={falling} "
+                f"are more than the run's {self.updates} updates"
+            )
         if self.updates <= self.optimizer.warmup_steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is not less than the run's "

@@ -63,8 +63,9 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def finished(session: Session) -> dict[str, Any] | None:
-    """The summary of a run that is complete already, or None."""
-    return session.folder.summary()
+    """The summary of a run that is complete already, or None; one that is given more steps is not."""
+    summary = session.folder.summary()
+    return summary if summary and summary["steps"] >= session.config.run.steps else None
 
 
 def train(session: Session, job: Job) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from maxllm.parallel.mesh import (
 from maxllm.recipe import flat
 from maxllm.run.changes import is_of, record_changes
 from maxllm.run.console import console
+from maxllm.run.longer import check_may_go_on_longer
 from maxllm.run.parents import Role, parent_of
 
 EFFECTS = Config.effects()
@@ -44,6 +45,10 @@ EFFECTS = Config.effects()
 
 PATHS = {"start.policy", "start.reward", "tokenizer.path", "data.prepared_dir"}
 """Settings that may be spelled differently, as long as they mean the same place."""
+
+
+STEPS = "run.steps"
+"""May grow where the schedule allows it (run/longer.py)."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ def check_same_recipe(folder: RunFolder, config: Config) -> dict[str, tuple[Any,
     """A folder that holds a run already must hold one of the same recipe.
 
     Returns:
-      {setting: (former value, value now)} of those that say how the run computes and differ.
+      {setting: (former value, value now)} of those that differ and may: how the run computes, and its length.
 
     Raises:
       UserError: naming the first other setting that differs.
@@ -198,9 +203,10 @@ def check_same_recipe(folder: RunFolder, config: Config) -> dict[str, tuple[Any,
     if not folder.has_config:
         return {}
     # Read as a recipe: a setting that is newer than the run has its default.
-    former, now = (flat(yaml.safe_load(recipe.dump(each))) for each in (recipe.of_run(folder), config))
+    begun = recipe.of_run(folder)
+    former, now = (flat(yaml.safe_load(recipe.dump(each))) for each in (begun, config))
     for key in sorted(former.keys() | now.keys()):
-        fixed = EFFECTS[key] in (Effect.MODEL, Effect.TRAINING)
+        fixed = EFFECTS[key] in (Effect.MODEL, Effect.TRAINING) and key != STEPS
         if key in PATHS and former.get(key) and now.get(key):
             fixed = not same_place(former, now, key)
         if fixed and former.get(key) != now.get(key):
@@ -208,10 +214,12 @@ def check_same_recipe(folder: RunFolder, config: Config) -> dict[str, tuple[Any,
                 f"{folder} holds a run with {key}={former.get(key)}, not {now.get(key)}; "
                 "give another run.dir, or remove that folder"
             )
+    if former[STEPS] != now[STEPS]:
+        check_may_go_on_longer(folder, begun, config)
     return {
         key: (former.get(key), now.get(key))
         for key in sorted(former.keys() | now.keys())
-        if EFFECTS[key] is Effect.COMPUTATION and former.get(key) != now.get(key)
+        if (EFFECTS[key] is Effect.COMPUTATION or key == STEPS) and former.get(key) != now.get(key)
     }
 
 
@@ -233,6 +241,8 @@ def open_folder(session: Session) -> Iterator[None]:
         folder.write_tokenizer(session.tokenizer.files)
         folder.write_hf(session.hf_config, session.hf_generation)
         record_changes(folder, folder.latest_step(), changes, partial(say, session))
+        if STEPS in changes:
+            folder.remove_summary()
         folder.write_config(recipe.dump(session.config))
         yield
 

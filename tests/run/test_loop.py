@@ -16,6 +16,7 @@ from maxllm.errors import UserError
 from maxllm.folder import METRICS, SUMMARY, RunFolder
 from maxllm.parallel.mesh import make_mesh
 from maxllm.run import loop
+from maxllm.run.checkpoint import Checkpoints
 from maxllm.run.observers import Observer, Observers
 from maxllm.run.program import Program, step_alone
 from maxllm.run.session import Session
@@ -376,3 +377,17 @@ def test_observers_are_told_everything_and_closed_whatever_happens(build, monkey
     assert [record["step"] for record in first.figures] == [0, 4, *([] if power_cut else [8, 12])]
     assert any("parameters" in line for line in first.said)
     assert not session.folder.has_metrics and capsys.readouterr().err == ""
+
+
+def test_a_complete_run_is_given_more_steps(build):
+    """The state, and what was recorded, go on; summary.json is of the whole."""
+    constant = "optimizer.schedule=constant"
+    loop.train(*build({}, constant))
+    session, job = build({}, constant, "run.steps=20")
+    assert loop.finished(session) is None
+    summary = loop.train(session, job)
+    assert summary["steps"] == 20 and session.folder.latest_step() == 20
+    assert float(Checkpoints(session.folder, 1).restore(20, job.program.abstract_state).params["w"][0]) == 20
+    assert [record["step"] for record in session.folder.records() if "heldout" in record] == [0, 12, 20]
+    [change] = (session.folder.path / "changes.jsonl").read_text().splitlines()
+    assert json.loads(change) == {"step": 12, "setting": "run.steps", "from": 12, "to": 20}
