@@ -331,6 +331,13 @@ class RunFolder:
                 f"{self} has metrics but no {CHECKPOINTS}/; remove the folder to start the run anew"
             )
 
+    def set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint, so that it is none any more, yet can be looked at."""
+        there, number = self.checkpoint(step), 0
+        while (aside := there.with_name(f"{step}.damaged{number or ''}")).exists():
+            number += 1
+        there.rename(aside)
+
     def remove_unfinished(self) -> None:
         """Removes checkpoints that a kill or a full disk left half-written; the caller holds the lock."""
         for folder in self.checkpoints.glob(UNFINISHED):

@@ -75,7 +75,7 @@ def main() -> None:
         params = {"decoder": {"layers": arrays(part, 0)}}
         state = TrainState(jnp.int32(1), params, {"mu": arrays(part, 1), "nu": arrays(part, 2)})
         runs = [RunFolder(Path(folder) / name) for name in ("trained", "converted")]
-        checkpoints = checkpoint.Checkpoints(runs[0], keep=1)
+        checkpoints = checkpoint.Checkpoints(runs[0], checkpoint.Keep(1))
         checkpoints.save(1, state)
         checkpoints.close()
         checkpoint.save_params(runs[1], params)

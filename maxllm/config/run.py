@@ -40,6 +40,17 @@ class RunConfig(Section):
     keep_checkpoints: Annotated[int, Effect.RECORD] = Field(
         2, gt=0, description="Latest checkpoints kept; the best evaluated one is kept besides."
     )
+    keep_every_steps: Annotated[int | None, Effect.RECORD] = Field(
+        None, gt=0, description="Besides, the checkpoints of every so many steps are kept."
+    )
+    keep_every_minutes: Annotated[float | None, Effect.RECORD] = Field(
+        None, gt=0, description="Besides, a checkpoint of every so many minutes is kept."
+    )
+    fall_back: Annotated[bool, Effect.RECORD] = Field(
+        False,
+        description="Where the newest checkpoint is damaged, continue from the newest intact one before it; "
+        "the damaged one is set aside.",
+    )
     max_nonfinite_steps: Annotated[int, Effect.RECORD] = Field(
         5, ge=0, description="Consecutive skipped (non-finite) updates after which the run fails."
     )

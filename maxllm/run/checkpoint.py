@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,38 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
+from maxllm.config.run import RunConfig
 from maxllm.errors import RunFailed
 from maxllm.folder import UNRANKED, RunFolder, rank_of, rank_record
 from maxllm.parallel import processes
 from maxllm.records import Params
 from maxllm.run.hashes import HashedHandler, HashedSave
-from maxllm.run.restore import AnyState, State, reason_of, restore
+from maxllm.run.restore import State, reason_of
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints of a run stay; the one of the highest rank does besides."""
+
+    latest: int
+    """So many of the newest."""
+    every_steps: int | None = None
+    every_minutes: float | None = None
+
+    @classmethod
+    def of(cls, run: RunConfig) -> Keep:
+        """What a recipe says."""
+        return cls(run.keep_checkpoints, run.keep_every_steps, run.keep_every_minutes)
+
+    def policy(self) -> checkpoint_managers.PreservationPolicy:
+        """The same for Orbax."""
+        best = checkpoint_managers.BestN(get_metric_fn=rank_of, n=1, keep_checkpoints_without_metrics=False)
+        policies: list[Any] = [checkpoint_managers.LatestN(self.latest), best]
+        if self.every_steps is not None:
+            policies.append(checkpoint_managers.EveryNSteps(self.every_steps))
+        if self.every_minutes is not None:
+            policies.append(checkpoint_managers.EveryNSeconds(round(60 * self.every_minutes)))
+        return checkpoint_managers.AnyPreservationPolicy(policies)
 
 
 class Checkpoints:
@@ -33,7 +60,7 @@ class Checkpoints:
     def __init__(
         self,
         folder: RunFolder,
-        keep: int,
+        keep: Keep,
         in_use: Callable[[], Mapping[int, Sequence[str]]] = dict,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -41,7 +68,7 @@ class Checkpoints:
 
         Args:
           folder: the run folder.
-          keep: latest checkpoints to keep; the one of the highest rank is kept besides.
+          keep: which checkpoints stay.
           in_use: the steps that other runs began from, which are kept too, and whose these runs are.
           say: told when a checkpoint stays for another run's sake alone.
 
@@ -77,14 +104,6 @@ class Checkpoints:
             )
         self._best = max(self._best, rank)
 
-    def restore(self, step: int, abstract_state: AnyState) -> AnyState:
-        """The state saved at `step`, in the shardings of `abstract_state`.
-
-        Raises:
-          RunFailed: it is damaged or cannot be read; nothing is changed.
-        """
-        return restore(self._folder.checkpoint(step), abstract_state)
-
     def close(self) -> None:
         """Waits for the save under way."""
         try:
@@ -96,14 +115,12 @@ class Checkpoints:
 
 
 class _Kept(checkpoint_managers.PreservationPolicy):
-    """The latest checkpoints, the best one, and those that other runs began from."""
+    """The checkpoints that `Keep` names, and those that other runs began from."""
 
     def __init__(
-        self, keep: int, in_use: Callable[[], Mapping[int, Sequence[str]]], say: Callable[[str], None]
+        self, keep: Keep, in_use: Callable[[], Mapping[int, Sequence[str]]], say: Callable[[str], None]
     ) -> None:
-        best = checkpoint_managers.BestN(get_metric_fn=rank_of, n=1, keep_checkpoints_without_metrics=False)
-        latest = checkpoint_managers.LatestN(keep)
-        self._own = checkpoint_managers.AnyPreservationPolicy([latest, best])
+        self._own = keep.policy()
         self._in_use, self._say = in_use, say
         self._told: set[int] = set()
 

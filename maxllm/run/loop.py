@@ -21,7 +21,8 @@ from maxllm.folder import METRICS, UNRANKED, RunFolder
 from maxllm.parallel import processes, sharding
 from maxllm.phases import PHASES, Phase
 from maxllm.records import Metrics, Params
-from maxllm.run.checkpoint import Checkpoints
+from maxllm.run.checkpoint import Checkpoints, Keep
+from maxllm.run.fall_back import restore_newest
 from maxllm.run.faults import StopRequest, stop_on_signals
 from maxllm.run.machine import hardware, peak_rss_bytes
 from maxllm.run.observers import Observers, observers_of
@@ -118,17 +119,20 @@ def _train_in_folder(session: Session, job: Job, state: Any, stop: StopRequest) 
     check_parents(folder, parents)
     if main:
         record_parents(folder, parents, partial(say, session))
-    checkpoints = Checkpoints(folder, run.keep_checkpoints, partial(in_use, folder), partial(say, session))
+    if first is not None:
+        with PHASES.during(Phase.RESTORING):
+            first, state = restore_newest(
+                folder, first, job.program.abstract_state, run.fall_back, partial(say, session)
+            )
+    elif state is None:
+        state = job.fresh()
+    checkpoints = Checkpoints(folder, Keep.of(run), partial(in_use, folder), partial(say, session))
     try:
         former = former_records(session, first)
         listening = observers_of(folder, session.config.stage, run.steps, first or 0, former, main)
         with closing(listening) as observers:
             if first is not None:
-                with PHASES.during(Phase.RESTORING):
-                    state = checkpoints.restore(first, job.program.abstract_state)
                 observers.say(f"continues from the checkpoint of step {first}")
-            elif state is None:
-                state = job.fresh()
             loop = _Loop(session, job, checkpoints, observers, former, stop)
             summary = loop.run(state, first or 0)
         PHASES.enter(Phase.SAVING)

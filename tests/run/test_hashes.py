@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
     """A run folder with one checkpoint of training, and its state."""
     folder = RunFolder(tmp_path_factory.mktemp("trained"))
     state = state_of(0)
-    checkpoints = checkpoint.Checkpoints(folder, keep=1)
+    checkpoints = checkpoint.Checkpoints(folder, checkpoint.Keep(1))
     checkpoints.save(4, state, -0.5)
     checkpoints.close()
     return folder, state
@@ -164,7 +164,7 @@ def test_the_content_hash_is_that_of_the_values(tmp_path):
 def test_a_damaged_rank_is_a_sentence_that_names_its_file(trained, copied, content):
     run_dir = copied(trained[0])
     (run_dir.checkpoint(4) / "metrics" / "metrics").write_bytes(content)
-    for read in (lambda: run_dir.best_step(), lambda: checkpoint.Checkpoints(run_dir, keep=1)):
+    for read in (lambda: run_dir.best_step(), lambda: checkpoint.Checkpoints(run_dir, checkpoint.Keep(1))):
         with pytest.raises(RunFailed, match=r"checkpoints/4 is damaged: .*metrics/metrics is"):
             read()
 

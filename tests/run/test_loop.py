@@ -4,83 +4,19 @@ import dataclasses
 import json
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxllm import recipe
-from maxllm.config.mesh import MeshConfig
 from maxllm.data.loader import ArrayBatches
 from maxllm.errors import UserError
-from maxllm.folder import METRICS, SUMMARY, RunFolder
-from maxllm.parallel.mesh import make_mesh
+from maxllm.folder import METRICS, SUMMARY
 from maxllm.run import loop
-from maxllm.run.checkpoint import Checkpoints
 from maxllm.run.observers import Observer, Observers
-from maxllm.run.program import Program, step_alone
-from maxllm.run.session import Session
-from maxllm.steps.state import TrainState
+from maxllm.run.restore import restore
 
 STEPS = 12
-
-
-def step(state, batch):
-    """Counts."""
-    loss = jnp.sum(batch.astype(jnp.float32))
-    metrics = {"loss": (loss, jnp.float32(1)), "skipped": (jnp.float32(0), jnp.float32(1))}
-    return state.replace(step=state.step + 1, params=jax.tree.map(lambda w: w + 1, state.params)), metrics
-
-
-@pytest.fixture
-def build(tmp_path, tiny_tokenizer):
-    """build(figures, *words): a session, and a job whose evaluation of step n gives or raises figures[n]."""
-
-    def make(figures, *words, rows=None, answers=("yes",)):
-        few = (
-            f"run.dir={tmp_path / 'run'}",
-            f"run.steps={STEPS}",
-            "optimizer.warmup_steps=0",
-            "batch.rows=8",
-        )
-        config = recipe.load_recipe("pretrain/tiny_slice_cpu", [*few, *words])
-        mesh = make_mesh(MeshConfig())
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-        def fresh():
-            state = TrainState(jnp.int32(0), {"w": jnp.zeros(8)}, {"m": jnp.zeros(())})
-            return jax.device_put(state, everywhere)
-
-        def evaluate(params):
-            figure = figures.get(int(params["w"][0]), 9.0)
-            if isinstance(figure, BaseException):
-                raise figure
-            return {"loss": figure}
-
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(fresh)
-        )
-        rows = np.arange(64, dtype=np.int32) if rows is None else rows
-        batch = jax.ShapeDtypeStruct((8, *rows.shape[1:]), rows.dtype)
-        job = loop.Job(
-            program=Program(
-                init=fresh,
-                abstract_state=abstract,
-                abstract_batch=batch,
-                **step_alone(step, abstract, batch),
-                tokens_per_step=8,
-                flops_per_step=1.0,
-            ),
-            fresh=fresh,
-            batches=ArrayBatches(rows, 8, 0),
-            heldout=list(answers),
-            evaluate=evaluate,
-            best=("loss", "min"),
-        )
-        session = Session(config, config.model, mesh, tiny_tokenizer, RunFolder(tmp_path / "run"))
-        return session, job
-
-    return make
+"""Of a run of `build`, tests/run/conftest.py."""
 
 
 def test_a_state_that_is_the_best_so_far_is_saved_whenever_it_is_evaluated(build):
@@ -387,7 +323,8 @@ def test_a_complete_run_is_given_more_steps(build):
     assert loop.finished(session) is None
     summary = loop.train(session, job)
     assert summary["steps"] == 20 and session.folder.latest_step() == 20
-    assert float(Checkpoints(session.folder, 1).restore(20, job.program.abstract_state).params["w"][0]) == 20
+    state = restore(session.folder.checkpoint(20), job.program.abstract_state)
+    assert float(state.params["w"][0]) == 20
     assert [record["step"] for record in session.folder.records() if "heldout" in record] == [0, 12, 20]
     [change] = (session.folder.path / "changes.jsonl").read_text().splitlines()
     assert json.loads(change) == {"step": 12, "setting": "run.steps", "from": 12, "to": 20}

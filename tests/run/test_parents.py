@@ -10,7 +10,7 @@ import pytest
 from maxllm import recipe
 from maxllm.errors import UserError
 from maxllm.folder import RunFolder
-from maxllm.run.checkpoint import Checkpoints, save_params
+from maxllm.run.checkpoint import Checkpoints, Keep, save_params
 from maxllm.run.parents import check_parents, in_use, parent_of, record_parents
 from maxllm.run.restore import load_params
 from maxllm.steps.state import TrainState
@@ -18,7 +18,7 @@ from maxllm.steps.state import TrainState
 
 def save(folder, *steps, start=0.0, keep=2, say=lambda line: None):
     """Checkpoints of a parent run, each of its own values."""
-    checkpoints = Checkpoints(folder, keep, in_use=lambda: in_use(folder), say=say)
+    checkpoints = Checkpoints(folder, Keep(keep), in_use=lambda: in_use(folder), say=say)
     for step in steps:
         checkpoints.save(step, TrainState(jnp.int32(step), {"w": jnp.full(3, start + step)}, {}))
     checkpoints.close()

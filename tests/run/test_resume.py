@@ -202,7 +202,7 @@ def test_the_best_evaluated_checkpoint_outlives_newer_ones(tmp_path: Path) -> No
     from maxllm.steps.state import TrainState
 
     def save(ranks: dict[int, float]) -> None:
-        checkpoints = checkpoint.Checkpoints(RunFolder(tmp_path), keep=2)
+        checkpoints = checkpoint.Checkpoints(RunFolder(tmp_path), checkpoint.Keep(2))
         for step, rank in ranks.items():
             state = TrainState(jnp.int32(step), {"w": jnp.full(3, float(step))}, {"m": jnp.zeros(3)})
             checkpoints.save(step, state, rank)
@@ -233,7 +233,7 @@ def test_every_optimizer_goes_through_a_checkpoint(tmp_path: Path, tiny_model, c
     from maxllm.model.llama import Llama
     from maxllm.optim import make_optimizer
     from maxllm.parallel.mesh import make_mesh
-    from maxllm.run import checkpoint
+    from maxllm.run import checkpoint, restore
     from maxllm.steps.state import abstract, create, initializer, partition_of
 
     model = Llama(tiny_model())
@@ -248,10 +248,10 @@ def test_every_optimizer_goes_through_a_checkpoint(tmp_path: Path, tiny_model, c
         return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
     once = step(create(init, description, jax.random.key(0)))
-    checkpoints = checkpoint.Checkpoints(RunFolder(tmp_path), keep=1)
+    checkpoints = checkpoint.Checkpoints(RunFolder(tmp_path), checkpoint.Keep(1))
     checkpoints.save(1, once)
     checkpoints.close()
-    restored = checkpoint.Checkpoints(RunFolder(tmp_path), keep=1).restore(1, description)
+    restored = restore.restore(RunFolder(tmp_path).checkpoint(1), description)
     same = partial(jax.tree.map, np.testing.assert_array_equal)
     same(restored, once)
     same(step(restored), step(once))
@@ -276,18 +276,18 @@ def test_a_checkpoint_of_any_layout_restores_into_any_other(tmp_path: Path, tiny
     from maxllm.model.llama import Llama
     from maxllm.optim import make_optimizer
     from maxllm.parallel.mesh import make_mesh
-    from maxllm.run import checkpoint
+    from maxllm.run import checkpoint, restore
     from maxllm.steps.state import abstract, create, initializer, partition_of
 
     model = Llama(tiny_model(n_heads=16, n_kv_heads=8, head_dim=4, d_ff=64, n_layers=8))
     init = initializer(model, make_optimizer(OptimizerConfig(), 10, partition_of(model).declared))
     descriptions = [abstract(init, make_mesh(MeshConfig(**sizes)), zero) for sizes, zero in LAYOUTS]
     state = create(init, descriptions[number], jax.random.key(0))
-    checkpoints = checkpoint.Checkpoints(RunFolder(tmp_path), keep=1)
+    checkpoints = checkpoint.Checkpoints(RunFolder(tmp_path), checkpoint.Keep(1))
     checkpoints.save(1, state)
     checkpoints.close()
     for description in descriptions:
-        restored = checkpoint.Checkpoints(RunFolder(tmp_path), keep=1).restore(1, description)
+        restored = restore.restore(RunFolder(tmp_path).checkpoint(1), description)
         jax.tree.map(np.testing.assert_array_equal, restored, jax.device_get(state))
         for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(description), strict=True):
             assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
@@ -314,7 +314,7 @@ def test_what_lies_in_the_hosts_memory_goes_through_a_checkpoint(tmp_path: Path,
     init = initializer(model, make_optimizer(OptimizerConfig(), 10, partition_of(model).declared))
     described = {kind: abstract(init, mesh, offload=kind) for kind in KINDS}
     state = create(init, described[saved], jax.random.key(0))
-    checkpoints = checkpoint.Checkpoints(RunFolder(tmp_path), keep=1)
+    checkpoints = checkpoint.Checkpoints(RunFolder(tmp_path), checkpoint.Keep(1))
     checkpoints.save(1, state)
     checkpoints.close()
     for kind, description in described.items():

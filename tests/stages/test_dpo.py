@@ -12,7 +12,7 @@ import pytest
 
 from maxllm.cli import main
 from maxllm.folder import RunFolder
-from maxllm.run.checkpoint import Checkpoints
+from maxllm.run.checkpoint import Checkpoints, Keep
 from maxllm.run.restore import load_params
 from maxllm.steps.state import TrainState
 
@@ -61,7 +61,7 @@ def train_on(policy):
         saved = checkpointer.metadata(RunFolder(policy).find() / "params").item_metadata.tree
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), saved)
     params = jax.tree.map(lambda w: 1.5 * w, load_params(RunFolder(policy).find(), wanted))
-    checkpoints = Checkpoints(RunFolder(policy), keep=3)
+    checkpoints = Checkpoints(RunFolder(policy), Keep(3))
     checkpoints.save(60, TrainState(jnp.int32(60), params, {"m": jnp.zeros(())}))
     checkpoints.close()
 

@@ -1,0 +1,44 @@
+"""Which checkpoints stay, and what becomes of damaged ones."""
+
+import pytest
+
+from maxllm.errors import RunFailed
+from maxllm.run import loop
+
+
+def flip(path):
+    """Changes one bit in the largest file of a checkpoint's item."""
+    file = max((f for f in (path / "params").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_only_where_that_is_allowed(build, capsys):
+    words = ("run.checkpoint_every=4", "run.keep_checkpoints=3", "optimizer.schedule=constant")
+    undisturbed = loop.train(*build({}, *words))
+    session, job = build({}, *words)
+    session.folder.remove_summary()
+    for step in (8, 12):
+        flip(session.folder.checkpoint(step))
+    with pytest.raises(RunFailed, match=r"run\.fall_back=true continues from step 8"):
+        loop.train(session, job)
+    assert session.folder.steps() == [4, 8, 12]
+    again = loop.train(*build({}, *words, "run.fall_back=true"))
+    said = capsys.readouterr().err
+    assert "it is set aside, and the run continues from step 8" in said
+    assert "continues from the checkpoint of step 4" in said
+    assert session.folder.steps() == [4, 8, 12]
+    assert {"8.damaged", "12.damaged"} <= {path.name for path in session.folder.checkpoints.iterdir()}
+    assert again["heldout_last"] == undisturbed["heldout_last"]
+    session.folder.remove_summary()
+    for step in (4, 8, 12):
+        flip(session.folder.checkpoint(step))
+    with pytest.raises(RunFailed, match="damaged"):  # never a fresh start
+        loop.train(*build({}, *words, "run.fall_back=true"))
+
+
+def test_checkpoints_of_every_so_many_steps_stay(build):
+    session, job = build({}, "run.checkpoint_every=2", "run.keep_checkpoints=1", "run.keep_every_steps=4")
+    loop.train(session, job)
+    assert session.folder.steps() == [4, 8, 12]
