@@ -9,7 +9,7 @@ import math
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +163,40 @@ def check_replaceable(target: Path, replaceable: Callable[[Path], bool]) -> None
     """
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or replaceable(target))):
         raise UserError(f"{target} exists and is not ours to replace; remove it or choose another folder")
+
+
+def read_json_lines(path: Path, keys: set[str]) -> Iterator[dict[str, Any]]:
+    """The records in a file of JSON lines, none where it is not there; a last line that a kill cut short is
+    left out.
+
+    Args:
+      path: the file.
+      keys: what every record has.
+
+    Raises:
+      UserError: another line is damaged.
+    """
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not keys <= record.keys():
+                raise ValueError(f"it is no record with {', '.join(sorted(keys))}")
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise UserError(f"{path} line {number} is damaged: {error}") from None
+        yield record
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON."""
+    return json.dumps(finite(dict(record)), allow_nan=False) + "\n"
+
+
+def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines of JSON to a file; none leave it as it is, or absent."""
+    text = "".join(map(json_line, records))
+    if text:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(text)

@@ -10,17 +10,17 @@
     data.json                   fingerprints of the data that the run is made of
     parents.json                the checkpoints that the run began from
     dependents/                 one file for each run that began from a checkpoint of this one
+    sittings.jsonl              what the processes that trained here spent their time on (run/goodput.py)
     changes.jsonl               settings of how the run computes that were changed, and at which step
     .lock                       held by the process that trains here
     checkpoints/STEP/           params, rest (what only resuming needs) and metrics (the rank)
 
-Everything is written whole or not at all; metrics.jsonl and changes.jsonl grow by whole lines.
+Everything is written whole or not at all; what ends in .jsonl grows by whole lines.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 import shutil
@@ -32,11 +32,21 @@ from typing import Any, Literal
 import xxhash
 
 from maxllm.errors import RunFailed, UserError, listed
-from maxllm.files import finite, read_json, read_yaml, write_bytes, write_json, write_text
+from maxllm.files import (
+    append_json_lines,
+    json_line,
+    read_json,
+    read_json_lines,
+    read_yaml,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 HF_CONFIG, HF_GENERATION = "hf_config.json", "hf_generation_config.json"
 DATA, PARENTS, DEPENDENTS, CHANGES = "data.json", "parents.json", "dependents", "changes.jsonl"
+SITTINGS = "sittings.jsonl"
 LOCK, CHECKPOINTS, HELDOUT = ".lock", "checkpoints", "heldout"
 
 UNFINISHED = "*.orbax-checkpoint-tmp*"
@@ -133,27 +143,23 @@ class RunFolder:
         Raises:
           UserError: another line is damaged.
         """
-        if not self.has_metrics:
-            return
-        lines = (self.path / METRICS).read_bytes().splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                if not isinstance(record, dict) or not {"step", "seconds"} <= record.keys():
-                    raise ValueError("it is no record of a step")
-            except ValueError as error:
-                if number == len(lines):
-                    return
-                raise UserError(f"{self.path / METRICS} line {number} is damaged: {error}") from None
-            yield record
+        yield from read_json_lines(self.path / METRICS, {"step", "seconds"})
 
     def write_records(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Replaces all of metrics.jsonl."""
-        write_text(self.path / METRICS, "".join(map(line_of, records)))
+        write_text(self.path / METRICS, "".join(map(json_line, records)))
 
     def append_record(self, record: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
-        append(self.path / METRICS, [record])
+        append_json_lines(self.path / METRICS, [record])
+
+    def sittings(self) -> Iterator[dict[str, Any]]:
+        """The lines of sittings.jsonl, as `records` gives those of metrics.jsonl."""
+        yield from read_json_lines(self.path / SITTINGS, {"sitting", "began", "first", "step", "seconds"})
+
+    def append_sitting(self, account: Mapping[str, Any]) -> None:
+        """Adds a line to sittings.jsonl."""
+        append_json_lines(self.path / SITTINGS, [account])
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json says of a complete run, or None.
@@ -190,7 +196,7 @@ class RunFolder:
 
     def append_changes(self, changes: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines {"step", "setting", "from", "to"} to changes.jsonl."""
-        append(self.path / CHANGES, changes)
+        append_json_lines(self.path / CHANGES, changes)
 
     def remove_changes(self) -> None:
         """Forgets changes of settings: the run begins anew."""
@@ -342,19 +348,6 @@ class RunFolder:
         """Removes checkpoints that a kill or a full disk left half-written; the caller holds the lock."""
         for folder in self.checkpoints.glob(UNFINISHED):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def line_of(record: Mapping[str, Any]) -> str:
-    """A record as a line of JSON."""
-    return json.dumps(finite(dict(record)), allow_nan=False) + "\n"
-
-
-def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Adds lines of JSON to a file; none leave it as it is, or absent."""
-    text = "".join(map(line_of, records))
-    if text:
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(text)
 
 
 def rank_record(rank: float) -> dict[str, Any]:

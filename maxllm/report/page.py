@@ -321,8 +321,10 @@ def stage_seconds(folder: Folder) -> dict[str, float]:
 
 def times(folder: Folder) -> list[Time]:
     """The table of times; the bars are shares of the whole."""
+    if folder.kind == "run":
+        return phase_times(folder.runs[0])
     seconds = stage_seconds(folder)
-    if folder.kind == "run" or not seconds:
+    if not seconds:
         return []
     whole = seconds.pop("total", None) or sum(seconds.values())
     lines = [
@@ -331,6 +333,18 @@ def times(folder: Folder) -> list[Time]:
     ]
     name = "all runs" if folder.kind == "collection" else "total" if folder.summary else "so far"
     return [*lines, Time(name, wording.duration(whole), 100.0)]
+
+
+def phase_times(run: Run) -> list[Time]:
+    """What a run's time was spent on; the last line is goodput."""
+    if run.goodput is None:
+        return []
+    spent = {what: seconds for what, seconds in run.goodput["seconds"].items() if seconds}
+    whole = sum(spent.values())
+    lines = [Time(what, wording.duration(value), 100 * value / whole) for what, value in spent.items()]
+    sittings = wording.count(run.goodput["sittings"], "sitting")
+    share = f"{run.goodput['goodput']:.1%} of {wording.duration(whole)}"
+    return [*lines, Time(f"goodput, {sittings}", share, 100.0)]
 
 
 def pairs(hardware: Any) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ import yaml
 from maxllm.errors import UserError
 from maxllm.files import read_json
 from maxllm.folder import CONFIG, METRICS, RunFolder
+from maxllm.run.goodput import reckon
 
 SAMPLES = "samples.json"
 
@@ -35,6 +36,8 @@ class Run:
     """The lines of metrics.jsonl."""
     summary: dict[str, Any]
     """summary.json; empty while the run is unfinished."""
+    goodput: dict[str, Any] | None
+    """Where its time went (run/goodput.py); None for a run from before there was such an account."""
 
     @property
     def finished(self) -> bool:
@@ -163,6 +166,7 @@ def read_run(path: Path) -> Run:
         config=config,
         records=tuple(records),
         summary=summary,
+        goodput=reckon(folder.sittings()),
     )
 
 

@@ -24,6 +24,7 @@ from maxllm.records import Metrics, Params
 from maxllm.run.checkpoint import Checkpoints, Keep
 from maxllm.run.fall_back import restore_newest
 from maxllm.run.faults import StopRequest, stop_on_signals
+from maxllm.run.goodput import Accounts, reckon
 from maxllm.run.machine import hardware, peak_rss_bytes
 from maxllm.run.observers import Observers, observers_of
 from maxllm.run.parents import check_parents, in_use, record_parents, roles_of
@@ -101,6 +102,7 @@ def train(session: Session, job: Job) -> dict[str, Any]:
             raise
         if stop.anywhere(0):
             raise Interrupted(f"{title} is complete; stopped as asked, the same command continues after it")
+    PHASES.restart()
     return summary
 
 
@@ -130,6 +132,8 @@ def _train_in_folder(session: Session, job: Job, state: Any, stop: StopRequest) 
     try:
         former = former_records(session, first)
         listening = observers_of(folder, session.config.stage, run.steps, first or 0, former, main)
+        if main:
+            listening.add(Accounts(folder, first or 0))
         with closing(listening) as observers:
             if first is not None:
                 observers.say(f"continues from the checkpoint of step {first}")
@@ -140,6 +144,7 @@ def _train_in_folder(session: Session, job: Job, state: Any, stop: StopRequest) 
         checkpoints.close()
     PHASES.enter(Phase.ENDING)
     if main:
+        summary["goodput"] = reckon(folder.sittings())
         folder.write_summary(summary)
     return summary
 

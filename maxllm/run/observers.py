@@ -40,7 +40,11 @@ class Observers(Observer):
     """Several observers, told in turn, as one."""
 
     def __init__(self, members: Sequence[Observer]) -> None:
-        self._members = members
+        self._members = list(members)
+
+    def add(self, member: Observer) -> None:
+        """Tells one more from now on."""
+        self._members.append(member)
 
     def say(self, line: str) -> None:
         for member in self._members:
