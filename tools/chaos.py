@@ -1,0 +1,256 @@
+"""Kills runs with -9 at random moments, continues them, and compares their ends with undisturbed ones.
+
+    python tools/chaos.py --kills 50
+    python tools/chaos.py --kills 5 --stage ppo --json
+    python tools/chaos.py --kills 4 --stage processes     two processes, of which one is killed or stopped
+
+First the whole fast road is taken once, undisturbed: prepare, pretrain, sft, reward, ppo, dpo, export (to
+Hugging Face) and import (back). Each disturbed run begins from what the road left before its stage; it is killed
+at up to three moments, drawn from the seed over the time that the undisturbed one took, and then let end. Its
+last checkpoint, files and figures must be those of the undisturbed run, bit for bit; a command that takes five
+times as long as the undisturbed one, and a minute, has hung.
+
+The stage `processes` asks instead how many seconds pass until all processes of a run have ended, once one of
+them is killed (SIGKILL) or stopped (SIGSTOP, with run.hang_seconds=15), and whether the run then continues.
+
+Ends with 1 if anything was lost, differed or hung; the folders of such runs are kept, and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from maxllm.files import file_hash, read_json
+from maxllm.folder import RunFolder
+from maxllm.report.table import print_table
+
+MAXLLM = (sys.executable, "-m", "maxllm.cli")
+LOCAL = Path(__file__).parents[1] / "launch" / "local.sh"
+TIMES = {"seconds", "steps_per_second", "tokens_per_second", "data_seconds", "mfu"}
+"""Of a record, what no two runs have in common."""
+
+ROAD = ("prepare", "pretrain", "sft", "reward", "ppo", "dpo", "export", "import")
+HANG_SECONDS = 15
+PATIENCE = 5
+"""A command has hung that takes so many times as long as the undisturbed one, and a minute."""
+
+
+@dataclass
+class Outcome:
+    """What came of all disturbed runs."""
+
+    kills: int = 0
+    recovered: int = 0
+    different: list[str] = field(default_factory=list)
+    hung: list[str] = field(default_factory=list)
+    seconds_to_detect: dict[str, list[float]] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Any]:
+        """The figures, for people and for machines."""
+        return {
+            "kills": self.kills,
+            "recovered": self.recovered,
+            "different": len(self.different),
+            "hung": len(self.hung),
+            "seconds_to_detect": {kind: max(seconds) for kind, seconds in self.seconds_to_detect.items()},
+            "kept": [*self.different, *self.hung],
+        }
+
+
+def command_of(stage: str, home: Path) -> list[str]:
+    """The command of a stage of the road in a folder."""
+    words = {
+        "prepare": ["prepare", "pretrain/tiny_slice_cpu_fast", f"run.dir={home / 'pretrain'}"],
+        "pretrain": ["pretrain", "pretrain/tiny_slice_cpu_fast", f"run.dir={home / 'pretrain'}"],
+        "export": ["export", str(home / "ppo"), str(home / "export"), "--no-verify"],
+        "import": ["convert", "from-hf", str(home / "export"), str(home / "import")],
+    }.get(stage) or [
+        *(stage, f"{stage}/tiny_tasks_cpu_fast", f"run.dir={home / stage}"),
+        f"start.policy={home / ('pretrain' if stage == 'sft' else 'sft')}",
+    ]
+    if stage in ("prepare", "pretrain"):
+        words += [f"tokenizer.path={home / 'tokenizer.model'}", f"data.prepared_dir={home / 'corpus'}"]
+    return [*MAXLLM, *words, *([f"start.reward={home / 'reward'}"] if stage == "ppo" else [])]
+
+
+def run(command: list[str], log: Path, seconds: float) -> int | None:
+    """The exit code of a command; None for one that was killed after so many seconds."""
+    with log.open("a") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+
+def traces(stage: str, home: Path) -> dict[str, Any]:
+    """What a stage left that must be the same: {name: hash, or figures}."""
+    if stage == "prepare":
+        files = [file for file in (home / "corpus").rglob("*") if file.suffix != ".json" and file.is_file()]
+        return {str(file.relative_to(home)): file_hash(file) for file in [*files, home / "tokenizer.model"]}
+    if stage == "export":
+        return {file.name: file_hash(file) for file in (home / stage).iterdir() if file.is_file()}
+    folder = RunFolder(home / stage)
+    newest = folder.find()
+    found: dict[str, Any] = {"step": newest.name}
+    for item in sorted(newest.glob("*/hashes.json")):
+        arrays = read_json(item).items()
+        found |= {f"{item.parent.name}/{file}": value for file, value in arrays if "/" in file}
+    records = [{key: value for key, value in r.items() if key not in TIMES} for r in folder.records()]
+    return found | {"records": records}
+
+
+class Chaos:
+    """The undisturbed road, and what is disturbed of it."""
+
+    def __init__(self, home: Path, seed: int) -> None:
+        self.home, self.random, self.outcome = home, random.Random(seed), Outcome()
+        self.undisturbed = home / "undisturbed"
+        self.undisturbed.mkdir(parents=True)
+        self.took: dict[str, float] = {}
+        self.number = 0
+
+    def take_road(self, until: str, progress: Progress) -> None:
+        """Takes the road once, as far as the stage `until` needs it."""
+        needed = ROAD[: ROAD.index(until) + 1]
+        task = progress.add_task("the undisturbed road", total=len(needed))
+        for stage in needed:
+            began = time.perf_counter()
+            log = self.undisturbed / "log"
+            if run(command_of(stage, self.undisturbed), log, 3600) != 0:
+                raise SystemExit(f"chaos: {stage} fails undisturbed:\n{log.read_text()[-2000:]}")
+            self.took[stage] = time.perf_counter() - began
+            progress.advance(task)
+
+    def disturb(self, stage: str, kills: int) -> None:
+        """Runs a stage, killed so many times, to its end, and compares."""
+        self.number += 1
+        home = self.home / f"{self.number:03d}-{stage}"
+        home.mkdir()
+        for name in self.before(stage):
+            copy = shutil.copytree if (self.undisturbed / name).is_dir() else shutil.copy
+            copy(self.undisturbed / name, home / name)
+        command, limit = command_of(stage, home), PATIENCE * self.took[stage] + 60
+        for _ in range(kills):
+            moment = self.random.uniform(0.0, self.took[stage])
+            self.outcome.kills += 1
+            if run(command, home / "log", moment) is not None:
+                break  # it was complete before
+        code = run(command, home / "log", limit)
+        if code is None:
+            self.outcome.hung.append(str(home))
+        elif code != 0 or traces(stage, home) != traces(stage, self.undisturbed):
+            self.outcome.different.append(str(home))
+        else:
+            self.outcome.recovered += 1
+            shutil.rmtree(home)
+
+    def before(self, stage: str) -> list[str]:
+        """The files and folders that a stage finds."""
+        there = {"pretrain": ["corpus", "tokenizer.model"], "sft": ["pretrain"], "import": ["export"]}
+        there |= {"prepare": [], "export": ["ppo", "sft", "reward"], "ppo": ["sft", "reward"]}
+        return there.get(stage, ["sft"])
+
+    def lose_a_process(self, kind: str) -> None:
+        """Two processes, of which one is killed or stopped at a random step; then all go on, to the end."""
+        self.number += 1
+        home = self.home / f"{self.number:03d}-processes"
+        home.mkdir()
+        settings = [f"run.hang_seconds={HANG_SECONDS}", "mesh.data=2", "run.log_every=1"]
+        command = [str(LOCAL), "--grace-seconds=60", *command_of("pretrain", home)[len(MAXLLM) :], *settings]
+        for name in self.before("pretrain"):
+            copy = shutil.copytree if (self.undisturbed / name).is_dir() else shutil.copy
+            copy(self.undisturbed / name, home / name)
+        step, log = self.random.randint(2, 30), home / "log"
+        environment = os.environ | {"MAXLLM": str(Path(sys.executable).parent / "maxllm")}
+        with log.open("w") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+            while f"step {step}/" not in log.read_text() and process.poll() is None:
+                time.sleep(0.02)
+            victim = self.random.choice(trainers(home))
+            os.kill(victim, signal.SIGSTOP if kind == "stopped" else signal.SIGKILL)
+            began = time.perf_counter()
+            self.outcome.kills += 1
+            try:
+                process.wait(timeout=PATIENCE * HANG_SECONDS + 60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                self.outcome.hung.append(str(home))
+                return
+            self.outcome.seconds_to_detect.setdefault(kind, []).append(round(time.perf_counter() - began, 2))
+        with log.open("a") as out:
+            code = subprocess.run(command, stdout=out, stderr=out, env=environment).returncode
+        complete = code == 0 and RunFolder(home / "pretrain").summary() is not None
+        (self.outcome.different.append(str(home)) if not complete else None)
+        self.outcome.recovered += complete
+
+
+def trainers(home: Path) -> list[int]:
+    """The processes that train below a folder, without their supervisors."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            stat = (entry / "stat").read_text().rpartition(")")[2].split()
+        except (OSError, ValueError):
+            continue
+        if f"run.dir={home / 'pretrain'}".encode() in words and b"python" in words[0]:
+            parents[int(entry.name)] = int(stat[1])
+    return [process for process, parent in parents.items() if parent in parents]
+
+
+def main() -> None:
+    """Parses the words, disturbs, and tells."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=10, help="how many (10)")
+    parser.add_argument("--stage", choices=[*ROAD, "processes"], help="this one alone")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument("--home", type=Path, help="a folder for the runs (a temporary one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    options = parser.parse_args()
+    home = options.home or Path(tempfile.mkdtemp(prefix="maxllm-chaos-"))
+    chaos = Chaos(home, options.seed)
+    stages = [options.stage] if options.stage else [*ROAD, "processes"]
+    with Progress(disable=options.json or not sys.stderr.isatty()) as progress:
+        last = max((ROAD.index(stage) for stage in stages if stage in ROAD), default=0)
+        chaos.take_road(ROAD[last], progress)
+        task = progress.add_task("kills", total=options.kills)
+        turn = 0
+        while chaos.outcome.kills < options.kills:
+            stage, left = stages[turn % len(stages)], options.kills - chaos.outcome.kills
+            if stage == "processes":
+                chaos.lose_a_process(("killed", "stopped")[turn // len(stages) % 2])
+            else:
+                chaos.disturb(stage, min(left, chaos.random.randint(1, 3)))
+            turn += 1
+            progress.update(task, completed=chaos.outcome.kills)
+    figures = chaos.outcome.figures()
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        print_table(figures, "chaos")
+    if not figures["kept"] and options.home is None:
+        shutil.rmtree(home)
+    sys.exit(1 if figures["kept"] else 0)
+
+
+if __name__ == "__main__":
+    main()
