@@ -5,10 +5,10 @@
     python tools/chaos.py --kills 4 --stage processes     two processes, of which one is killed or stopped
 
 First the whole fast road is taken once, undisturbed: prepare, pretrain, sft, reward, ppo, dpo, export (to
-Hugging Face) and import (back). Each disturbed run begins from what the road left before its stage; it is killed
-at up to three moments, drawn from the seed over the time that the undisturbed one took, and then let end. Its
-last checkpoint, files and figures must be those of the undisturbed run, bit for bit; a command that takes five
-times as long as the undisturbed one, and a minute, has hung.
+Hugging Face) and import (back). Each disturbed run begins from what the road left before its stage; it is
+killed at up to three moments, drawn from the seed over the time that the undisturbed one took, and then let
+end. Its last checkpoint, files and figures must be those of the undisturbed run, bit for bit; a command that
+takes five times as long as the undisturbed one, and a minute, has hung.
 
 The stage `processes` asks instead how many seconds pass until all processes of a run have ended, once one of
 them is killed (SIGKILL) or stopped (SIGSTOP, with run.hang_seconds=15), and whether the run then continues.
