@@ -10,6 +10,8 @@
     data.json                   fingerprints of the data that the run is made of
     parents.json                the checkpoints that the run began from
     dependents/                 one file for each run that began from a checkpoint of this one
+    passed.json                 batches that the run passed over, and why (run/bad_numbers.py)
+    bad/STEP.npz                the rows of a step whose numbers were bad
     sittings.jsonl              what the processes that trained here spent their time on (run/goodput.py)
     changes.jsonl               settings of how the run computes that were changed, and at which step
     .lock                       held by the process that trains here
@@ -46,7 +48,7 @@ from maxllm.files import (
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 HF_CONFIG, HF_GENERATION = "hf_config.json", "hf_generation_config.json"
 DATA, PARENTS, DEPENDENTS, CHANGES = "data.json", "parents.json", "dependents", "changes.jsonl"
-SITTINGS = "sittings.jsonl"
+SITTINGS, PASSED, BAD = "sittings.jsonl", "passed.json", "bad"
 LOCK, CHECKPOINTS, HELDOUT = ".lock", "checkpoints", "heldout"
 
 UNFINISHED = "*.orbax-checkpoint-tmp*"
@@ -194,6 +196,18 @@ class RunFolder:
         """The folder of held-out rows, which `data/store.py` writes and reads."""
         return self.path / HELDOUT
 
+    def passed(self) -> list[dict[str, Any]]:
+        """{"first", "after", "step", "why"} of the batches that were passed over, in the order of time."""
+        return read_json(self.path / PASSED)["passed"] if (self.path / PASSED).is_file() else []
+
+    def write_passed(self, passed: list[dict[str, Any]]) -> None:
+        """Records which batches are passed over."""
+        write_json(self.path / PASSED, {"passed": passed})
+
+    def bad_rows(self, step: int) -> Path:
+        """The file for the rows of a step whose numbers were bad."""
+        return self.path / BAD / f"{step}.npz"
+
     def append_changes(self, changes: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines {"step", "setting", "from", "to"} to changes.jsonl."""
         append_json_lines(self.path / CHANGES, changes)
@@ -337,10 +351,10 @@ class RunFolder:
                 f"{self} has metrics but no {CHECKPOINTS}/; remove the folder to start the run anew"
             )
 
-    def set_aside(self, step: int) -> None:
-        """Renames a damaged checkpoint, so that it is none any more, yet can be looked at."""
+    def set_aside(self, step: int, why: str = "damaged") -> None:
+        """Renames a checkpoint, so that it is none any more, yet can be looked at."""
         there, number = self.checkpoint(step), 0
-        while (aside := there.with_name(f"{step}.damaged{number or ''}")).exists():
+        while (aside := there.with_name(f"{step}.{why}{number or ''}")).exists():
             number += 1
         there.rename(aside)
 

@@ -52,7 +52,20 @@ class RunConfig(Section):
         "the damaged one is set aside.",
     )
     max_nonfinite_steps: Annotated[int, Effect.RECORD] = Field(
-        5, ge=0, description="Consecutive skipped (non-finite) updates after which the run fails."
+        5, ge=0, description="More skipped (non-finite) updates in a row than this are bad numbers."
+    )
+    spike: Annotated[float | None, Effect.COMPUTATION] = Field(
+        None,
+        gt=0,
+        description="So is a loss more than so many standard deviations above the mean of the last 50.",
+    )
+    on_bad_numbers: Annotated[Literal["stop", "roll_back"], Effect.COMPUTATION] = Field(
+        "stop",
+        description="With bad numbers the run stops, or goes back to the newest checkpoint before them, and "
+        "on with the data after them. Either way their rows are kept in bad/.",
+    )
+    max_roll_backs: Annotated[int, Effect.COMPUTATION] = Field(
+        3, gt=0, description="Roll-backs of a run after which it stops."
     )
 
     hang_seconds: Annotated[int, Effect.RECORD] = Field(

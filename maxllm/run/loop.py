@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,11 +16,12 @@ import numpy as np
 
 from maxllm.data.loader import Batches, fingerprint
 from maxllm.data.store import write_record
-from maxllm.errors import Interrupted, RunFailed, UserError
+from maxllm.errors import Interrupted, UserError
 from maxllm.folder import METRICS, UNRANKED, RunFolder
 from maxllm.parallel import processes, sharding
 from maxllm.phases import PHASES, Phase
 from maxllm.records import Metrics, Params
+from maxllm.run.bad_numbers import BadNumbers, Rule, passing, roll_back
 from maxllm.run.checkpoint import Checkpoints, Keep
 from maxllm.run.fall_back import restore_newest
 from maxllm.run.faults import StopRequest, stop_on_signals
@@ -108,6 +109,17 @@ def train(session: Session, job: Job) -> dict[str, Any]:
 
 def _train_in_folder(session: Session, job: Job, state: Any, stop: StopRequest) -> dict[str, Any]:
     """`train` in a folder that no other process has open; `state` is None where a checkpoint was there."""
+    while True:
+        batches = passing(session.folder, job.batches)
+        try:
+            return _from_newest(session, replace(job, batches=batches), state, stop)
+        except BadNumbers as bad:
+            state = None
+            roll_back(session.folder, batches, bad, session.config.run, partial(say, session))
+
+
+def _from_newest(session: Session, job: Job, state: Any, stop: StopRequest) -> dict[str, Any]:
+    """From the newest checkpoint, or the fresh state, to the last step."""
     run, folder, main = session.config.run, session.folder, processes.is_main()
     # Read now that the folder is ours: another process may have trained here since `state` was made.
     newest = processes.agreed(-1 if (step := folder.latest_step()) is None else step)
@@ -196,7 +208,7 @@ class _Loop:
         self.seconds_before: float = max((record["seconds"] for record in former), default=0.0)
         self.started = time.perf_counter()
         self.window = Window(job.program)
-        self.skipped_in_a_row = 0
+        self.rule = Rule(session.config.run)
         self.pending: tuple[int, Metrics, float] | None = None
 
     def run(self, state: Any, first: int) -> dict[str, Any]:
@@ -278,14 +290,10 @@ class _Loop:
             name: (float(total), float(count)) for name, (total, count) in jax.device_get(metrics).items()
         }
         skipped = sums["skipped"][0] > 0
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if skipped:
             self.observers.say(f"step {step}: loss or gradient is not finite; the update was skipped")
-            if self.skipped_in_a_row > run.max_nonfinite_steps:
-                raise RunFailed(
-                    f"{self.skipped_in_a_row} updates in a row were not finite, the last at step {step}; "
-                    "lower optimizer.learning_rate or look at the data"
-                )
+        total, weight = sums["loss"]
+        self.rule.look(step, total / weight if weight else math.nan, skipped)
         self.window.add(sums | {"data_seconds": (waited, 1.0)})
         if due(step, run.log_every, run.steps):
             record = {"step": step, "seconds": self.seconds(), **self.window.means(), **self.window.speed()}
