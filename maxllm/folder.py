@@ -11,10 +11,11 @@
     parents.json                the checkpoints that the run began from
     dependents/                 one file for each run that began from a checkpoint of this one
     changes.jsonl               settings of how the run computes that were changed, and at which step
-    .lock                       held by the process that trains here
+    .lock                       held by the process that trains here; in a bucket, a lease
     checkpoints/STEP/           params, rest (what only resuming needs) and metrics (the rank)
 
-Everything is written whole or not at all; metrics.jsonl and changes.jsonl grow by whole lines.
+Everything is written whole or not at all; metrics.jsonl and changes.jsonl grow by whole lines. The folder
+may lie in a bucket (storage.py), where a checkpoint is complete once Orbax's mark is in it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import fcntl
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,19 @@ import xxhash
 
 from maxllm.errors import RunFailed, UserError, listed
 from maxllm.files import finite, read_json, read_yaml, write_bytes, write_json, write_text
+from maxllm.journal import Journal
+from maxllm.lease import leased
+from maxllm.storage import (
+    absolute,
+    along,
+    children,
+    is_remote,
+    path_of,
+    remove_folder,
+    resolved,
+    way,
+    written_at,
+)
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 HF_CONFIG, HF_GENERATION = "hf_config.json", "hf_generation_config.json"
@@ -41,6 +55,9 @@ LOCK, CHECKPOINTS, HELDOUT = ".lock", "checkpoints", "heldout"
 
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 """What Orbax calls the folder of a checkpoint that is being written."""
+
+COMMITTED = "commit_success.txt"
+"""Orbax's mark in a complete checkpoint and in each of its items, written last."""
 
 UNRANKED = -math.inf
 """The rank of a state that was not evaluated, or whose figure was no number: it is never the best."""
@@ -54,7 +71,8 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Names the folder; touches no file."""
-        self.path = Path(path)
+        self.path = path_of(path)
+        self._metrics: Journal | None = None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -64,16 +82,18 @@ class RunFolder:
 
     def shown(self) -> str:
         """The folder for people: relative to the working directory where it lies below that."""
+        if is_remote(self.path):
+            return str(self.path)
         path = Path(os.path.abspath(self.path))
         return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
     def way_to(self, other: RunFolder) -> str:
         """The path that leads from this folder to another one, which stays true when both move together."""
-        return os.path.relpath(other.path.resolve(), self.path.resolve())
+        return way(resolved(other.path), resolved(self.path))
 
     def along(self, way: str) -> RunFolder:
         """The folder that a path from `way_to` leads to."""
-        return RunFolder(os.path.normpath(self.path.resolve() / way))
+        return RunFolder(resolved(along(resolved(self.path), way)))
 
     # --- config.yaml and what comes with it ----------------------------------------------------------------
 
@@ -84,7 +104,7 @@ class RunFolder:
 
     def config_text(self) -> str | None:
         """The text of config.yaml, whatever it is worth; None where there is none."""
-        return (self.path / CONFIG).read_text("utf-8", errors="replace") if self.has_config else None
+        return (self.path / CONFIG).read_bytes().decode("utf-8", "replace") if self.has_config else None
 
     def settings(self) -> dict[str, Any]:
         """The plain data in config.yaml; `recipe.of_run` makes a `Config` of it.
@@ -149,11 +169,22 @@ class RunFolder:
 
     def write_records(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Replaces all of metrics.jsonl."""
+        self.flush()
+        self._metrics = None
         write_text(self.path / METRICS, "".join(map(line_of, records)))
 
     def append_record(self, record: Mapping[str, Any]) -> None:
-        """Adds a line to metrics.jsonl."""
-        append(self.path / METRICS, [record])
+        """Adds a line to metrics.jsonl, where a reader of a bucket sees it a second later."""
+        if not is_remote(self.path):
+            append(self.path / METRICS, [record])
+            return
+        self._metrics = self._metrics or Journal(self.path / METRICS)
+        self._metrics.append(line_of(record))
+
+    def flush(self) -> None:
+        """Waits until every record is written."""
+        if self._metrics is not None:
+            self._metrics.flush()
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json says of a complete run, or None.
@@ -169,6 +200,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, which makes the run complete."""
+        self.flush()
         write_json(self.path / SUMMARY, dict(summary))
 
     def remove_summary(self) -> None:
@@ -199,7 +231,7 @@ class RunFolder:
     def written(self) -> float | None:
         """When the configuration, metrics or summary was last written, in seconds since the epoch."""
         files = [self.path / name for name in (CONFIG, METRICS, SUMMARY)]
-        return max((file.stat().st_mtime for file in files if file.is_file()), default=None)
+        return max((written_at(file) for file in files if file.is_file()), default=None)
 
     # --- family --------------------------------------------------------------------------------------------
 
@@ -221,8 +253,9 @@ class RunFolder:
 
     def dependents(self) -> list[tuple[int, RunFolder]]:
         """(step, run folder) of the runs that began from a checkpoint of this one and are still there."""
-        entries = [read_json(file) for file in sorted((self.path / DEPENDENTS).glob("*.json"))]
-        runs = [(entry["step"], RunFolder(self.path / entry["run"])) for entry in entries]
+        files = (file for file in children(self.path / DEPENDENTS) if file.name.endswith(".json"))
+        entries = [read_json(file) for file in sorted(files)]
+        runs = [(entry["step"], RunFolder(along(self.path, entry["run"]))) for entry in entries]
         return [(step, run) for step, run in runs if run.has_parents]
 
     def add_dependent(self, step: int, run: RunFolder) -> None:
@@ -231,25 +264,38 @@ class RunFolder:
         Raises:
           OSError: this folder cannot be written to.
         """
-        way = os.path.relpath(run.path.absolute(), self.path)
+        there = way(absolute(run.path), absolute(self.path))
         (self.path / DEPENDENTS).mkdir(exist_ok=True)
-        name = f"{xxhash.xxh3_64_hexdigest(way.encode())}.json"
-        write_json(self.path / DEPENDENTS / name, {"run": way, "step": step})
+        name = f"{xxhash.xxh3_64_hexdigest(there.encode())}.json"
+        write_json(self.path / DEPENDENTS / name, {"run": there, "step": step})
 
     def copy_dependents(self, former: RunFolder) -> None:
         """Takes over what another folder records of the runs that began from it."""
-        if (former.path / DEPENDENTS).is_dir():
-            shutil.copytree(former.path / DEPENDENTS, self.path / DEPENDENTS)
+        for file in children(former.path / DEPENDENTS):
+            (self.path / DEPENDENTS).mkdir(exist_ok=True)
+            write_bytes(self.path / DEPENDENTS / file.name, file.read_bytes())
 
     # --- the lock ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
         """Makes the folder and keeps other processes from training in it; however this one ends, it is free.
+
+        In a bucket it is so half a minute after a process that was killed.
+
+        Args:
+          say: told while another process holds it that may be gone.
 
         Raises:
           UserError: another process is training in it.
         """
+        if is_remote(self.path):
+            with leased(self.path / LOCK, str(self), say):
+                try:
+                    yield
+                finally:
+                    self.flush()
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOCK).open("w") as lock:
             try:
@@ -263,7 +309,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """The folder of all checkpoints."""
-        return (self.path / CHECKPOINTS).absolute()
+        return absolute(self.path / CHECKPOINTS)
 
     def checkpoint(self, step: int) -> Path:
         """The folder of one checkpoint; it need not be there."""
@@ -276,9 +322,12 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, in order; a half-written one has another kind of name."""
-        there = self.checkpoints
-        names = (entry.name for entry in there.iterdir()) if there.is_dir() else ()
-        return sorted(int(name) for name in names if name.isdigit())
+        there = (entry for entry in children(self.checkpoints) if entry.name.isdigit())
+        return sorted(int(entry.name) for entry in there if not self._is_unfinished(entry))
+
+    def _is_unfinished(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint with a final name is half-written: a bucket gives that from the start."""
+        return is_remote(checkpoint) and not (checkpoint / COMMITTED).is_file()
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint."""
@@ -321,20 +370,21 @@ class RunFolder:
         return self.checkpoint(step)
 
     def check_not_lost(self) -> None:
-        """A folder with metrics had a folder of checkpoints from its first moment on.
+        """A folder with metrics had a folder of checkpoints from its first moment on, unless in a bucket.
 
         Raises:
           RunFailed: it is gone, and starting anew would overwrite what the run recorded.
         """
-        if self.has_metrics and not self.checkpoints.is_dir():
+        if self.has_metrics and not self.checkpoints.is_dir() and not is_remote(self.path):
             raise RunFailed(
                 f"{self} has metrics but no {CHECKPOINTS}/; remove the folder to start the run anew"
             )
 
     def remove_unfinished(self) -> None:
         """Removes checkpoints that a kill or a full disk left half-written; the caller holds the lock."""
-        for folder in self.checkpoints.glob(UNFINISHED):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in children(self.checkpoints):
+            if fnmatch(folder.name, UNFINISHED) or (folder.name.isdigit() and self._is_unfinished(folder)):
+                remove_folder(folder)
 
 
 def line_of(record: Mapping[str, Any]) -> str:
@@ -345,7 +395,9 @@ def line_of(record: Mapping[str, Any]) -> str:
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Adds lines of JSON to a file; none leave it as it is, or absent."""
     text = "".join(map(line_of, records))
-    if text:
+    if text and is_remote(path):
+        write_bytes(path, (path.read_bytes() if path.is_file() else b"") + text.encode("utf-8"))
+    elif text:
         with path.open("a", encoding="utf-8") as stream:
             stream.write(text)
 
