@@ -155,10 +155,10 @@ def size_of(file: Path) -> int:
     return found.length if is_remote(file) else found.st_size
 
 
-def written_at(file: Path) -> float:
-    """When a file was last written, in seconds since the epoch."""
+def written_at_ns(file: Path) -> int:
+    """When a file was last written, in nanoseconds since the epoch; whole seconds in a bucket."""
     found: Any = file.stat()
-    return found.mtime if is_remote(file) else found.st_mtime
+    return found.mtime * 10**9 if is_remote(file) else found.st_mtime_ns
 
 
 def create(file: Path, content: bytes) -> None:
@@ -173,6 +173,11 @@ def create(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("xb") as stream:
         stream.write(content)
+
+
+def copy_in(file: Path, to: Path) -> None:
+    """Copies a file of this disk to a bucket."""
+    filesystem(to).put_file(str(file), str(to))
 
 
 def remove_folder(folder: Path) -> None:
