@@ -21,6 +21,7 @@ from maxllm.options import RECIPE_VERBS, parse
 from maxllm.parallel.compiler import without_tpu
 from maxllm.parallel.hugepages import restart_with_huge_pages
 from maxllm.phases import PHASES, Phase
+from maxllm.storage import refusal
 
 CONTINUES = {"quickstart", "export", "convert", *RECIPE_VERBS}
 """Verbs that go on where they were interrupted: launchers retry exit code 75."""
@@ -73,9 +74,15 @@ def run(options: argparse.Namespace) -> int:
         return 1
     except OSError as error:
         sentence = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        failure = UserError(sentence)
+        failure = UserError(refusal(error) or sentence)
         failure.__cause__ = error
         return fail(options, failure, 1 if is_full(error) else 2)
+    except Exception as error:
+        if (reason := refusal(error)) is None:
+            raise
+        failure = UserError(reason)
+        failure.__cause__ = error
+        return fail(options, failure, 2)
     return 0
 
 

@@ -17,10 +17,14 @@ import xxhash
 import yaml
 
 from maxllm.errors import UserError
+from maxllm.storage import is_remote
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; an object of a bucket is that by itself."""
+    if is_remote(path):
+        path.write_bytes(content)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
@@ -82,9 +86,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
 MAPPED_FROM = 1 << 19
 """Bytes of a file from which copying takes longer than mapping does."""
 
+FETCHED = 1 << 24
+"""Bytes that are fetched from a bucket at a time."""
+
 
 def file_hash(path: Path) -> str:
     """XXH3 of a file's content, 128 bits in hexadecimal."""
+    if is_remote(path):
+        digest = xxhash.xxh3_128()
+        with path.open("rb") as stream:
+            while part := stream.read(FETCHED):
+                digest.update(part)
+        return digest.hexdigest()
     with path.open("rb", buffering=0) as stream:
         if os.fstat(stream.fileno()).st_size < MAPPED_FROM:
             return xxhash.xxh3_128_hexdigest(stream.read())
@@ -132,6 +145,8 @@ def whole_folder(target: Path, replaceable: Callable[[Path], bool] = lambda fold
       UserError: target is something else, or another process is writing it; before the body. Or it has become
         something else meanwhile; after the body.
     """
+    if is_remote(target):
+        raise UserError(f"{target} is not a local path; give a local folder, and copy it there")
     target = Path(os.path.abspath(target))
     if not target.name:
         raise UserError(f"{target} cannot be written: give a folder below it")
@@ -197,6 +212,8 @@ def json_line(record: Mapping[str, Any]) -> str:
 def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Adds lines of JSON to a file; none leave it as it is, or absent."""
     text = "".join(map(json_line, records))
-    if text:
+    if text and is_remote(path):  # an object cannot be added to
+        write_bytes(path, (path.read_bytes() if path.is_file() else b"") + text.encode("utf-8"))
+    elif text:
         with path.open("a", encoding="utf-8") as stream:
             stream.write(text)

@@ -14,20 +14,20 @@
     bad/STEP.npz                the rows of a step whose numbers were bad
     sittings.jsonl              what the processes that trained here spent their time on (run/goodput.py)
     changes.jsonl               settings of how the run computes that were changed, and at which step
-    .lock                       held by the process that trains here
+    .lock                       held by the process that trains here; in a bucket, a lease
     checkpoints/STEP/           params, rest (what only resuming needs) and metrics (the rank)
 
-Everything is written whole or not at all; what ends in .jsonl grows by whole lines.
+Everything is written whole or not at all; what ends in .jsonl grows by whole lines. The folder may lie in a
+bucket (storage.py), where a checkpoint is complete once Orbax's mark is in it.
 """
 
 from __future__ import annotations
 
 import fcntl
-import math
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,20 @@ from maxllm.files import (
     write_json,
     write_text,
 )
+from maxllm.journal import Journal
+from maxllm.lease import leased
+from maxllm.rank import UNRANKED, read_rank
+from maxllm.storage import (
+    absolute,
+    along,
+    children,
+    is_remote,
+    path_of,
+    remove_folder,
+    resolved,
+    way,
+    written_at_ns,
+)
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 HF_CONFIG, HF_GENERATION = "hf_config.json", "hf_generation_config.json"
@@ -54,8 +68,8 @@ LOCK, CHECKPOINTS, HELDOUT = ".lock", "checkpoints", "heldout"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 """What Orbax calls the folder of a checkpoint that is being written."""
 
-UNRANKED = -math.inf
-"""The rank of a state that was not evaluated, or whose figure was no number: it is never the best."""
+COMMITTED = "commit_success.txt"
+"""Orbax's mark in a complete checkpoint and in each of its items, written last."""
 
 Which = Literal["latest", "best"] | int
 """Which checkpoint of a run: its newest, its best, or that of a step."""
@@ -66,7 +80,8 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Names the folder; touches no file."""
-        self.path = Path(path)
+        self.path = path_of(path)
+        self._metrics: Journal | None = None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -76,16 +91,18 @@ class RunFolder:
 
     def shown(self) -> str:
         """The folder for people: relative to the working directory where it lies below that."""
+        if is_remote(self.path):
+            return str(self.path)
         path = Path(os.path.abspath(self.path))
         return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
     def way_to(self, other: RunFolder) -> str:
         """The path that leads from this folder to another one, which stays true when both move together."""
-        return os.path.relpath(other.path.resolve(), self.path.resolve())
+        return way(resolved(other.path), resolved(self.path))
 
     def along(self, way: str) -> RunFolder:
         """The folder that a path from `way_to` leads to."""
-        return RunFolder(os.path.normpath(self.path.resolve() / way))
+        return RunFolder(resolved(along(resolved(self.path), way)))
 
     # --- config.yaml and what comes with it ----------------------------------------------------------------
 
@@ -96,7 +113,7 @@ class RunFolder:
 
     def config_text(self) -> str | None:
         """The text of config.yaml, whatever it is worth; None where there is none."""
-        return (self.path / CONFIG).read_text("utf-8", errors="replace") if self.has_config else None
+        return (self.path / CONFIG).read_bytes().decode("utf-8", "replace") if self.has_config else None
 
     def settings(self) -> dict[str, Any]:
         """The plain data in config.yaml; `recipe.of_run` makes a `Config` of it.
@@ -149,11 +166,22 @@ class RunFolder:
 
     def write_records(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Replaces all of metrics.jsonl."""
+        self.flush()
+        self._metrics = None
         write_text(self.path / METRICS, "".join(map(json_line, records)))
 
     def append_record(self, record: Mapping[str, Any]) -> None:
-        """Adds a line to metrics.jsonl."""
-        append_json_lines(self.path / METRICS, [record])
+        """Adds a line to metrics.jsonl, where a reader of a bucket sees it a second later."""
+        if not is_remote(self.path):
+            append_json_lines(self.path / METRICS, [record])
+            return
+        self._metrics = self._metrics or Journal(self.path / METRICS)
+        self._metrics.append(json_line(record))
+
+    def flush(self) -> None:
+        """Waits until every record is written."""
+        if self._metrics is not None:
+            self._metrics.flush()
 
     def sittings(self) -> Iterator[dict[str, Any]]:
         """The lines of sittings.jsonl, as `records` gives those of metrics.jsonl."""
@@ -177,6 +205,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, which makes the run complete."""
+        self.flush()
         write_json(self.path / SUMMARY, dict(summary))
 
     def remove_summary(self) -> None:
@@ -204,10 +233,6 @@ class RunFolder:
         """Records which batches are passed over."""
         write_json(self.path / PASSED, {"passed": passed})
 
-    def bad_rows(self, step: int) -> Path:
-        """The file for the rows of a step whose numbers were bad."""
-        return self.path / BAD / f"{step}.npz"
-
     def append_changes(self, changes: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines {"step", "setting", "from", "to"} to changes.jsonl."""
         append_json_lines(self.path / CHANGES, changes)
@@ -219,7 +244,7 @@ class RunFolder:
     def written(self) -> float | None:
         """When the configuration, metrics or summary was last written, in seconds since the epoch."""
         files = [self.path / name for name in (CONFIG, METRICS, SUMMARY)]
-        return max((file.stat().st_mtime for file in files if file.is_file()), default=None)
+        return max((written_at_ns(file) / 1e9 for file in files if file.is_file()), default=None)
 
     # --- family --------------------------------------------------------------------------------------------
 
@@ -241,8 +266,9 @@ class RunFolder:
 
     def dependents(self) -> list[tuple[int, RunFolder]]:
         """(step, run folder) of the runs that began from a checkpoint of this one and are still there."""
-        entries = [read_json(file) for file in sorted((self.path / DEPENDENTS).glob("*.json"))]
-        runs = [(entry["step"], RunFolder(self.path / entry["run"])) for entry in entries]
+        files = (file for file in children(self.path / DEPENDENTS) if file.name.endswith(".json"))
+        entries = [read_json(file) for file in sorted(files)]
+        runs = [(entry["step"], RunFolder(along(self.path, entry["run"]))) for entry in entries]
         return [(step, run) for step, run in runs if run.has_parents]
 
     def add_dependent(self, step: int, run: RunFolder) -> None:
@@ -251,25 +277,38 @@ class RunFolder:
         Raises:
           OSError: this folder cannot be written to.
         """
-        way = os.path.relpath(run.path.absolute(), self.path)
+        there = way(absolute(run.path), absolute(self.path))
         (self.path / DEPENDENTS).mkdir(exist_ok=True)
-        name = f"{xxhash.xxh3_64_hexdigest(way.encode())}.json"
-        write_json(self.path / DEPENDENTS / name, {"run": way, "step": step})
+        name = f"{xxhash.xxh3_64_hexdigest(there.encode())}.json"
+        write_json(self.path / DEPENDENTS / name, {"run": there, "step": step})
 
     def copy_dependents(self, former: RunFolder) -> None:
         """Takes over what another folder records of the runs that began from it."""
-        if (former.path / DEPENDENTS).is_dir():
-            shutil.copytree(former.path / DEPENDENTS, self.path / DEPENDENTS)
+        for file in children(former.path / DEPENDENTS):
+            (self.path / DEPENDENTS).mkdir(exist_ok=True)
+            write_bytes(self.path / DEPENDENTS / file.name, file.read_bytes())
 
     # --- the lock ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
         """Makes the folder and keeps other processes from training in it; however this one ends, it is free.
+
+        In a bucket it is so half a minute after a process that was killed.
+
+        Args:
+          say: told while another process holds it that may be gone.
 
         Raises:
           UserError: another process is training in it.
         """
+        if is_remote(self.path):
+            with leased(self.path / LOCK, str(self), say):
+                try:
+                    yield
+                finally:
+                    self.flush()
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOCK).open("w") as lock:
             try:
@@ -283,7 +322,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """The folder of all checkpoints."""
-        return (self.path / CHECKPOINTS).absolute()
+        return absolute(self.path / CHECKPOINTS)
 
     def checkpoint(self, step: int) -> Path:
         """The folder of one checkpoint; it need not be there."""
@@ -296,9 +335,12 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, in order; a half-written one has another kind of name."""
-        there = self.checkpoints
-        names = (entry.name for entry in there.iterdir()) if there.is_dir() else ()
-        return sorted(int(name) for name in names if name.isdigit())
+        there = (entry for entry in children(self.checkpoints) if entry.name.isdigit())
+        return sorted(int(entry.name) for entry in there if not self._is_unfinished(entry))
+
+    def _is_unfinished(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint with a final name is half-written: a bucket gives that from the start."""
+        return is_remote(checkpoint) and not (checkpoint / COMMITTED).is_file()
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint."""
@@ -341,60 +383,18 @@ class RunFolder:
         return self.checkpoint(step)
 
     def check_not_lost(self) -> None:
-        """A folder with metrics had a folder of checkpoints from its first moment on.
+        """A folder with metrics had a folder of checkpoints from its first moment on, unless in a bucket.
 
         Raises:
           RunFailed: it is gone, and starting anew would overwrite what the run recorded.
         """
-        if self.has_metrics and not self.checkpoints.is_dir():
+        if self.has_metrics and not self.checkpoints.is_dir() and not is_remote(self.path):
             raise RunFailed(
                 f"{self} has metrics but no {CHECKPOINTS}/; remove the folder to start the run anew"
             )
 
-    def set_aside(self, step: int, why: str = "damaged") -> None:
-        """Renames a checkpoint, so that it is none any more, yet can be looked at."""
-        there, number = self.checkpoint(step), 0
-        while (aside := there.with_name(f"{step}.{why}{number or ''}")).exists():
-            number += 1
-        there.rename(aside)
-
     def remove_unfinished(self) -> None:
         """Removes checkpoints that a kill or a full disk left half-written; the caller holds the lock."""
-        for folder in self.checkpoints.glob(UNFINISHED):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def rank_record(rank: float) -> dict[str, Any]:
-    """What a checkpoint records of its rank: that file is in no item with hashes, so it brings its own."""
-    return {"rank": rank, "hash": xxhash.xxh3_64_hexdigest(repr(float(rank)).encode())}
-
-
-def rank_of(record: Mapping[str, float]) -> float:
-    """What orders checkpoints: larger is better."""
-    return record["rank"]
-
-
-def read_rank(checkpoint: Path) -> float:
-    """The rank of a checkpoint.
-
-    Raises:
-      RunFailed: it is damaged.
-    """
-    file = checkpoint / "metrics" / "metrics"
-    try:
-        record = read_json(file) if file.is_file() else {}
-    except UserError as error:
-        raise damaged(checkpoint, str(error)) from None
-    if not record:
-        return UNRANKED
-    rank = record.get("rank", math.nan)
-    if record.get("hash") != rank_record(rank)["hash"]:
-        raise damaged(checkpoint, f"{file} is not as it was written")
-    return rank_of(record)
-
-
-def damaged(checkpoint: Path, what: str) -> RunFailed:
-    """The error for a checkpoint that must not be used."""
-    return RunFailed(
-        f"checkpoint {checkpoint} is damaged: {what}; remove that folder to use the checkpoint before it"
-    )
+        for folder in children(self.checkpoints):
+            if fnmatch(folder.name, UNFINISHED) or (folder.name.isdigit() and self._is_unfinished(folder)):
+                remove_folder(folder)

@@ -63,7 +63,14 @@ class DataConfig(Section):
     )
     text_field: str = Field("text", description="Field that holds a document in JSONL and TFDS rows.")
     prepared_dir: Name | None = Field(
-        None, description="Folder of the packed corpus that `prepare` writes and `pretrain` reads."
+        None,
+        description="Folder, here or in a bucket, of the packed corpus that `prepare` writes and `pretrain` "
+        "reads.",
+    )
+    cache_gb: Annotated[float, Effect.RECORD] = Field(
+        10,
+        gt=0,
+        description="Gigabytes of a corpus in a bucket that each process keeps on the disk of its machine.",
     )
     clean: CleanConfig = Field(default_factory=CleanConfig, description="Document filters (pretrain).")
     max_bad_share: float = Field(

@@ -7,14 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from maxllm.config.section import Effect, Name, Section
+from maxllm.config.section import Effect, Name, Section, place
 
 
 class RunConfig(Section):
     """One run of one stage: its folder, length and cadence."""
 
     dir: Annotated[Name, Effect.RECORD] = Field(
-        description="Run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/."
+        description="Run folder, here or in a bucket (gs://…, s3://…): config.yaml, metrics.jsonl, "
+        "summary.json, checkpoints/."
     )
     hardware: Annotated[Name | None, Effect.RECORD] = Field(
         None, description="The machine that the recipe is meant for, as `plan` names it: v5p-16, h100x8."
@@ -77,10 +78,8 @@ class RunConfig(Section):
 
     @field_validator("dir")
     @classmethod
-    def _local(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError(f"{value} is not a local path; mount the bucket (gcsfuse) and give its folder")
-        return value
+    def _place(cls, value: str) -> str:
+        return place(value)
 
 
 class StartConfig(Section):
@@ -96,3 +95,8 @@ class StartConfig(Section):
         "latest",
         description="Which checkpoint of those runs: the newest, or the best by its held-out figure.",
     )
+
+    @field_validator("policy", "reward")
+    @classmethod
+    def _place(cls, value: str | None) -> str | None:
+        return value and place(value)

@@ -9,8 +9,21 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator
 
+from maxllm.storage import CLIENTS, scheme_of
+
 Name = Annotated[str, StringConstraints(min_length=1)]
 """The name of a file, folder or source."""
+
+
+def place(name: str) -> str:
+    """A local path or one in a bucket, as it is.
+
+    Raises:
+      ValueError: it lies in storage of another kind.
+    """
+    if scheme_of(name) not in (None, *CLIENTS):
+        raise ValueError(f"{name} is neither a local path nor in a bucket (gs://BUCKET/…, s3://BUCKET/…)")
+    return name
 
 
 class Effect(Enum):

@@ -15,11 +15,13 @@ import numpy as np
 
 from maxllm.config.root import Config
 from maxllm.data.pack import Piece, fill, packed
+from maxllm.data.remote import RemoteArray, cache_of_process
 from maxllm.data.sources import source_hash, source_state
 from maxllm.errors import UserError
 from maxllm.files import read_json, write_json
 from maxllm.recipe import flat
 from maxllm.records import LmBatch
+from maxllm.storage import is_remote
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
@@ -48,13 +50,22 @@ def write_rows(folder: Path, pieces: Iterable[Piece], length: int, pad: int) -> 
     return count, tokens
 
 
-def read_rows(prepared: Path, split: str) -> LmBatch:
-    """Packed rows [N, T], memory-mapped.
+def read_rows(prepared: Path, split: str, cache_gb: float = 0) -> LmBatch:
+    """Packed rows [N, T], memory-mapped; in a bucket, fetched as they are asked for.
+
+    Args:
+      prepared: the corpus.
+      split: one of SPLITS.
+      cache_gb: gigabytes of a corpus in a bucket that are kept on this disk.
 
     Raises:
       UserError: an array is missing or cut short.
     """
     try:
+        if is_remote(prepared):
+            kept = cache_of_process(int(cache_gb * 1e9))
+            recorded = read_manifest(prepared)[split].get("fingerprint")
+            return LmBatch(*(RemoteArray(file, kept, recorded) for file in paths_of(prepared / split)))
         return LmBatch(*(np.load(file, mmap_mode="r") for file in paths_of(prepared / split)))
     except (OSError, ValueError) as error:
         raise UserError(f"{prepared} is damaged ({error}); remove it and prepare it anew") from None
@@ -138,7 +149,9 @@ def settings_of(config: Config, known: Mapping[str, str | None] | None = None) -
     tokenizer = config.tokenizer and config.tokenizer.model_dump(
         mode="json", exclude={"path", "sample_bytes"}
     )
-    settings = {"data": config.data.model_dump(mode="json", exclude={"prepared_dir", "max_bad_share"})}
+    settings = {
+        "data": config.data.model_dump(mode="json", exclude={"prepared_dir", "max_bad_share", "cache_gb"})
+    }
     known = known or {}
     settings["content"] = {
         source: known[source] if source in known else source_hash(source) for source in sources_of(config)

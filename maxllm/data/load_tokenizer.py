@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import datetime
 import os
-from pathlib import Path
 
 from maxllm.data import bpe, spm
 from maxllm.data.tokenizer import FAST_CONFIG_FILE, SPM_FILE, Tokenizer
 from maxllm.errors import UserError
+from maxllm.storage import path_of
 
 
 def load_tokenizer(path: str | os.PathLike[str], day: datetime.date | None = None) -> Tokenizer:
@@ -21,7 +21,7 @@ def load_tokenizer(path: str | os.PathLike[str], day: datetime.date | None = Non
     Raises:
       UserError: nothing there, or not a tokenizer.
     """
-    path = Path(path)
+    path = path_of(path)
     if path.is_dir() and (path / FAST_CONFIG_FILE).is_file():
         return bpe.load(path, day)
     file = path / SPM_FILE if path.is_dir() else path

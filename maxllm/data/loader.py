@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import xxhash
 
+from maxllm.data.remote import RemoteArray
 from maxllm.records import PromptBatch
 
 Record = TypeVar("Record")
@@ -95,8 +96,13 @@ class PromptBatches(ArrayBatches[PromptBatch]):
 
 
 def fingerprint(rows: Any) -> dict[str, Any]:
-    """{"rows", "hash"} of a dataset: XXH3 of its shapes and all its values; leaves may be lists of texts."""
+    """{"rows", "hash"} of a dataset: XXH3 of its shapes and all its values; leaves may be lists of texts.
+
+    Of arrays in a bucket it is what was written down with them, for reading all of them takes long.
+    """
     digest, leaves = xxhash.xxh3_128(), jax.tree.leaves(rows, is_leaf=lambda leaf: isinstance(leaf, list))
+    if isinstance(leaves[0], RemoteArray) and leaves[0].recorded is not None:
+        return leaves[0].recorded
     for leaf in leaves:
         if isinstance(leaf, list):
             digest.update(json.dumps(leaf).encode())

@@ -1,8 +1,9 @@
 """Read documents and rows from files, folders, the committed slice and TensorFlow Datasets.
 
 A source is a name: `book.txt`, `rows.jsonl`, `rows.jsonl.gz`, `rows.json`, a folder of these, `slice:NAME`
-(`maxllm/data/slice`) or `tfds:NAME[/config[:version]][@split]`. Rows that cannot be read are counted in a
-`Tally` with the place of the first one, never passed over in silence; the caller ends with `tally.check()`.
+(`maxllm/data/slice`) or `tfds:NAME[/config[:version]][@split]`; files may lie in a bucket. Rows that cannot
+be read are counted in a `Tally` with the place of the first one, never passed over in silence; the caller
+ends with `tally.check()`.
 """
 
 import gzip
@@ -22,6 +23,7 @@ import xxhash
 
 from maxllm.errors import UserError
 from maxllm.files import file_hash
+from maxllm.storage import files_below, name_below, path_of, size_of, written_at_ns
 
 SLICES = ("shakespeare", "austen", "tang")
 DOCUMENT_END = "<|endoftext|>"
@@ -92,7 +94,7 @@ def read_rows(path: str | Path, tally: Tally) -> Iterator[Row]:
     counts in `tally` as bad. UserError at once when the file is missing or of another kind; while reading,
     when a .json list or a .gz is broken.
     """
-    path = Path(path)
+    path = path_of(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     if not path.name.endswith(ROW_SUFFIXES):
@@ -109,9 +111,8 @@ def _rows_of_file(path: Path, tally: Tally) -> Iterator[Row]:
     if path.suffix == ".json" and _starts_with_bracket(path):
         yield from _rows_of_list(path, tally)
         return
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rb") as stream:
+        with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
             yield from _rows_of_lines(stream, str(path), tally)
     except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz that is cut off or corrupt
         raise UserError(f"{path} cannot be read ({error})") from error
@@ -144,7 +145,7 @@ def _rows_of_lines(lines: Iterable[bytes], name: str, tally: Tally) -> Iterator[
 
 def _rows_of_list(path: Path, tally: Tally) -> Iterator[Row]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start + 1})") from error
     except (ValueError, RecursionError) as error:
@@ -199,7 +200,7 @@ def read_documents(source: str | Path, text_field: str, tally: Tally) -> Iterato
     if name.startswith("slice:"):
         files = _slice_files(name.removeprefix("slice:"))
         return (text for file in files for text in _documents_of_file(file, "text", tally))
-    files = _files_of(Path(source))
+    files = _files_of(path_of(source))
     return (text for file in files for text in _documents_of_file(file, text_field, tally))
 
 
@@ -209,7 +210,7 @@ def files_of_source(source: str) -> list[Path]:
         return []
     if source.startswith("slice:"):
         return _slice_files(source.removeprefix("slice:"))
-    return _files_of(Path(source)) if Path(source).exists() else []
+    return _files_of(path_of(source)) if path_of(source).exists() else []
 
 
 def source_state(source: str) -> list[list[int]] | None:
@@ -217,8 +218,8 @@ def source_state(source: str) -> list[list[int]] | None:
 
     Files whose sizes and times are the same are taken for the same where reading them would take too long.
     """
-    stats = [file.stat() for file in files_of_source(source)]
-    return [[stat.st_size, stat.st_mtime_ns] for stat in stats] or None
+    files = files_of_source(source)
+    return [[size_of(file), written_at_ns(file)] for file in files] or None
 
 
 def source_hash(source: str) -> str | None:
@@ -247,10 +248,10 @@ def _files_of(path: Path) -> list[Path]:
         if not path.name.endswith(kinds):
             raise UserError(f"{path} is not a {', '.join(kinds[:-1])} or {kinds[-1]} file")
         return [path]
-    inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
+    inside = sorted(files_below(path), key=lambda file: name_below(file, path))
     hidden = re.compile(r"(^|/)\.")
-    files = [file for file in inside if file.is_file() and file.name.endswith(kinds)]
-    files = [file for file in files if not hidden.search(file.relative_to(path).as_posix())]
+    files = [file for file in inside if file.name.endswith(kinds)]
+    files = [file for file in files if not hidden.search(name_below(file, path))]
     if not files:
         raise UserError(f"{path} holds no {', '.join(kinds[:-1])} or {kinds[-1]} file")
     return files

@@ -7,6 +7,7 @@ written.
 from __future__ import annotations
 
 import dataclasses
+import io
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpy as np
 
 from maxllm.data.loader import fingerprint
 from maxllm.errors import UserError
-from maxllm.files import read_json, whole_folder, write_json
+from maxllm.files import read_json, whole_folder, write_bytes, write_json
+from maxllm.storage import is_remote
 
 Record = TypeVar("Record")
 
@@ -38,23 +40,30 @@ def write_record(folder: Path, record: Any) -> None:
         return
     texts = {name: part for name, part in parts.items() if isinstance(part, list)}
     arrays = [name for name in parts if name not in texts]
+    index = {"hash": digest, "arrays": arrays, "texts": texts}
+    if is_remote(folder):
+        (folder / INDEX).unlink(missing_ok=True)  # without which there is no record
+        for name in arrays:
+            content = io.BytesIO()
+            np.save(content, parts[name])
+            write_bytes(folder / f"{name}.npy", content.getvalue())
+        write_json(folder / INDEX, index)
+        return
     with whole_folder(folder, is_record) as partial:
         for name in arrays:
             np.save(partial / f"{name}.npy", parts[name])
-        write_json(partial / INDEX, {"hash": digest, "arrays": arrays, "texts": texts})
+        write_json(partial / INDEX, index)
 
 
 def read_record(folder: Path, kind: type[Record]) -> Record:
-    """A stored record, its arrays memory-mapped.
+    """A stored record, its arrays memory-mapped; in memory, where it comes from a bucket.
 
     Raises:
       UserError: it is not what was written.
     """
     try:
         index = read_json(folder / INDEX)
-        parts = index["texts"] | {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in index["arrays"]
-        }
+        parts = index["texts"] | {name: load_array(folder / f"{name}.npy") for name in index["arrays"]}
         record: Record = assembled(kind, parts)
         whole = fingerprint(dict(parts_of(record)))["hash"] == index["hash"]
     except (OSError, ValueError, LookupError, TypeError, UserError) as error:
@@ -62,6 +71,11 @@ def read_record(folder: Path, kind: type[Record]) -> Record:
     if not whole:
         raise UserError(f"{folder} is damaged: its content is not what was written; {REMEDY}")
     return record
+
+
+def load_array(file: Path) -> np.ndarray:
+    """The array in a .npy file."""
+    return np.load(io.BytesIO(file.read_bytes())) if is_remote(file) else np.load(file, mmap_mode="r")
 
 
 def is_record(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -22,8 +23,9 @@ from maxllm.config.run import RunConfig
 from maxllm.data.loader import ALL, Batches
 from maxllm.errors import RunFailed
 from maxllm.files import write_bytes
-from maxllm.folder import RunFolder
+from maxllm.folder import BAD, RunFolder
 from maxllm.parallel import processes
+from maxllm.run.fall_back import set_aside
 
 Record = TypeVar("Record")
 
@@ -114,13 +116,18 @@ def passing(folder: RunFolder, batches: Batches[Record]) -> Passing[Record]:
     return Passing(batches, passed)
 
 
+def rows_of(folder: RunFolder, step: int) -> Path:
+    """The file for the rows of a step whose numbers were bad."""
+    return folder.path / BAD / f"{step}.npz"
+
+
 def write_down(folder: RunFolder, batches: Passing[Record], bad: BadNumbers) -> None:
     """Keeps the rows of the bad steps for whoever looks for the cause: `numpy.load` reads them."""
     for step in range(bad.first, bad.last + 1):
         leaves = jax.tree_util.tree_leaves_with_path(batches.at(step - 1))
         content = io.BytesIO()
         np.savez(content, **{jax.tree_util.keystr(path).strip(".") or "rows": leaf for path, leaf in leaves})
-        file = folder.bad_rows(step)
+        file = rows_of(folder, step)
         file.parent.mkdir(exist_ok=True)
         write_bytes(file, content.getvalue())
 
@@ -138,7 +145,7 @@ def roll_back(
     """
     if processes.is_main():
         write_down(folder, batches, bad)
-    rows = f"the rows of what was bad are in {folder.bad_rows(bad.first)}"
+    rows = f"the rows of what was bad are in {rows_of(folder, bad.first)}"
     remedy = "lower optimizer.learning_rate, look at the data"
     if run.on_bad_numbers == "stop":
         remedy += ", or give run.on_bad_numbers=roll_back, which goes back and passes over that data"
@@ -157,6 +164,6 @@ def roll_back(
     if processes.is_main():
         for step in folder.steps():
             if step >= bad.first:
-                folder.set_aside(step, "rolled-back")
+                set_aside(folder, step, "rolled-back")
         folder.write_passed([*passed, {"first": first, "after": after, "step": bad.last, "why": bad.what}])
     processes.agreed(0)  # nobody reads the folder before it is so

@@ -22,11 +22,14 @@ from orbax.checkpoint import checkpoint_managers
 
 from maxllm.config.run import RunConfig
 from maxllm.errors import RunFailed
-from maxllm.folder import UNRANKED, RunFolder, rank_of, rank_record
+from maxllm.folder import RunFolder
 from maxllm.parallel import processes
+from maxllm.rank import UNRANKED, rank_of, rank_record
 from maxllm.records import Params
 from maxllm.run.hashes import HashedHandler, HashedSave
+from maxllm.run.orbax_s3 import teach_orbax
 from maxllm.run.restore import State, reason_of
+from maxllm.storage import is_remote, refusal
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Checkpoints:
                 preservation_policy=_Kept(keep, in_use, say),
                 best_fn=rank_of,  # writes the ranks down, so that a resumed run knows them
                 enable_async_checkpointing=True,
+                atomicity_options=atomicity(folder.checkpoints),
             ),
             item_handlers={"params": HashedHandler(), "rest": HashedHandler()},
         )
@@ -146,7 +150,9 @@ def save_params(folder: RunFolder, params: Params) -> None:
     one layer each where layers are stacked; and uncompressed: zstd takes a quarter off weights in twice the
     time.
     """
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(
+        enable_async_checkpointing=False, atomicity_options=atomicity(folder.checkpoints)
+    )
     handler = HashedHandler(save_concurrent_gb=under_way_gb(params), use_compression=False)
     flat = flatten_dict(params, sep="/")
     chunks = unflatten_dict({path: chunks_of(path) for path in flat}, sep="/")
@@ -189,15 +195,24 @@ def without_merge_warning() -> Iterator[None]:
         logger.removeFilter(other)
 
 
+def atomicity(folder: Path) -> ocp.options.AtomicityOptions | None:
+    """How a checkpoint becomes complete: by its name on a disk; by a mark in a bucket, where none changes."""
+    if not is_remote(folder):
+        return None
+    return ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
+
+
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
     """Turns what Orbax raises while writing into one sentence."""
+    teach_orbax(folder)
     try:
         yield
     except Exception as error:
         if processes.peer_lost(error):
             raise
+        reason = (is_remote(folder) and refusal(error, folder)) or reason_of(error)
         raise RunFailed(
-            f"a checkpoint cannot be written to {folder} ({reason_of(error)}); the same command continues "
+            f"a checkpoint cannot be written to {folder} ({reason}); the same command continues "
             "from the last complete one"
         ) from error

@@ -8,6 +8,7 @@ from maxllm.errors import RunFailed
 from maxllm.folder import RunFolder
 from maxllm.parallel import processes
 from maxllm.run.restore import AnyState, restore
+from maxllm.storage import move_folder
 
 
 def restore_newest(
@@ -43,5 +44,13 @@ def restore_newest(
             raise RunFailed(f"{damage}; run.fall_back=true continues from step {older[-1]}") from damage
         say(f"{damage}; run.fall_back: it is set aside, and the run continues from step {older[-1]}")
         if processes.is_main():
-            folder.set_aside(step)
+            set_aside(folder, step, "damaged")
         step = processes.agreed(older[-1])
+
+
+def set_aside(folder: RunFolder, step: int, why: str) -> None:
+    """Renames a checkpoint, so that it is none any more, yet can be looked at."""
+    there, number = folder.checkpoint(step), 0
+    while (aside := there.with_name(f"{step}.{why}{number or ''}")).exists():
+        number += 1
+    move_folder(there, aside)

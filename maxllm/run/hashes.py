@@ -22,15 +22,15 @@ import xxhash
 
 from maxllm.errors import UserError
 from maxllm.files import file_hash, read_json, write_json
-from maxllm.folder import damaged
+from maxllm.folder import COMMITTED
 from maxllm.parallel import processes
+from maxllm.rank import damaged
+from maxllm.storage import files_below, name_below, path_of
+from maxllm.storage import size_of as file_size
 
 T = TypeVar("T")
 
 HASHES = "hashes.json"
-
-COMMITTED = "commit_success.txt"
-"""Orbax's mark in a complete checkpoint and in each of its items, written last."""
 
 STEP_METADATA = "_CHECKPOINT_METADATA"
 
@@ -48,7 +48,7 @@ class HashedHandler(ocp.PyTreeCheckpointHandler):
     def finalize(self, directory: Any) -> None:
         """Orbax calls it in the main process when all have written, before the checkpoint counts."""
         super().finalize(directory)
-        folder = Path(directory)
+        folder = path_of(directory)
         write_json(folder / HASHES, hashes_of(folder, files_of(folder)))
 
 
@@ -66,8 +66,8 @@ class HashedRestore(ocp.args.PyTreeRestore):
 
 def files_of(item: Path) -> list[str]:
     """Names of an item's files, relative to it and in order, but for the hashes and Orbax's last mark."""
-    files = (file.relative_to(item).as_posix() for file in item.rglob("*") if file.is_file())
-    return sorted(name for name in files if name not in (HASHES, COMMITTED))
+    names = (name_below(file, item) for file in files_below(item))
+    return sorted(name for name in names if name not in (HASHES, COMMITTED))
 
 
 def hashes_of(item: Path, names: Iterable[str]) -> dict[str, str | None]:
@@ -89,7 +89,7 @@ def hash_of(file: Path) -> str | None:
 
 def size_of(item: Path, names: Iterable[str]) -> int:
     """Bytes of those of an item's files that are there."""
-    return sum((item / name).stat().st_size for name in names if (item / name).is_file())
+    return sum(file_size(item / name) for name in names if (item / name).is_file())
 
 
 def read_hashes(item: Path) -> dict[str, str]:

@@ -17,9 +17,10 @@ import numpy as np
 from maxllm.data.loader import Batches, fingerprint
 from maxllm.data.store import write_record
 from maxllm.errors import Interrupted, UserError
-from maxllm.folder import METRICS, UNRANKED, RunFolder
+from maxllm.folder import METRICS, RunFolder
 from maxllm.parallel import processes, sharding
 from maxllm.phases import PHASES, Phase
+from maxllm.rank import UNRANKED
 from maxllm.records import Metrics, Params
 from maxllm.run.bad_numbers import BadNumbers, Rule, passing, roll_back
 from maxllm.run.checkpoint import Checkpoints, Keep

@@ -20,6 +20,8 @@ from maxllm.errors import RunFailed, UserError
 from maxllm.parallel import processes
 from maxllm.records import Params
 from maxllm.run.hashes import array_of, is_description, read_hashes, verify, verify_beside
+from maxllm.run.orbax_s3 import teach_orbax
+from maxllm.storage import kvstore
 
 
 class State(Protocol):
@@ -145,7 +147,7 @@ def open_array(checkpoint: Path, path: str) -> Any:
 
     name = path.replace("/", ".")
     verify(checkpoint / "params", wanted=lambda file: array_of(file) == name)
-    store = {"driver": "file", "path": str(checkpoint / "params" / name)}
+    store = kvstore(checkpoint / "params" / name)
     spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
     with readable(checkpoint):
         array = tensorstore.open(spec, open=True, read=True).result()
@@ -156,6 +158,7 @@ def open_array(checkpoint: Path, path: str) -> Any:
 @contextmanager
 def readable(checkpoint: Path) -> Iterator[None]:
     """Turns what Orbax raises while reading files that are as they were written into one sentence."""
+    teach_orbax(checkpoint)
     try:
         yield
     except Exception as error:

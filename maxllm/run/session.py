@@ -39,6 +39,8 @@ from maxllm.run.changes import is_of, record_changes
 from maxllm.run.console import console
 from maxllm.run.longer import check_may_go_on_longer
 from maxllm.run.parents import Role, parent_of
+from maxllm.storage import is_remote, path_of
+from maxllm.storage import resolved as place_of
 
 EFFECTS = Config.effects()
 """What each setting changes, by its dotted name."""
@@ -234,7 +236,7 @@ def open_folder(session: Session) -> Iterator[None]:
         yield
         return
     folder = session.folder
-    with folder.locked():
+    with folder.locked(partial(say, session)):
         # Looked at again: the folder may have been filled since the session was opened.
         changes = check_same_recipe(folder, session.config)
         folder.remove_unfinished()  # first of all: it may be what fills the disk
@@ -249,8 +251,10 @@ def open_folder(session: Session) -> Iterator[None]:
 
 def same_place(former: dict[str, Any], now: dict[str, Any], key: str) -> bool:
     """Whether two spellings of a path mean one place, or one that moved together with the run folder."""
-    if Path(former[key]).resolve() == Path(now[key]).resolve():
+    if place_of(path_of(former[key])) == place_of(path_of(now[key])):
         return True
+    if any(is_remote(each[name]) for each in (former, now) for name in (key, "run.dir")):
+        return False
     return os.path.relpath(former[key], former["run.dir"]) == os.path.relpath(now[key], now["run.dir"])
 
 

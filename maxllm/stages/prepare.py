@@ -12,6 +12,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from sentencepiece import sentencepiece_model_pb2
 
 from maxllm.config.data import DataConfig, TokenizerConfig
@@ -26,10 +29,12 @@ from maxllm.config.root import Config
 from maxllm.data import bpe, ngram, spm
 from maxllm.data.clean import clean_text, reason_to_drop
 from maxllm.data.corpus import (
+    MANIFEST,
     SPLITS,
     check_settings,
     is_prepared,
     read_manifest,
+    read_rows,
     settings_of,
     states_of,
     write_manifest,
@@ -37,13 +42,15 @@ from maxllm.data.corpus import (
 )
 from maxllm.data.dedup import drop_duplicates, text_key
 from maxllm.data.load_tokenizer import load_tokenizer
+from maxllm.data.loader import fingerprint
 from maxllm.data.pack import Piece, chunks
 from maxllm.data.sources import Tally, read_documents
 from maxllm.data.spool import Spool
 from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start
-from maxllm.errors import UserError
+from maxllm.errors import RunFailed, UserError
 from maxllm.files import whole_folder, write_bytes
 from maxllm.run.console import console, progress
+from maxllm.storage import copy_in, is_remote, path_of, refusal
 
 model_pb2: Any = sentencepiece_model_pb2  # generated at import: type checkers see nothing in it
 
@@ -51,16 +58,42 @@ model_pb2: Any = sentencepiece_model_pb2  # generated at import: type checkers s
 def run(config: Config) -> dict[str, Any]:
     """Prepares what a pretrain recipe needs; returns the manifest. Does nothing when it is done already."""
     assert config.data.prepared_dir is not None, "Config checks this"
-    out = Path(config.data.prepared_dir)
+    out = path_of(config.data.prepared_dir)
     if is_prepared(out):
         manifest = read_manifest(out)
         check_settings(config, out, manifest)
         console().print(f"prepare: {out} is prepared already", markup=False, soft_wrap=True)
         return manifest
 
+    if is_remote(out):
+        return prepare_remote(config, out)
     with whole_folder(out) as folder:
         manifest = prepare(config, folder)
         write_manifest(folder, manifest)
+    return manifest
+
+
+def prepare_remote(config: Config, out: Path) -> dict[str, Any]:
+    """Prepares a corpus here, then copies it to a bucket; the manifest last, which says that all is there.
+
+    Raises:
+      RunFailed: the copy failed; the next time, what was prepared is copied again.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxllm" / "prepared"
+    local = home / xxhash.xxh3_64_hexdigest(str(out).encode())
+    home.mkdir(parents=True, exist_ok=True)
+    there = config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": str(local)})})
+    manifest = run(there)
+    try:
+        for file in sorted(local.rglob("*"), key=lambda file: file.name == MANIFEST):
+            if file.is_file():
+                copy_in(file, out / file.relative_to(local).as_posix())
+    except Exception as error:
+        reason = refusal(error, out) or f"{type(error).__name__}: {error}"
+        raise RunFailed(
+            f"{local} is prepared but could not be copied to {out} ({reason}); the same command copies it"
+        ) from error
+    shutil.rmtree(local)
     return manifest
 
 
@@ -98,6 +131,7 @@ def prepare(config: Config, folder: Path) -> dict[str, Any]:
                 "tokens": tokens,
                 "rows": rows,
                 "fill": tokens / (rows * config.batch.sequence_length),
+                "fingerprint": fingerprint(read_rows(folder, name)),
             }
     return manifest | {"seconds": round(time.perf_counter() - started, 3)}
 

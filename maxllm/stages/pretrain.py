@@ -32,6 +32,7 @@ from maxllm.stages.shared import (
 )
 from maxllm.stages.stage import Stage
 from maxllm.steps.state import TrainState, create
+from maxllm.storage import path_of
 from maxllm.weights import Weights
 
 BITS = "Bits per byte of unseen text"
@@ -51,13 +52,13 @@ def job(session: Session) -> Job:
             return create(program.init, program.abstract_state, jax.random.key(config.run.seed))
         return start_from(start(), program.optimizer, program.abstract_state)
 
-    heldout = read_rows(prepared, "heldout")
+    heldout = read_rows(prepared, "heldout", config.data.cache_gb)
     # 3. Train; the best checkpoint is the one with the fewest held-out bits per byte.
     return language_job(
         session,
         program,
         fresh=fresh,
-        rows=read_rows(prepared, "train"),
+        rows=read_rows(prepared, "train", config.data.cache_gb),
         heldout=heldout,
         evaluate=bits_per_byte(session, heldout, manifest),
         best=("bits_per_byte", "min"),
@@ -74,7 +75,7 @@ def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params]
     """Held-out figures; the rows are the corpus's, which a run does not keep a second time."""
     assert stored is None, "job stores none"
     prepared, manifest = open_corpus(session)
-    return bits_per_byte(session, read_rows(prepared, "heldout"), manifest)
+    return bits_per_byte(session, read_rows(prepared, "heldout", session.config.data.cache_gb), manifest)
 
 
 def bits_per_byte(
@@ -101,7 +102,7 @@ def open_corpus(session: Session) -> tuple[Path, dict[str, Any]]:
     Raises:
       UserError: it was made with another tokenizer, from other data or with another row length.
     """
-    prepared = Path(session.config.data.prepared_dir or "")
+    prepared = path_of(session.config.data.prepared_dir or "")
     manifest = read_manifest(prepared)
     if manifest["tokenizer_sha256"] != session.tokenizer.fingerprint:
         raise UserError(f"{prepared} was prepared with another tokenizer than {session.config.tokenizer}")

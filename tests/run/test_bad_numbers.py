@@ -13,7 +13,7 @@ from maxllm import recipe
 from maxllm.data.loader import ArrayBatches
 from maxllm.errors import RunFailed
 from maxllm.run import loop
-from maxllm.run.bad_numbers import BadNumbers, Passing, Rule
+from maxllm.run.bad_numbers import BadNumbers, Passing, Rule, rows_of
 from maxllm.run.program import step_alone
 
 ROWS, BATCH = 256, 8
@@ -94,7 +94,7 @@ def test_a_run_stops_and_keeps_the_rows(poisoned):
     with pytest.raises(RunFailed, match=r"2 updates in a row were not finite, the last at step 13; the rows"):
         loop.train(session, job)
     for step in (12, 13):
-        kept = np.load(session.folder.bad_rows(step))
+        kept = np.load(rows_of(session.folder, step))
         np.testing.assert_array_equal(kept["rows"], job.batches.at(step - 1))
 
 
