@@ -153,8 +153,11 @@ def _from_newest(session: Session, job: Job, state: Any, stop: StopRequest) -> d
             loop = _Loop(session, job, checkpoints, observers, former, stop)
             summary = loop.run(state, first or 0)
         PHASES.enter(Phase.SAVING)
-    finally:
-        checkpoints.close()
+    except Exception as error:
+        if not processes.peer_lost(error):  # else the save under way waits for the one that is gone
+            checkpoints.close()
+        raise
+    checkpoints.close()
     PHASES.enter(Phase.ENDING)
     if main:
         summary["goodput"] = reckon(folder.sittings())
