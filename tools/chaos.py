@@ -147,19 +147,22 @@ class Chaos:
             copy = shutil.copytree if (self.undisturbed / name).is_dir() else shutil.copy
             copy(self.undisturbed / name, home / name)
         command, limit = command_of(stage, home), PATIENCE * self.took[stage] + 60
-        for _ in range(kills):
-            moment = self.random.uniform(0.0, self.took[stage])
-            self.outcome.kills += 1
-            if run(command, home / "log", moment) is not None:
-                break  # it was complete before
+        done = 0
+        while done < kills and run(command, home / "log", self.moment(stage)) is None:
+            done += 1  # else it was complete before
+        self.outcome.kills += done
         code = run(command, home / "log", limit)
         if code is None:
             self.outcome.hung.append(str(home))
         elif code != 0 or traces(stage, home) != traces(stage, self.undisturbed):
             self.outcome.different.append(str(home))
         else:
-            self.outcome.recovered += 1
+            self.outcome.recovered += done
             shutil.rmtree(home)
+
+    def moment(self, stage: str) -> float:
+        """Seconds until a kill."""
+        return self.random.uniform(0.0, self.took[stage])
 
     def before(self, stage: str) -> list[str]:
         """The files and folders that a stage finds."""
