@@ -1,13 +1,13 @@
 """A LLaMA in float64 by the papers' formulas, and how far bfloat16 may move what it computes.
 
-The model of maxllm rounds to bfloat16 in known places: every weight that is multiplied, every result of a
-matmul and of a norm, the residual stream, attention's probabilities, and the gradient of each of these. Here
-such a place is `Rounding.both` (value and gradient), `.value` or `.gradient`. Without rounding the results are
-exact; with it, each number is multiplied by 1 + UNIT or 1 - UNIT, by lot.
+maxllm's model rounds to bfloat16 in known places: every weight that is multiplied, every result of a matmul
+and of a norm, the residual stream, attention's probabilities, and the gradient of each of these. Here such a
+place is `Rounding.both` (value and gradient), `.value` or `.gradient`. Without rounding results are exact;
+with it, each number is multiplied by 1 + u or 1 - u, by lot, where u is the `unit` roundoff.
 
-What rounding does is, to first order, a sum over all of these places of an independent error, at most UNIT of
-the number, times how much the result depends on it. Of the lots the root mean square of a result's change is
-the root of the sum of the squares of these terms; and of a sum of vectors of random sign the norm is more than
+What rounding does is, to first order, a sum over all of these places of an independent error, at most u of
+the number, times how much the result depends on it. Of the lots, the root mean square of a result's change is
+the root of the sum of the squares of these terms; the norm of a sum of vectors of random sign is more than
 LAMBDA times that with a chance of at most 2 exp(-LAMBDA^2 / 2), 7e-4 at 4 (Pinelis 1994, theorem 3.5; of
 numbers it is the bound of tests/rounding.py). Nothing is read off a run on the hardware that is tested.
 
@@ -72,18 +72,23 @@ class Rounding:
 
 
 DRAWS = 8
-"""Of lots: the root of the mean of eight squares is within a third of the true one, and LAMBDA is generous."""
+"""Of the lots. The root of the mean of eight squares of one number is off by a quarter (standard
+deviation); of the norm of an array with many numbers, by next to nothing."""
 
 
 def deviations(function: Callable[..., Any], terms: int) -> Callable[..., tuple[Any, list[Any]]]:
-    """A function of arrays that gives what `function` gives of them exactly, in float64 on the CPU, and by how
-    much each of some draws of the lots changes that.
+    """A function of arrays that gives what `function` gives of them exactly, in float64 on the CPU, and by
+    how much each of some draws of the lots changes that.
 
     Args:
       function: (Rounding, *arrays) -> a tree of arrays.
       terms: of its longest dot product.
     """
-    jitted = jax.jit(lambda lots, *arrays: function(Rounding(lambda _, rest=iter(lots): next(rest)), *arrays))
+
+    @jax.jit
+    def jitted(lots: list[jax.Array], *arrays: Any) -> Any:
+        rest = iter(lots)
+        return function(Rounding(lambda shape: next(rest)), *arrays)
 
     def measured(*arrays: Any) -> tuple[Any, list[Any]]:
         arrays = jax.tree.map(widened, jax.device_get(arrays))
@@ -179,7 +184,7 @@ def seen_by(config: ModelConfig, segments_BT: Any) -> jax.Array:
 
 
 def turned(x_BTHK: jax.Array, angles_BTK: jax.Array) -> jax.Array:
-    """Rotary embedding: the pair (x_i, x_{i + K/2}) as a complex number times e^(i angle) (Su et al. 2021)."""
+    """The pair (x_i, x_{i + K/2}) as a complex number times e^(i angle) (Su et al. 2021)."""
     a, b = jnp.split(x_BTHK, 2, axis=-1)
     cos, sin = jnp.cos(angles_BTK)[:, :, None], jnp.sin(angles_BTK)[:, :, None]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)

@@ -1,7 +1,9 @@
-"""What is checked on a GPU, as functions that run on any kind of device: `python tests/gpu/gpu_checks.py NAME`.
+"""What is checked on a GPU, as functions that run on any kind of device.
 
 Each compares bfloat16 on the device with float64 on the CPU beside it, within what rounding allows
-(float64_llama.py says how that is found), and returns figures: the largest error as a share of what is allowed.
+(float64_llama.py says how that is found), and returns figures: the largest error as a share of what is
+allowed, or how much was checked. `python tests/gpu/gpu_checks.py NAME` runs one on the GPU.
+
 The process must see both kinds of device, JAX_PLATFORMS=cuda,cpu; exit code 2 where there is no GPU.
 """
 
@@ -42,7 +44,7 @@ from maxllm.weights import Weights
 
 Figures = dict[str, float]
 
-NO_GPU = "there is no NVIDIA GPU here that JAX can use, and these tests are for one: pip install 'maxllm[cuda]'"
+NO_GPU = "there is no NVIDIA GPU here that JAX can use (pip install 'maxllm[cuda]'), and these tests need one"
 
 MODEL = ModelConfig(
     vocab_size=512,
@@ -141,9 +143,9 @@ def batch_of() -> LmBatch:
 def check_step(offload: Offload = "none") -> Figures:
     """Two steps as `pretrain` compiles them, on one device, with AdamW: loss, gradients and update.
 
-    The gradients are read off the first moment: m = beta1 m + (1 - beta1) g. What is offloaded must lie in the
-    host's memory after the steps as before; and since its steps are as near to the exact ones, they are those
-    of a run without, within twice as much.
+    The gradients are read off the first moment: m = beta1 m + (1 - beta1) g. What is offloaded must lie in
+    the host's memory after the steps as before; and since its steps are as near to the exact ones, they are
+    those of a run without, within twice as much.
     """
     config = Config.model_construct(
         stage="pretrain",
@@ -269,7 +271,7 @@ def one_by_one(llama: Llama, weights: Weights, prompts: PromptBatch) -> tuple[np
 
 
 def assert_greedy(weights: Weights, prompts: PromptBatch, tokens_BR: np.ndarray) -> float:
-    """Each token is likeliest by float64, as far as rounding decides it; the share of tokens that were decided,
+    """Each token is likeliest by float64, within rounding; the share of tokens that rounding cannot change,
     which must be most.
 
     What one logit is more than another may be off by LAMBDA times the root mean square of its changes.
@@ -294,7 +296,7 @@ def assert_greedy(weights: Weights, prompts: PromptBatch, tokens_BR: np.ndarray)
         return of(exact_BRV), rounding.LAMBDA * rms_BR
 
     less_BR, allowed_BR = behind(tokens_BR)
-    assert np.all(less_BR <= allowed_BR), f"{less_BR} less than the likeliest logits, not {allowed_BR} at most"
+    assert np.all(less_BR <= allowed_BR), f"less than the likeliest by {less_BR}, not {allowed_BR}"
     less_BR, allowed_BR = behind(second_BR)
     decided = float(np.mean(less_BR > allowed_BR))
     assert decided > 0.5, f"rounding may decide all but {decided:.0%} of the tokens: the check says nothing"

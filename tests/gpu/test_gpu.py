@@ -1,4 +1,4 @@
-"""bfloat16 on a GPU against float64 on the CPU beside it (`make test-gpu`), each check in a process of its own;
+"""bfloat16 on a GPU against float64 on the CPU beside it, each check in its own process (`make test-gpu`);
 and the same checks on the CPU, with XLA's attention, in every `make test`.
 
     pytest -m gpu      on a machine with one NVIDIA GPU and maxllm[cuda]; elsewhere it says that there is none
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def run_check(name):
-    """The finished process of one check, which sees the GPU and the CPU, and none of the flags of these tests."""
+    """The finished process of one check, which sees GPU and CPU, without the flags of conftest.py."""
     ours = {"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return subprocess.run(
         [sys.executable, HERE / "gpu_checks.py", name],
