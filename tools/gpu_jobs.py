@@ -82,33 +82,39 @@ def ours(job: Job) -> Measured:
     return {"seconds": seconds, "first_seconds": first, "peak_bytes": memory.get("peak_bytes_in_use", 0)}
 
 
-def our_training(job: Job) -> tuple[float, float]:
-    """Seconds of a step, compiled as `pretrain` does it, and of compiling it."""
-    import jax
-    import numpy as np
-
+def training_program(job: Job, devices: Any, offload: Any = "none") -> tuple[Any, Any]:
+    """The mesh of one device, and the program that `pretrain` would compile for it."""
     from maxllm.config.data import BatchConfig
     from maxllm.config.mesh import MeshConfig
     from maxllm.config.optimizer import OptimizerConfig
     from maxllm.config.root import Config
     from maxllm.config.run import RunConfig
-    from maxllm.parallel import processes, sharding
     from maxllm.parallel.mesh import make_mesh
-    from maxllm.records import LmBatch
-    from maxllm.run.program import compile_program
     from maxllm.stages.program import language_program
-    from maxllm.steps.state import create
 
     config = Config.model_construct(
         stage="pretrain",
         run=RunConfig(dir="unused", steps=1000),
         batch=BatchConfig(rows=job.rows, sequence_length=job.length),
         optimizer=OptimizerConfig(learning_rate=1e-4),
-        mesh=MeshConfig(),
+        mesh=MeshConfig(offload=offload),
         lora=None,
     )
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    program = language_program(config, job.model, mesh)
+    mesh = make_mesh(config.mesh, devices)
+    return mesh, language_program(config, job.model, mesh)
+
+
+def our_training(job: Job) -> tuple[float, float]:
+    """Seconds of a step, compiled as `pretrain` does it, and of compiling it."""
+    import jax
+    import numpy as np
+
+    from maxllm.parallel import processes, sharding
+    from maxllm.records import LmBatch
+    from maxllm.run.program import compile_program
+    from maxllm.steps.state import create
+
+    mesh, program = training_program(job, jax.devices()[:1])
     step, compiling = compile_program(mesh, program)
     tokens, ones = ids(job, 1), np.ones((job.rows, job.length), np.int32)
     positions = np.arange(job.length, dtype=np.int32) * ones
@@ -124,8 +130,8 @@ def our_training(job: Job) -> tuple[float, float]:
     return median_seconds(advance, job.steps)[0], compiling
 
 
-def our_decoding(job: Job) -> tuple[float, float]:
-    """Seconds of a token, and of the first generation, compiling included."""
+def decoding_program(job: Job, tokens: int, platform: str) -> Any:
+    """Decoding so many tokens after the job's prompts, jitted; of the model's weights."""
     import jax
     import numpy as np
 
@@ -133,19 +139,23 @@ def our_decoding(job: Job) -> tuple[float, float]:
     from maxllm.generate.decode import decoder_of, generate
     from maxllm.model.llama import Llama
     from maxllm.records import PromptBatch
+
+    model = decoder_of(Llama(job.model), platform)
+    prompts = PromptBatch(ids(job), np.full(job.rows, job.length, np.int32))
+    config, never = GenerationConfig(max_new_tokens=tokens), (-1,)  # a stop token that no model says
+    return jax.jit(lambda weights: generate(model, weights, prompts, jax.random.key(0), config, never, 0))
+
+
+def our_decoding(job: Job) -> tuple[float, float]:
+    """Seconds of a token, and of the first generation, compiling included."""
+    import jax
+
+    from maxllm.model.llama import Llama
     from maxllm.weights import Weights
 
-    model = decoder_of(Llama(job.model), jax.default_backend())
-    prompts = PromptBatch(ids(job), np.full(job.rows, job.length, np.int32))
+    compiled = cache(lambda tokens: decoding_program(job, tokens, jax.default_backend()))
     weights = Weights(random_bfloat16(Llama(job.model)))
-
-    @cache
-    def compiled(length: int) -> Any:
-        config, key = GenerationConfig(max_new_tokens=length), jax.random.key(0)
-        never = (-1,)  # a stop token that no model says
-        return jax.jit(lambda weights: generate(model, weights, prompts, key, config, never, 0))
-
-    return seconds_per_token(lambda length: jax.block_until_ready(compiled(length)(weights)), job)
+    return seconds_per_token(lambda tokens: jax.block_until_ready(compiled(tokens)(weights)), job)
 
 
 def random_bfloat16(model: Any) -> Any:
