@@ -1,5 +1,5 @@
 """bfloat16 on a GPU against float64 on the CPU beside it, each check in its own process (`make test-gpu`);
-and the same checks on the CPU, with XLA's attention, in every `make test`.
+and the same checks on the CPU, with XLA's attention, in `make test` and `make test-slow`.
 
     pytest -m gpu      on a machine with one NVIDIA GPU and maxllm[cuda]; elsewhere it says that there is none
 """
@@ -58,9 +58,14 @@ def test_without_a_gpu_one_sentence_says_so():
     assert (done.returncode, done.stdout, done.stderr) == (2, f"{gpu_checks.NO_GPU}\n", "")
 
 
-@pytest.mark.parametrize(
-    "name", ["attention, window", "step, parameters in the host's memory", "decoding"], ids=str
-)
+ON_CPU = [
+    "attention, window",
+    "decoding",
+    pytest.param("step, parameters in the host's memory", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name", ON_CPU)
 def test_the_checks_hold_on_a_cpu(name):
     figures = gpu_checks.CHECKS[name]()
     assert all(figure <= 1 for figure in figures.values())
