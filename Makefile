@@ -4,13 +4,14 @@
 # make test-slow    what takes minutes of compiling: shipped recipes for TPUs, more meshes and stages (10 minutes)
 # make test-launch  Slurm, Open MPI and ssh for real, on this machine (Debian or Ubuntu, as root): kills, restarts
 # make test-real    real weights from the package index, against transformers
+# make test-gpu     one NVIDIA GPU, with maxllm[cuda]: its kernels, a step, offloading and decoding against float64
 # make plans        every recipe that names its machine, compiled for it, if its compiler is installed (half an hour on 2 cores)
 # make setup        only the set-up: .venv with the package and its test extra
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test test-slow test-second test-launch test-real plans setup lint
+.PHONY: quickstart test test-slow test-second test-launch test-real test-gpu plans setup lint
 
 quickstart: setup
 	$(BIN)/maxllm quickstart --out $(OUT)
@@ -39,6 +40,10 @@ test-launch: setup
 
 test-real: setup
 	$(BIN)/python -m pytest -q -m real tests/real
+
+# The extra is installed by hand, for the CUDA that is there: .venv/bin/pip install -e '.[cuda]'
+test-gpu: setup
+	$(BIN)/python -m pytest -q -m gpu tests/gpu
 
 plans: setup
 	$(BIN)/python tools/plans.py

@@ -190,7 +190,7 @@ def test_slurm_starts_again_when_a_node_is_gone(slurm, submitted, reference, tmp
 def test_slurm_saves_before_the_time_is_over(submitted):
     """A minute is Slurm's shortest limit; the signal comes when about a third of it is over."""
     process, _, log, _ = submitted("--time=00:01:00", "--save-seconds=40", more=("run.steps=100000",))
-    while "exit code 75: queued again" not in log.read_text():
+    while not log.exists() or "exit code 75: queued again" not in log.read_text():
         assert process.poll() is None, log.read_text()
         time.sleep(0.5)
     assert "stopped after step" in log.read_text()
