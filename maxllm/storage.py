@@ -11,7 +11,9 @@ import importlib.util
 import os
 import posixpath
 import shutil
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,10 @@ REMEDIES = {
     "user that may list, read, write and delete objects there",
 }
 
-MISSING = ("DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError", "Could not find")
+MISSING = (
+    *("DefaultCredentialsError", "Anonymous caller", "NoCredentialsError", "PartialCredentialsError"),
+    "Unable to locate credentials",
+)
 EXPIRED = (
     *("RefreshError", "ExpiredToken", "TokenRefreshRequired", "expired", "InvalidAccessKeyId"),
     *("UNAUTHENTICATED", "Invalid Credentials", "401", "SignatureDoesNotMatch"),
@@ -211,23 +216,53 @@ def kvstore(path: Path) -> dict[str, Any]:
 
 
 def refusal(error: BaseException, path: Path | str | None = None) -> str | None:
-    """A sentence for an error, or a cause of it, that tells of a bucket's credentials; None for another."""
-    chain, seen = [], error
-    while seen is not None and seen not in chain:
-        chain.append(seen)
-        seen = seen.__cause__ or seen.__context__  # type: ignore[assignment]
-    told = " ".join(f"{type(each).__name__} {each}" for each in chain)
-    scheme = scheme_of(path) if path else "s3" if "botocore" in told or "Token" in told else None
-    modules = {type(each).__module__.partition(".")[0] for each in chain}
-    if path is None and not modules & {"gcsfs", "google", "botocore", "s3fs", "aiobotocore"}:
+    """A sentence for an error that tells of a bucket's credentials; None for another one.
+
+    Args:
+      error: what was raised, perhaps from something else.
+      path: what was to be read or written; None where that is not known.
+    """
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    scheme = scheme_of(path) if path is not None else scheme_in(chain)
+    if scheme not in CLIENTS:
         return None
+    told = " ".join(f"{type(each).__name__} {each}" for each in chain)
     for signs, what in (
         (MISSING, "there are no credentials for it"),
         (EXPIRED, "its credentials have expired or are not valid"),
         (FORBIDDEN, "the account that is used lacks the permission"),
     ):
         if any(sign in told for sign in signs):
-            where = path or "a bucket"
-            remedy = REMEDIES[scheme or ("s3" if modules & {"botocore", "s3fs", "aiobotocore"} else "gs")]
-            return f"{where} cannot be reached, {what}: {remedy}"
+            where = path if path is not None else f"a bucket of {scheme}://"
+            return f"{where} cannot be reached, {what}: {REMEDIES[scheme]}"
     return None
+
+
+def scheme_in(chain: Iterable[BaseException]) -> str | None:
+    """The kind of bucket whose client raised one of some errors, which are often Python's own."""
+    for error in chain:
+        modules = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        packages = {module.partition(".")[0] for module in modules}
+        for scheme, (_, client_module) in CLIENTS.items():
+            if client_module in packages:
+                return scheme
+    return None
+
+
+@contextmanager
+def reachable(path: Path) -> Iterator[None]:
+    """Turns what a client raises for want of credentials into a sentence with the path in it.
+
+    Raises:
+      UserError: instead of such an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_remote(path) or (sentence := refusal(error, path)) is None:
+            raise
+        raise UserError(sentence) from error

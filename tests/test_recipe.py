@@ -91,7 +91,7 @@ def test_an_unknown_key_names_the_nearest(base, override, sentence):
         ("run.steps=0", ["run.steps was given 0", "greater than 0"]),
         ("run.steps=true", ["run.steps", "was given True, which is neither a number"]),
         ("optimizer.learning_rate=true", ["optimizer.learning_rate", "was given True"]),
-        ("run.dir=gs://bucket/x", ["run.dir", "gs://bucket/x is not a local path"]),
+        ("run.dir=ftp://bucket/x", ["run.dir", "ftp://bucket/x is neither a local path nor in a bucket"]),
         ("run.seed=-1", ["run.seed was given -1", "greater than or equal to 0"]),
         ("optimizer.learning_rate=fast", ["optimizer.learning_rate was given 'fast'", "Peak learning rate"]),
         ("optimizer.learning_rate=.nan", ["optimizer.learning_rate was given nan", "finite"]),

@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import os
+import threading
 from collections import OrderedDict
 from functools import cache
 from pathlib import Path
@@ -42,7 +43,7 @@ class RowCache:
           folder: where the shards lie.
           limit: bytes that they may take.
         """
-        self._folder, self._limit = folder, limit
+        self._folder, self._limit, self._lock = folder, limit, threading.Lock()
         former = sorted(folder.glob("*.rows"), key=lambda file: file.stat().st_mtime)
         self._sizes = OrderedDict((file, file.stat().st_blocks * 512) for file in former)
         self._drop_over_limit()
@@ -50,31 +51,33 @@ class RowCache:
     def read(self, shard: str, number: int, size: int) -> bytes | None:
         """A row of a shard, or None where it is not kept."""
         file = self._folder / f"{shard}.rows"
-        if file not in self._sizes:
-            return None
-        self._sizes.move_to_end(file)
-        try:
-            with file.open("rb") as rows, file.with_suffix(".sums").open("rb") as sums:
-                rows.seek(number * size)
-                sums.seek(number * SUM.itemsize)
-                row, kept = rows.read(size), sums.read(SUM.itemsize)
-        except FileNotFoundError:
-            return None
+        with self._lock:
+            if file not in self._sizes:
+                return None
+            self._sizes.move_to_end(file)
+            try:
+                with file.open("rb") as rows, file.with_suffix(".sums").open("rb") as sums:
+                    rows.seek(number * size)
+                    sums.seek(number * SUM.itemsize)
+                    row, kept = rows.read(size), sums.read(SUM.itemsize)
+            except FileNotFoundError:
+                return None
         return row if kept == sum_of(row) else None
 
     def write(self, shard: str, number: int, row: bytes) -> None:
         """Keeps a row of a shard; others may go for it."""
         file = self._folder / f"{shard}.rows"
-        for path, place, content in (
-            (file, number * len(row), row),
-            (file.with_suffix(".sums"), number * SUM.itemsize, sum_of(row)),
-        ):
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as stream:
-                stream.seek(place)
-                stream.write(content)
-        self._sizes[file] = file.stat().st_blocks * 512
-        self._sizes.move_to_end(file)
-        self._drop_over_limit()
+        with self._lock:
+            for path, place, content in (
+                (file, number * len(row), row),
+                (file.with_suffix(".sums"), number * SUM.itemsize, sum_of(row)),
+            ):
+                with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as stream:
+                    stream.seek(place)
+                    stream.write(content)
+            self._sizes[file] = file.stat().st_blocks * 512
+            self._sizes.move_to_end(file)
+            self._drop_over_limit()
 
     def _drop_over_limit(self) -> None:
         while sum(self._sizes.values()) > self._limit:

@@ -23,7 +23,7 @@ import xxhash
 
 from maxllm.errors import UserError
 from maxllm.files import file_hash
-from maxllm.storage import files_below, name_below, path_of, size_of, written_at_ns
+from maxllm.storage import files_below, name_below, path_of, reachable, size_of, written_at_ns
 
 SLICES = ("shakespeare", "austen", "tang")
 DOCUMENT_END = "<|endoftext|>"
@@ -242,7 +242,9 @@ def _slice_files(name: str) -> list[Path]:
 
 def _files_of(path: Path) -> list[Path]:
     kinds = (".txt", *ROW_SUFFIXES)
-    if not path.exists():
+    with reachable(path):
+        there = path.exists()
+    if not there:
         raise UserError(f"{path} does not exist")
     if not path.is_dir():
         if not path.name.endswith(kinds):

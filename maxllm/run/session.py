@@ -39,7 +39,7 @@ from maxllm.run.changes import is_of, record_changes
 from maxllm.run.console import console
 from maxllm.run.longer import check_may_go_on_longer
 from maxllm.run.parents import Role, parent_of
-from maxllm.storage import is_remote, path_of
+from maxllm.storage import children, is_remote, path_of, reachable
 from maxllm.storage import resolved as place_of
 
 EFFECTS = Config.effects()
@@ -88,6 +88,7 @@ def open_session(config: Config) -> Session:
         the model or batch, a run folder that holds another recipe.
     """
     processes.initialize(config.launch.rendezvous_seconds)
+    check_reachable(config)
     tokenizer_path, model = inherited(config)
     day = day_of(config)
     tokenizer = load_tokenizer(tokenizer_path, day)
@@ -118,6 +119,18 @@ def open_session(config: Config) -> Session:
     check_same_recipe(folder, resolved)
     parents = RunFolder(config.start.policy).read_hf() if config.start.policy else (None, None)
     return Session(resolved, model, mesh, tokenizer, folder, *parents)
+
+
+def check_reachable(config: Config) -> None:
+    """Asks the buckets that a recipe names whether they answer.
+
+    Raises:
+      UserError: one does not, for want of credentials.
+    """
+    for name in (config.run.dir, config.start.policy, config.start.reward, config.data.prepared_dir):
+        if name and is_remote(name):
+            with reachable(path := path_of(name)):
+                children(path)
 
 
 def day_of(config: Config) -> datetime.date | None:

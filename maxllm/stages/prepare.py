@@ -50,7 +50,7 @@ from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start
 from maxllm.errors import RunFailed, UserError
 from maxllm.files import whole_folder, write_bytes
 from maxllm.run.console import console, progress
-from maxllm.storage import copy_in, is_remote, path_of, refusal
+from maxllm.storage import copy_in, is_remote, path_of, reachable, refusal
 
 model_pb2: Any = sentencepiece_model_pb2  # generated at import: type checkers see nothing in it
 
@@ -59,7 +59,9 @@ def run(config: Config) -> dict[str, Any]:
     """Prepares what a pretrain recipe needs; returns the manifest. Does nothing when it is done already."""
     assert config.data.prepared_dir is not None, "Config checks this"
     out = path_of(config.data.prepared_dir)
-    if is_prepared(out):
+    with reachable(out):
+        done = is_prepared(out)
+    if done:
         manifest = read_manifest(out)
         check_settings(config, out, manifest)
         console().print(f"prepare: {out} is prepared already", markup=False, soft_wrap=True)

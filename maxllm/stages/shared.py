@@ -16,7 +16,9 @@ from maxllm.config.generation import GenerationConfig
 from maxllm.config.lora import LoraConfig
 from maxllm.config.stages import TRAINED
 from maxllm.data import loader
+from maxllm.data.ahead import Ahead
 from maxllm.data.instruct import Question, pad_prompts
+from maxllm.data.remote import RemoteArray
 from maxllm.data.sources import Tally
 from maxllm.data.tokenizer import Tokenizer, without_piece
 from maxllm.folder import RunFolder
@@ -122,10 +124,11 @@ def language_job(
 ) -> Job:
     """The loop's job for next-token prediction, in pretraining and SFT."""
     config = session.config
+    batches: loader.Batches[LmBatch] = loader.ArrayBatches(rows, config.batch.rows, config.run.seed)
     return Job(
         program=program,
         fresh=fresh,
-        batches=loader.ArrayBatches(rows, config.batch.rows, config.run.seed),
+        batches=Ahead(batches) if isinstance(rows.tokens_BT, RemoteArray) else batches,
         heldout=heldout,
         evaluate=evaluate,
         best=best,
