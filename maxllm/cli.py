@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from maxllm.errors import DoesNotFit, Interrupted, RunFailed, UserError, leave
@@ -249,7 +249,7 @@ def generate(options: argparse.Namespace) -> None:
     """maxllm generate"""
     from maxllm.stages import chat as stage
 
-    prompts = [utf8(prompt) for prompt in options.prompt]
+    prompts = [stage.utf8(prompt) for prompt in options.prompt]
     replies = stage.generate(options.folder, prompts, options.overrides, options.checkpoint)
     if options.json:
         print(json.dumps(replies, ensure_ascii=False))
@@ -262,36 +262,7 @@ def chat(options: argparse.Namespace) -> None:
     """maxllm chat"""
     from maxllm.stages import chat as stage
 
-    stage.converse(options.folder, typed_lines(), print, options.overrides, options.checkpoint)
-
-
-def typed_lines() -> Iterator[str]:
-    """Lines from the terminal with a prompt sign, or from a pipe without.
-
-    Raises:
-      UserError: a line is not UTF-8.
-    """
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        except UnicodeDecodeError:
-            raise UserError("what was typed is not UTF-8 text") from None
-
-
-def utf8(word: str) -> str:
-    """A word of the command line as the text it is, whatever the locale.
-
-    Raises:
-      UserError: it is not UTF-8.
-    """
-    try:
-        return os.fsencode(word).decode("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{word!r} is not UTF-8 text") from None
+    stage.converse(options.folder, stage.typed_lines(), print, options.overrides, options.checkpoint)
 
 
 def evaluate(options: argparse.Namespace) -> None:

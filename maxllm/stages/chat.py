@@ -6,7 +6,10 @@ maxllm chat runs/tiny/ppo generation.temperature=0.7
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -167,3 +170,32 @@ def converse(
             say("(the conversation is longer than the model's context; its oldest turns are forgotten)")
         say(text)
         messages = [*conversation, Message(role="assistant", content=text)]
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines from the terminal with a prompt sign, or from a pipe without.
+
+    Raises:
+      UserError: a line is not UTF-8.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            raise UserError("what was typed is not UTF-8 text") from None
+
+
+def utf8(word: str) -> str:
+    """A word of the command line as the text it is, whatever the locale.
+
+    Raises:
+      UserError: it is not UTF-8.
+    """
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{word!r} is not UTF-8 text") from None
