@@ -9,8 +9,10 @@ from typing import Any
 
 import maxllm
 from maxllm.config.stages import TRAINED
+from maxllm.errors import UserError
 from maxllm.folder import RunFolder
 from maxllm.stages.registry import described
+from maxllm.storage import is_remote
 
 EPILOG = """\
 A recipe is a YAML file, or the name of one under configs/ (pretrain/tiny_slice_cpu). Any of its fields can be
@@ -33,6 +35,29 @@ Interrupt a run (Ctrl-C, SIGTERM, even kill -9) and give the same command again:
 
 RECIPE_VERBS = ("prepare", *TRAINED)
 """Verbs that take a recipe, and go on where they were interrupted."""
+
+
+def run_folder(word: str) -> RunFolder:
+    """A run folder, here or in a bucket, from a word of the command line.
+
+    Raises:
+      ArgumentTypeError: the client of that bucket is not installed.
+    """
+    try:
+        return RunFolder(word)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_path(word: str) -> Path:
+    """A path of this machine, from a word of the command line.
+
+    Raises:
+      ArgumentTypeError: it lies in a bucket.
+    """
+    if is_remote(word):
+        raise argparse.ArgumentTypeError(f"{word} is not a local path; give a local folder, and copy it")
+    return Path(word)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -125,7 +150,7 @@ def add_quickstart(verbs: Any) -> None:
         "take the whole road, from text to a Hugging Face folder and a report",
     )
     verb.add_argument(
-        "--out", type=Path, default=Path("runs/quickstart"), help="folder (default %(default)s)"
+        "--out", type=local_path, default=Path("runs/quickstart"), help="folder (default %(default)s)"
     )
     verb.add_argument("--fast", action="store_true", help="the same road in under two minutes, for tests")
     add_json(verb)
@@ -211,7 +236,7 @@ def add_convert(verbs: Any) -> None:
         help="from-hf FOLDER RUN; from-gguf FILE RUN; to-hf RUN FOLDER",
     )
     verb.add_argument("source", metavar="SRC", help="folder, file or (with --hub) the name of a repository")
-    verb.add_argument("target", metavar="DST", type=Path, help="folder to write")
+    verb.add_argument("target", metavar="DST", type=local_path, help="folder to write")
     verb.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
     verb.add_argument("--hub", action="store_true", help="from-hf: download SRC from the Hugging Face hub")
     verb.add_argument(
@@ -231,7 +256,7 @@ def add_convert(verbs: Any) -> None:
 def add_readers(verbs: Any) -> None:
     """The verbs that take a run folder."""
     verb = add_verb(verbs, "generate", "complete prompts with the model of a run")
-    verb.add_argument("folder", metavar="RUN", type=RunFolder, help="run folder of pretrain, sft or ppo")
+    verb.add_argument("folder", metavar="RUN", type=run_folder, help="run folder of pretrain, sft or ppo")
     add_overrides(verb, "generation.temperature=0.8")
     add_checkpoint(verb)
     verb.add_argument(
@@ -240,19 +265,19 @@ def add_readers(verbs: Any) -> None:
     add_json(verb)
 
     verb = add_verb(verbs, "chat", "talk to the model of a run, line by line")
-    verb.add_argument("folder", metavar="RUN", type=RunFolder, help="run folder of sft or ppo")
+    verb.add_argument("folder", metavar="RUN", type=run_folder, help="run folder of sft or ppo")
     add_overrides(verb, "generation.temperature=0.7")
     add_checkpoint(verb)
 
     verb = add_verb(verbs, "evaluate", "compute the held-out figures of a run")
-    verb.add_argument("folder", metavar="RUN", type=RunFolder, help="run folder of any stage")
+    verb.add_argument("folder", metavar="RUN", type=run_folder, help="run folder of any stage")
     add_overrides(verb, "'data.heldout_sources=[\"mine.jsonl\"]' (pretrain: data.prepared_dir=…)")
     add_checkpoint(verb)
     add_json(verb)
 
     verb = add_verb(verbs, "export", "write a Hugging Face folder, checked against transformers")
-    verb.add_argument("folder", metavar="RUN", type=RunFolder, help="run folder of any stage that trains")
-    verb.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    verb.add_argument("folder", metavar="RUN", type=run_folder, help="run folder of any stage that trains")
+    verb.add_argument("out", metavar="OUT", type=local_path, help="folder to write")
     add_overrides(verb, "mesh.fsdp=4")
     add_checkpoint(verb)
     verb.add_argument(
@@ -266,4 +291,6 @@ def add_readers(verbs: Any) -> None:
     add_json(verb)
 
     verb = add_verb(verbs, "report", "draw report.html from a run folder or a folder of runs")
-    verb.add_argument("folder", metavar="FOLDER", type=Path, help="run folder, or a folder that holds some")
+    verb.add_argument(
+        "folder", metavar="FOLDER", type=local_path, help="run folder, or a folder that holds some"
+    )

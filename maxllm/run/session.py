@@ -174,7 +174,7 @@ def inherited(config: Config) -> tuple[Path, ModelConfig]:
     """Where the tokenizer is, and the model of this run: the recipe's, or those of the run it starts from."""
     if config.start.policy is None:
         assert config.model is not None and config.tokenizer is not None, "Config checks this"
-        return Path(config.tokenizer.path), config.model
+        return path_of(config.tokenizer.path), config.model
     parent = RunFolder(config.start.policy)
     model = recipe.of_run(parent).model
     assert model is not None, "a run folder's config is resolved"

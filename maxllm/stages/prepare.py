@@ -153,7 +153,7 @@ def read_or_train_tokenizer(config: Config, texts: Spool) -> Tokenizer:
     """The tokenizer of the model that the run starts from, or the one at tokenizer.path, or a new one."""
     if config.tokenizer is None:
         return load_tokenizer(config.start.policy or "")
-    path = Path(config.tokenizer.path)
+    path = path_of(config.tokenizer.path)
     if path.exists():
         tokenizer = load_tokenizer(path)
         check_tokenizer(tokenizer, config.tokenizer)
@@ -255,7 +255,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Writes a SentencePiece model to its path, a byte-level tokenizer's files into a folder of that name."""
     if list(tokenizer.files) == [SPM_FILE]:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not is_remote(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, tokenizer.files[SPM_FILE])
         return
     with whole_folder(path) as folder:
