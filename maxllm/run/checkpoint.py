@@ -66,6 +66,7 @@ class Checkpoints:
         keep: Keep,
         in_use: Callable[[], Mapping[int, Sequence[str]]] = dict,
         say: Callable[[str], None] = lambda line: None,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         """Opens the checkpoints of a run folder for writing; no other process may have it open so.
 
@@ -74,11 +75,12 @@ class Checkpoints:
           keep: which checkpoints stay.
           in_use: the steps that other runs began from, which are kept too, and whose these runs are.
           say: told when a checkpoint stays for another run's sake alone.
+          origin: what each checkpoint remembers of where it comes from (run/origin.py).
 
         Raises:
           RunFailed: a checkpoint's rank is damaged.
         """
-        self._folder = folder
+        self._folder, self._origin = folder, dict(origin or {})
         self._best = max(folder.ranks().values(), default=UNRANKED)
         self._quiet = ExitStack()
         self._quiet.enter_context(without_merge_warning())
@@ -105,6 +107,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(params=HashedSave(params), rest=HashedSave(rest)),
                 metrics=rank_record(rank),
+                custom_metadata=self._origin,
             )
         self._best = max(self._best, rank)
 

@@ -29,6 +29,7 @@ from maxllm.run.faults import StopRequest, stop_on_signals
 from maxllm.run.goodput import Accounts, reckon
 from maxllm.run.machine import hardware, peak_rss_bytes
 from maxllm.run.observers import Observers, observers_of
+from maxllm.run.origin import changes_since, origin_of, read_origin
 from maxllm.run.parents import check_parents, in_use, record_parents, roles_of
 from maxllm.run.program import Program, compile_program
 from maxllm.run.session import Session, open_folder, say
@@ -127,7 +128,7 @@ def _from_newest(session: Session, job: Job, state: Any, stop: StopRequest) -> d
     first = None if newest < 0 else newest
     if first is None:
         folder.check_not_lost()
-    check_same_data(folder, job, first)
+    data = check_same_data(folder, job, first)
     if job.store_heldout and main:
         write_record(folder.heldout, job.heldout)
     parents = {role: session.parent(role) for role in roles_of(session.config)}
@@ -141,7 +142,8 @@ def _from_newest(session: Session, job: Job, state: Any, stop: StopRequest) -> d
             )
     elif state is None:
         state = job.fresh()
-    checkpoints = Checkpoints(folder, Keep.of(run), partial(in_use, folder), partial(say, session))
+    origin = origin_of(session, data)
+    checkpoints = Checkpoints(folder, Keep.of(run), partial(in_use, folder), partial(say, session), origin)
     try:
         former = former_records(session, first)
         listening = observers_of(folder, session.config.stage, run.steps, first or 0, former, main)
@@ -150,6 +152,8 @@ def _from_newest(session: Session, job: Job, state: Any, stop: StopRequest) -> d
         with closing(listening) as observers:
             if first is not None:
                 observers.say(f"continues from the checkpoint of step {first}")
+                if (changes := changes_since(read_origin(folder.checkpoint(first)), origin)) is not None:
+                    observers.say(changes)
             loop = _Loop(session, job, checkpoints, observers, former, stop)
             summary = loop.run(state, first or 0)
         PHASES.enter(Phase.SAVING)
@@ -165,8 +169,11 @@ def _from_newest(session: Session, job: Job, state: Any, stop: StopRequest) -> d
     return summary
 
 
-def check_same_data(folder: RunFolder, job: Job, step: int | None) -> None:
+def check_same_data(folder: RunFolder, job: Job, step: int | None) -> dict[str, Any]:
     """A run goes on with the data it began with, and is measured on the same held-out data.
+
+    Returns:
+      {"training", "held-out"}: fingerprints.
 
     Raises:
       UserError: one of them is another.
@@ -182,6 +189,7 @@ def check_same_data(folder: RunFolder, job: Job, step: int | None) -> None:
                 )
     if processes.is_main():
         folder.write_data(now)
+    return now
 
 
 def former_records(session: Session, step: int | None) -> list[dict[str, Any]]:

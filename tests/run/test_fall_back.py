@@ -1,9 +1,12 @@
-"""Which checkpoints stay, and what becomes of damaged ones."""
+"""Which checkpoints stay, what becomes of damaged ones, and what each remembers."""
 
+import jax
 import pytest
 
+import maxllm
 from maxllm.errors import RunFailed
 from maxllm.run import loop
+from maxllm.run.origin import changes_since, read_origin
 
 
 def flip(path):
@@ -42,3 +45,22 @@ def test_checkpoints_of_every_so_many_steps_stay(build):
     session, job = build({}, "run.checkpoint_every=2", "run.keep_checkpoints=1", "run.keep_every_steps=4")
     loop.train(session, job)
     assert session.folder.steps() == [4, 8, 12]
+
+
+def test_a_checkpoint_remembers_where_it_comes_from(build, monkeypatch, capsys):
+    constant = "optimizer.schedule=constant"
+    session, job = build({}, constant)
+    loop.train(session, job)
+    found = read_origin(session.folder.checkpoint(12))
+    assert found["maxllm"] == maxllm.__version__ and found["jax"] == jax.__version__
+    assert found["mesh"]["data"] == 8 and found["processes"] == 1 and found["stage"] == "pretrain"
+    assert found["data"]["training"] == job.batches.fingerprint()
+    assert found["tokenizer"] == session.tokenizer.fingerprint and len(found["recipe"]) == 32
+    monkeypatch.setattr(maxllm, "__version__", "9.9")
+    loop.train(*build({}, constant, "run.steps=14"))
+    was = f"the checkpoint was saved with maxllm {found['maxllm']}, now 9.9"
+    assert was in capsys.readouterr().err
+    assert changes_since({"jax": "1", "mesh": {"data": 1, "fsdp": 2}}, {"jax": "1", "mesh": {"data": 1}}) == (
+        "the checkpoint was saved with mesh fsdp=2, now one device"
+    )
+    assert changes_since({}, found) is None
