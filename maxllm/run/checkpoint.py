@@ -99,15 +99,24 @@ class Checkpoints:
         """Whether a rank is higher than that of every checkpoint so far."""
         return rank > self._best
 
-    def save(self, step: int, state: State, rank: float = UNRANKED) -> None:
-        """Starts saving in the background; a state that was evaluated has a rank."""
+    def save(
+        self, step: int, state: State, rank: float = UNRANKED, more: Mapping[str, Any] | None = None
+    ) -> None:
+        """Starts saving in the background.
+
+        Args:
+          step: the state's.
+          state: what is saved.
+          rank: of a state that was evaluated.
+          more: plain data that stands beside the origin.
+        """
         params, rest = state.detach()
         with writable(self._folder.checkpoints):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(params=HashedSave(params), rest=HashedSave(rest)),
                 metrics=rank_record(rank),
-                custom_metadata=self._origin,
+                custom_metadata=self._origin | dict(more or {}),
             )
         self._best = max(self._best, rank)
 

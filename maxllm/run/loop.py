@@ -33,7 +33,7 @@ from maxllm.run.origin import changes_since, origin_of, read_origin
 from maxllm.run.parents import check_parents, in_use, record_parents, roles_of
 from maxllm.run.program import Program, compile_program
 from maxllm.run.session import Session, open_folder, say
-from maxllm.run.window import Window
+from maxllm.run.window import Sums, Window
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,10 @@ class Job:
     """Numbers that go into summary.json as they are."""
     warning: Callable[[dict[str, float]], str | None] = lambda means: None
     """Looks at the figures of a log line; a sentence where they tell that training does nothing."""
+
+
+WINDOW = "window"
+"""What a checkpoint calls the sums of the log line that was open."""
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -143,6 +147,7 @@ def _from_newest(session: Session, job: Job, state: Any, stop: StopRequest) -> d
     elif state is None:
         state = job.fresh()
     origin = origin_of(session, data)
+    remembered = {} if first is None else read_origin(folder.checkpoint(first))
     checkpoints = Checkpoints(folder, Keep.of(run), partial(in_use, folder), partial(say, session), origin)
     try:
         former = former_records(session, first)
@@ -152,9 +157,9 @@ def _from_newest(session: Session, job: Job, state: Any, stop: StopRequest) -> d
         with closing(listening) as observers:
             if first is not None:
                 observers.say(f"continues from the checkpoint of step {first}")
-                if (changes := changes_since(read_origin(folder.checkpoint(first)), origin)) is not None:
+                if (changes := changes_since(remembered, origin)) is not None:
                     observers.say(changes)
-            loop = _Loop(session, job, checkpoints, observers, former, stop)
+            loop = _Loop(session, job, checkpoints, observers, former, stop, remembered.get(WINDOW))
             summary = loop.run(state, first or 0)
         PHASES.enter(Phase.SAVING)
     except Exception as error:
@@ -213,13 +218,14 @@ class _Loop:
         observers: Observers,
         former: list[dict[str, Any]],
         stop: StopRequest,
+        window: Sums | None = None,
     ) -> None:
         self.session, self.job, self.stop = session, job, stop
         self.checkpoints, self.observers = checkpoints, observers
         self.records = list(former)
         self.seconds_before: float = max((record["seconds"] for record in former), default=0.0)
         self.started = time.perf_counter()
-        self.window = Window(job.program)
+        self.window, self.open_window = Window(job.program), window
         self.rule = Rule(session.config.run)
         self.pending: tuple[int, Metrics, float] | None = None
 
@@ -239,7 +245,7 @@ class _Loop:
         if self.stop.anywhere(0):
             raise Interrupted(f"stopped before step {first + 1}; the same command continues")
 
-        self.window.restart()
+        self.window.restart(self.open_window)
         for step in range(first + 1, run.steps + 1):
             PHASES.enter(Phase.LOADING, step)
             asked = time.perf_counter()
@@ -341,7 +347,7 @@ class _Loop:
         """Starts saving in the background."""
         started = time.perf_counter()
         with PHASES.during(Phase.SAVING):
-            self.checkpoints.save(step, state, rank)
+            self.checkpoints.save(step, state, rank, {WINDOW: self.window.open()})
         self.window.paused(time.perf_counter() - started)
 
     def summary(self, compile_seconds: float) -> dict[str, Any]:

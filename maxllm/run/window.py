@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 
 import jax
 
 from maxllm.plan.hardware import peak_flops
 from maxllm.run.program import Program
+
+Sums = Mapping[str, Sequence[float]]
+"""{metric: (sum, count)}."""
 
 
 class Window:
@@ -19,10 +23,14 @@ class Window:
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self.restart()
 
-    def restart(self) -> None:
-        """Begins a new window now."""
-        self._sums: dict[str, tuple[float, float]] = {}
+    def restart(self, former: Sums | None = None) -> None:
+        """Begins a new window now, or goes on with one that was open when a checkpoint was saved."""
+        self._sums = {name: (total, count) for name, (total, count) in (former or {}).items()}
         self._steps, self._paused, self._began = 0, 0.0, time.perf_counter()
+
+    def open(self) -> Sums:
+        """The sums so far, kept with a checkpoint: so the means of a run that goes on are of all steps."""
+        return {name: list(pair) for name, pair in self._sums.items()}
 
     def paused(self, seconds: float) -> None:
         """Leaves seconds that were not training out of the speed."""

@@ -6,6 +6,7 @@ import pytest
 import maxllm
 from maxllm.errors import RunFailed
 from maxllm.run import loop
+from maxllm.run.fall_back import set_aside
 from maxllm.run.origin import changes_since, read_origin
 
 
@@ -64,3 +65,20 @@ def test_a_checkpoint_remembers_where_it_comes_from(build, monkeypatch, capsys):
         "the checkpoint was saved with mesh fsdp=2, now one device"
     )
     assert changes_since({}, found) is None
+
+
+def test_means_of_a_log_line_are_of_all_its_steps_also_after_a_kill(build):
+    """Lines of ten steps, checkpoints of four: the line of step 20 began before the checkpoint of step 16."""
+    words = ("run.steps=24", "run.log_every=10", "run.checkpoint_every=4", "optimizer.schedule=constant")
+
+    def lines(session):
+        return [record["loss"] for record in session.folder.records() if "loss" in record]
+
+    session, job = build({}, *words)
+    loop.train(session, job)
+    undisturbed = lines(session)
+    session.folder.remove_summary()
+    for step in (20, 24):
+        set_aside(session.folder, step, "lost")
+    loop.train(*build({}, *words))
+    assert lines(session) == undisturbed and len(undisturbed) == 3
