@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from maxllm.errors import RunFailed, UserError, listed
 from maxllm.files import finite, read_json, read_yaml, write_bytes, write_json, write_text
 from maxllm.journal import Journal
 from maxllm.lease import leased
+from maxllm.ranks import UNRANKED, read_rank
 from maxllm.storage import (
     absolute,
     along,
@@ -58,9 +58,6 @@ UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 COMMITTED = "commit_success.txt"
 """Orbax's mark in a complete checkpoint and in each of its items, written last."""
-
-UNRANKED = -math.inf
-"""The rank of a state that was not evaluated, or whose figure was no number: it is never the best."""
 
 Which = Literal["latest", "best"] | int
 """Which checkpoint of a run: its newest, its best, or that of a step."""
@@ -400,39 +397,3 @@ def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     elif text:
         with path.open("a", encoding="utf-8") as stream:
             stream.write(text)
-
-
-def rank_record(rank: float) -> dict[str, Any]:
-    """What a checkpoint records of its rank: that file is in no item with hashes, so it brings its own."""
-    return {"rank": rank, "hash": xxhash.xxh3_64_hexdigest(repr(float(rank)).encode())}
-
-
-def rank_of(record: Mapping[str, float]) -> float:
-    """What orders checkpoints: larger is better."""
-    return record["rank"]
-
-
-def read_rank(checkpoint: Path) -> float:
-    """The rank of a checkpoint.
-
-    Raises:
-      RunFailed: it is damaged.
-    """
-    file = checkpoint / "metrics" / "metrics"
-    try:
-        record = read_json(file) if file.is_file() else {}
-    except UserError as error:
-        raise damaged(checkpoint, str(error)) from None
-    if not record:
-        return UNRANKED
-    rank = record.get("rank", math.nan)
-    if record.get("hash") != rank_record(rank)["hash"]:
-        raise damaged(checkpoint, f"{file} is not as it was written")
-    return rank_of(record)
-
-
-def damaged(checkpoint: Path, what: str) -> RunFailed:
-    """The error for a checkpoint that must not be used."""
-    return RunFailed(
-        f"checkpoint {checkpoint} is damaged: {what}; remove that folder to use the checkpoint before it"
-    )

@@ -20,8 +20,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from maxllm.errors import RunFailed
-from maxllm.folder import UNRANKED, RunFolder, rank_of, rank_record
+from maxllm.folder import RunFolder
 from maxllm.parallel import processes
+from maxllm.ranks import UNRANKED, rank_of, rank_record
 from maxllm.records import Params
 from maxllm.run.hashes import HashedHandler, HashedSave
 from maxllm.run.orbax_s3 import teach_orbax

@@ -22,8 +22,9 @@ import xxhash
 
 from maxllm.errors import UserError
 from maxllm.files import file_hash, read_json, write_json
-from maxllm.folder import COMMITTED, damaged
+from maxllm.folder import COMMITTED
 from maxllm.parallel import processes
+from maxllm.ranks import damaged
 from maxllm.storage import files_below, name_below, path_of
 from maxllm.storage import size_of as file_size
 

@@ -17,9 +17,10 @@ import numpy as np
 from maxllm.data.loader import Batches, fingerprint
 from maxllm.data.store import write_record
 from maxllm.errors import Interrupted, RunFailed, UserError
-from maxllm.folder import METRICS, UNRANKED, RunFolder
+from maxllm.folder import METRICS, RunFolder
 from maxllm.parallel import processes, sharding
 from maxllm.phases import PHASES, Phase
+from maxllm.ranks import UNRANKED
 from maxllm.records import Metrics, Params
 from maxllm.run.checkpoint import Checkpoints
 from maxllm.run.faults import StopRequest, stop_on_signals
