@@ -9,7 +9,7 @@ import math
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,21 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def line_of(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON."""
+    return json.dumps(finite(dict(record)), allow_nan=False) + "\n"
+
+
+def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines of JSON to a file; none leave it as it is, or absent."""
+    text = "".join(map(line_of, records))
+    if text and is_remote(path):
+        write_bytes(path, (path.read_bytes() if path.is_file() else b"") + text.encode("utf-8"))
+    elif text:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(text)
 
 
 def read_json(path: Path) -> dict[str, Any]:

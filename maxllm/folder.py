@@ -24,7 +24,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from typing import Any, Literal
 import xxhash
 
 from maxllm.errors import RunFailed, UserError, listed
-from maxllm.files import finite, read_json, read_yaml, write_bytes, write_json, write_text
+from maxllm.files import append, line_of, read_json, read_yaml, write_bytes, write_json, write_text
 from maxllm.journal import Journal
 from maxllm.lease import leased
 from maxllm.ranks import UNRANKED, read_rank
@@ -42,6 +42,7 @@ from maxllm.storage import (
     children,
     is_remote,
     path_of,
+    reachable,
     remove_folder,
     resolved,
     way,
@@ -176,12 +177,14 @@ class RunFolder:
             append(self.path / METRICS, [record])
             return
         self._metrics = self._metrics or Journal(self.path / METRICS)
-        self._metrics.append(line_of(record))
+        with reachable(self.path / METRICS):
+            self._metrics.append(line_of(record))
 
     def flush(self) -> None:
         """Waits until every record is written."""
         if self._metrics is not None:
-            self._metrics.flush()
+            with reachable(self.path / METRICS):
+                self._metrics.flush()
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json says of a complete run, or None.
@@ -290,8 +293,11 @@ class RunFolder:
             with leased(self.path / LOCK, str(self), say):
                 try:
                     yield
-                finally:
-                    self.flush()
+                except BaseException:
+                    with suppress(Exception):  # what went wrong first is told
+                        self.flush()
+                    raise
+                self.flush()
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOCK).open("w") as lock:
@@ -382,18 +388,3 @@ class RunFolder:
         for folder in children(self.checkpoints):
             if fnmatch(folder.name, UNFINISHED) or (folder.name.isdigit() and self._is_unfinished(folder)):
                 remove_folder(folder)
-
-
-def line_of(record: Mapping[str, Any]) -> str:
-    """A record as a line of JSON."""
-    return json.dumps(finite(dict(record)), allow_nan=False) + "\n"
-
-
-def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Adds lines of JSON to a file; none leave it as it is, or absent."""
-    text = "".join(map(line_of, records))
-    if text and is_remote(path):
-        write_bytes(path, (path.read_bytes() if path.is_file() else b"") + text.encode("utf-8"))
-    elif text:
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(text)
