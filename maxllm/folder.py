@@ -26,7 +26,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,7 @@ from maxllm.storage import (
     children,
     is_remote,
     path_of,
+    reachable,
     remove_folder,
     resolved,
     way,
@@ -85,9 +86,6 @@ class RunFolder:
 
     def __str__(self) -> str:
         return str(self.path)
-
-    def __repr__(self) -> str:
-        return f"RunFolder({str(self)!r})"
 
     def shown(self) -> str:
         """The folder for people: relative to the working directory where it lies below that."""
@@ -176,12 +174,14 @@ class RunFolder:
             append_json_lines(self.path / METRICS, [record])
             return
         self._metrics = self._metrics or Journal(self.path / METRICS)
-        self._metrics.append(json_line(record))
+        with reachable(self.path / METRICS):
+            self._metrics.append(json_line(record))
 
     def flush(self) -> None:
         """Waits until every record is written."""
         if self._metrics is not None:
-            self._metrics.flush()
+            with reachable(self.path / METRICS):
+                self._metrics.flush()
 
     def sittings(self) -> Iterator[dict[str, Any]]:
         """The lines of sittings.jsonl, as `records` gives those of metrics.jsonl."""
@@ -228,10 +228,6 @@ class RunFolder:
     def passed(self) -> list[dict[str, Any]]:
         """{"first", "after", "step", "why"} of the batches that were passed over, in the order of time."""
         return read_json(self.path / PASSED)["passed"] if (self.path / PASSED).is_file() else []
-
-    def write_passed(self, passed: list[dict[str, Any]]) -> None:
-        """Records which batches are passed over."""
-        write_json(self.path / PASSED, {"passed": passed})
 
     def append_changes(self, changes: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines {"step", "setting", "from", "to"} to changes.jsonl."""
@@ -306,8 +302,11 @@ class RunFolder:
             with leased(self.path / LOCK, str(self), say):
                 try:
                     yield
-                finally:
-                    self.flush()
+                except BaseException:
+                    with suppress(Exception):  # what went wrong first is told
+                        self.flush()
+                    raise
+                self.flush()
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOCK).open("w") as lock:

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ def leased(folder: Path, what: str, say: Callable[[str], None], seconds: float =
     finally:
         ended.set()
         renewing.join()
-        held.write(released=True)
+        with suppress(Exception):  # what cannot be given back ends by itself
+            held.write(released=True)
 
 
 class _Term:

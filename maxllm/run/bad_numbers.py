@@ -22,8 +22,8 @@ import numpy as np
 from maxllm.config.run import RunConfig
 from maxllm.data.loader import ALL, Batches
 from maxllm.errors import RunFailed
-from maxllm.files import write_bytes
-from maxllm.folder import BAD, RunFolder
+from maxllm.files import write_bytes, write_json
+from maxllm.folder import BAD, PASSED, RunFolder
 from maxllm.parallel import processes
 from maxllm.run.fall_back import set_aside
 
@@ -165,5 +165,6 @@ def roll_back(
         for step in folder.steps():
             if step >= bad.first:
                 set_aside(folder, step, "rolled-back")
-        folder.write_passed([*passed, {"first": first, "after": after, "step": bad.last, "why": bad.what}])
+        passed.append({"first": first, "after": after, "step": bad.last, "why": bad.what})
+        write_json(folder.path / PASSED, {"passed": passed})
     processes.agreed(0)  # nobody reads the folder before it is so
