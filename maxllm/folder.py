@@ -57,7 +57,7 @@ from maxllm.storage import (
     remove_folder,
     resolved,
     way,
-    written_at_ns,
+    written_at,
 )
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -240,7 +240,7 @@ class RunFolder:
     def written(self) -> float | None:
         """When the configuration, metrics or summary was last written, in seconds since the epoch."""
         files = [self.path / name for name in (CONFIG, METRICS, SUMMARY)]
-        return max((written_at_ns(file) / 1e9 for file in files if file.is_file()), default=None)
+        return max((written_at(file) for file in files if file.is_file()), default=None)
 
     # --- family --------------------------------------------------------------------------------------------
 

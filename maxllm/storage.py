@@ -160,6 +160,12 @@ def size_of(file: Path) -> int:
     return found.length if is_remote(file) else found.st_size
 
 
+def written_at(file: Path) -> float:
+    """When a file was last written, in seconds since the epoch."""
+    found: Any = file.stat()
+    return found.mtime if is_remote(file) else found.st_mtime
+
+
 def written_at_ns(file: Path) -> int:
     """When a file was last written, in nanoseconds since the epoch; whole seconds in a bucket."""
     found: Any = file.stat()

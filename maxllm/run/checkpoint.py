@@ -125,7 +125,7 @@ class Checkpoints:
         try:
             with writable(self._folder.checkpoints):
                 self._manager.wait_until_finished()
-            self._manager.close()
+                self._manager.close()  # which tells of a failure that waiting did not
         finally:
             self._quiet.close()
 
