@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import xxhash
 
-from maxllm.errors import RunFailed, UserError, listed
+from maxllm.errors import UserError, listed
 from maxllm.files import (
     append_json_lines,
     json_line,
@@ -380,17 +380,6 @@ class RunFolder:
             steps = listed([str(number) for number in there], limit=20)
             raise UserError(f"{self} holds no {missing}: it holds steps {steps}")
         return self.checkpoint(step)
-
-    def check_not_lost(self) -> None:
-        """A folder with metrics had a folder of checkpoints from its first moment on, unless in a bucket.
-
-        Raises:
-          RunFailed: it is gone, and starting anew would overwrite what the run recorded.
-        """
-        if self.has_metrics and not self.checkpoints.is_dir() and not is_remote(self.path):
-            raise RunFailed(
-                f"{self} has metrics but no {CHECKPOINTS}/; remove the folder to start the run anew"
-            )
 
     def remove_unfinished(self) -> None:
         """Removes checkpoints that a kill or a full disk left half-written; the caller holds the lock."""

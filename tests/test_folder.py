@@ -11,6 +11,7 @@ import maxllm
 from maxllm import folder as module
 from maxllm.errors import RunFailed, UserError
 from maxllm.folder import RunFolder
+from maxllm.run.fall_back import check_not_lost
 
 RECORDS = [
     {"step": 0, "seconds": 0.0, "heldout": {"loss": math.nan}},
@@ -36,7 +37,7 @@ def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
         run.settings()
     with pytest.raises(UserError, match="none holds no checkpoint"):
         run.find()
-    run.check_not_lost()
+    check_not_lost(run)
     assert not run.path.exists()
 
 
@@ -95,9 +96,9 @@ def test_a_config_that_is_no_recipe_is_told_and_still_shown(run):
 def test_metrics_without_checkpoints_are_a_run_that_lost_them(run):
     run.write_records(RECORDS)
     with pytest.raises(RunFailed, match="has metrics but no checkpoints/"):
-        run.check_not_lost()
+        check_not_lost(run)
     run.checkpoints.mkdir()
-    run.check_not_lost()
+    check_not_lost(run)
 
 
 def test_half_written_checkpoints_are_none(run):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from maxllm.errors import RunFailed
-from maxllm.folder import RunFolder
+from maxllm.folder import CHECKPOINTS, RunFolder
 from maxllm.parallel import processes
 from maxllm.run.restore import AnyState, restore
-from maxllm.storage import move_folder
+from maxllm.storage import is_remote, move_folder
 
 
 def restore_newest(
@@ -54,3 +54,20 @@ def set_aside(folder: RunFolder, step: int, why: str) -> None:
     while (aside := there.with_name(f"{step}.{why}{number or ''}")).exists():
         number += 1
     move_folder(there, aside)
+
+
+def check_not_lost(folder: RunFolder) -> None:
+    """A folder with metrics had a folder of checkpoints from its first moment on; in a bucket, which has no
+    empty folders, it had a checkpoint when the second one was due.
+
+    Raises:
+      RunFailed: it is gone, and starting anew would overwrite what the run recorded.
+    """
+    lost = folder.has_metrics and not folder.checkpoints.is_dir()
+    if lost and is_remote(folder.path):
+        newest = max((record["step"] for record in folder.records()), default=0)
+        lost = newest >= 2 * folder.settings()["run"]["checkpoint_every"]
+    if lost:
+        raise RunFailed(
+            f"{folder} has metrics but no {CHECKPOINTS}/; remove the folder to start the run anew"
+        )

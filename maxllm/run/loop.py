@@ -24,7 +24,7 @@ from maxllm.rank import UNRANKED
 from maxllm.records import Metrics, Params
 from maxllm.run.bad_numbers import BadNumbers, Rule, passing, roll_back
 from maxllm.run.checkpoint import Checkpoints, Keep
-from maxllm.run.fall_back import restore_newest
+from maxllm.run.fall_back import check_not_lost, restore_newest
 from maxllm.run.faults import StopRequest, stop_on_signals
 from maxllm.run.goodput import Accounts, reckon
 from maxllm.run.machine import hardware, peak_rss_bytes
@@ -131,7 +131,7 @@ def _from_newest(session: Session, job: Job, state: Any, stop: StopRequest) -> d
     newest = processes.agreed(-1 if (step := folder.latest_step()) is None else step)
     first = None if newest < 0 else newest
     if first is None:
-        folder.check_not_lost()
+        check_not_lost(folder)
     data = check_same_data(folder, job, first)
     if job.store_heldout and main:
         write_record(folder.heldout, job.heldout)

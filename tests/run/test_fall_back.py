@@ -1,11 +1,13 @@
 """Which checkpoints stay, what becomes of damaged ones, and what each remembers."""
 
+import shutil
+
 import jax
 import pytest
 
 import maxllm
 from maxllm.errors import RunFailed
-from maxllm.run import loop
+from maxllm.run import fall_back, loop
 from maxllm.run.fall_back import set_aside
 from maxllm.run.origin import changes_since, read_origin
 
@@ -82,3 +84,15 @@ def test_means_of_a_log_line_are_of_all_its_steps_also_after_a_kill(build):
         set_aside(session.folder, step, "lost")
     loop.train(*build({}, *words))
     assert lines(session) == undisturbed and len(undisturbed) == 3
+
+
+def test_a_run_in_a_bucket_whose_checkpoints_are_gone_does_not_start_anew(build, monkeypatch):
+    """An empty folder is none there: what was recorded tells whether there must have been checkpoints."""
+    monkeypatch.setattr(fall_back, "is_remote", lambda path: True)
+    session, job = build({}, "run.checkpoint_every=6")
+    loop.train(session, job)
+    shutil.rmtree(session.folder.checkpoints)
+    with pytest.raises(RunFailed, match="has metrics but no checkpoints/"):
+        fall_back.check_not_lost(session.folder)
+    session.folder.write_records([{"step": 11, "seconds": 1.0}])  # the save of step 6 may have been cut off
+    fall_back.check_not_lost(session.folder)
