@@ -104,7 +104,7 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def test_a_warm_cache_is_read_and_changes_nothing(corpus: Path, uninterrupted: Path) -> None:
-    """Two fresh processes with a cache of their own: the second compiles nothing that the first had compiled,
+    """Two fresh processes with a cache of their own: the second compiles nothing that the first had kept,
     and both end as the run that had none."""
     cache = corpus / "cache"
     compiled = []
@@ -120,7 +120,8 @@ def test_a_warm_cache_is_read_and_changes_nothing(corpus: Path, uninterrupted: P
             {file.name: file.stat().st_mtime_ns for file in (cache / "maxllm" / "xla").glob("*-cache")}
         )
     assert any(name.startswith("jit_train_step-") for name in compiled[0])
-    assert compiled[1] == compiled[0]
+    # The second may keep more: what took the first too little time to compile to be worth a file.
+    assert compiled[0].items() <= compiled[1].items()
 
 
 def test_kill_9_then_the_same_command(corpus: Path, uninterrupted: Path) -> None:
