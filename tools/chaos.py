@@ -200,8 +200,11 @@ class Chaos:
         with log.open("a") as out:
             code = subprocess.run(command, stdout=out, stderr=out, env=environment).returncode
         complete = code == 0 and RunFolder(home / "pretrain").summary() is not None
-        (self.outcome.different.append(str(home)) if not complete else None)
-        self.outcome.recovered += complete
+        if complete:
+            self.outcome.recovered += 1
+            shutil.rmtree(home)
+        else:
+            self.outcome.different.append(str(home))
 
 
 def trainers(home: Path) -> list[int]:
