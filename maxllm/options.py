@@ -142,6 +142,17 @@ def checkpoint(word: str) -> str | int:
     raise argparse.ArgumentTypeError(f"{word} is none of best, latest and the number of a step")
 
 
+def times(word: str) -> int:
+    """How often a word says that something may be done.
+
+    Raises:
+      ArgumentTypeError: it is no whole number of 0 or more.
+    """
+    if word.isdecimal():
+        return int(word)
+    raise argparse.ArgumentTypeError(f"{word} is not a whole number of 0 or more")
+
+
 def add_quickstart(verbs: Any) -> None:
     """quickstart."""
     verb = add_verb(
@@ -165,7 +176,7 @@ def add_trainer(verbs: Any, name: str, description: str) -> None:
     if name in TRAINED:
         verb.add_argument(
             "--restarts",
-            type=int,
+            type=times,
             default=0,
             metavar="N",
             help="begin again after a hang, a lost process or a kill, up to N times in a row",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from maxllm import cli
+from maxllm.cli import main
 
 VERBS = (
     "quickstart",
@@ -139,3 +140,11 @@ def test_pretrain_before_prepare_says_what_to_do(tmp_path: Path) -> None:
     result = maxllm("pretrain", "pretrain/tiny_slice_cpu", *words)
     assert result.returncode == 2 and "maxllm prepare" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("word", ["-1", "1.5", "often"])
+def test_restarts_are_a_whole_number(word, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["pretrain", "pretrain/tiny_slice_cpu", f"--restarts={word}"])
+    assert end.value.code == 2
+    assert f"{word} is not a whole number of 0 or more" in capsys.readouterr().err
