@@ -1,7 +1,7 @@
 # make quickstart   set up, then the whole road from text to a Hugging Face checkpoint (about 10 minutes on 2 cores)
 # make test         set up, then lint, types, floors and tests
 # make test-second PYTHON=python3.12   set up .venv-second with another Python, then a part of the tests, without torch
-# make test-slow    what takes minutes of compiling: shipped recipes for TPUs, more meshes and stages (10 minutes)
+# make test-slow    what takes minutes of compiling: shipped recipes for TPUs, more meshes, hostile input (15 minutes)
 # make test-launch  Slurm, Open MPI and ssh for real, on this machine (Debian or Ubuntu, as root): kills, restarts
 # make test-storage runs in buckets, against emulators of Cloud Storage and S3: kills, credentials (5 minutes)
 # make test-real    real weights from the package index, against transformers
@@ -32,6 +32,7 @@ test-second:
 
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 -q -m slow
+	HYPOTHESIS_PROFILE=thousands $(BIN)/python -m pytest -n 2 -q tests/hostile
 
 # As root, for it starts daemons and makes network namespaces.
 test-launch: setup

@@ -63,11 +63,24 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, it is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
     return value
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data from YAML, by the loader that makes nothing else.
+
+    Raises:
+      ValueError: with one line on what is wrong.
+    """
+    try:
+        return yaml.safe_load(text)
+    # Beside its own errors, Python's of all kinds: of 2024-99-99, 0b_, `!!timestamp x`, brackets 1,000 deep.
+    except Exception as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -75,9 +88,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no recipe: sections such as run: and batch: are expected")
     return tree

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from maxllm.config.root import Config
 from maxllm.config.section import Section, section_in
 from maxllm.errors import UserError
-from maxllm.files import read_yaml
+from maxllm.files import parse_yaml, read_yaml
 from maxllm.folder import RunFolder
 
 INCLUDE = "include"
@@ -93,8 +93,8 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         if not equals or not key:
             raise UserError(f"override {word!r} is not of the form section.field=value")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = parse_yaml(text)
+        except ValueError:
             value = text
         nested: Any = value
         for part in reversed(key.split(".")):

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from maxllm.errors import UserError
-from maxllm.files import read_json
+from maxllm.files import parse_yaml, read_json
 from maxllm.folder import CONFIG, METRICS, RunFolder
 from maxllm.run.goodput import reckon
 
@@ -173,8 +171,8 @@ def read_run(path: Path) -> Run:
 def parsed(config: str | None) -> dict[str, Any]:
     """The mapping in a configuration's text; empty where it cannot be read."""
     try:
-        settings = yaml.safe_load(config or "")
-    except yaml.YAMLError:
+        settings = parse_yaml(config or "")
+    except ValueError:
         return {}
     return settings if isinstance(settings, dict) else {}
 
