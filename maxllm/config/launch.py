@@ -1,22 +1,45 @@
-"""How the processes of a run find each other."""
+"""How the processes of a run find each other, and what the libraries below them are told."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from maxllm.config.section import Effect, Section
 
-RENDEZVOUS_SECONDS = 1800
-"""The hosts of a cold pod come one after another, minutes apart."""
+Option = str | bool | int | float | None
+"""Value of an option of XLA's; None: it is left to XLA."""
 
 
 class LaunchConfig(Section):
-    """How the processes of a run find each other."""
+    """How the processes of a run find each other, and what the libraries below them are told."""
 
     effect: ClassVar[Effect] = Effect.RECORD
 
     rendezvous_seconds: int = Field(
-        RENDEZVOUS_SECONDS, gt=0, description="How long a process waits at the start until all are there."
+        1800,
+        gt=0,
+        description="How long a process waits at the start until all are there: the hosts of a cold pod come "
+        "one after another, minutes apart.",
     )
+
+    maintenance: Literal["auto", "google", "none"] = Field(
+        "auto",
+        description="Who is asked whether this machine is about to be taken away, so that the run saves "
+        "before: Google's metadata server; with `auto`, that server on a Cloud TPU VM.",
+    )
+    compiler_options: Annotated[dict[str, Option], Effect.COMPUTATION] = Field(
+        {},
+        description="Options of XLA for every program, on top of those of parallel/settings.py, as in "
+        "launch.compiler_options.xla_gpu_enable_latency_hiding_scheduler=false; null leaves one to XLA.",
+    )
+    variables: Annotated[dict[str, str], Effect.COMPUTATION] = Field(
+        {},
+        description="Variables for NCCL, libtpu and JAX, on top of those of parallel/settings.py, as in "
+        "launch.variables.NCCL_DEBUG=INFO; one that the environment has already wins.",
+    )
+
+
+NO_SETTINGS = LaunchConfig()
+"""A recipe that says nothing of it."""

@@ -1,4 +1,4 @@
-"""What XLA is told beside the program, by platform; training and planning compile with the same words."""
+"""XLA's compilers: where compiled programs are kept, and what compilers say while they work."""
 
 import glob
 import os
@@ -8,32 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-COMPILER_OPTIONS: dict[str, dict[str, str | bool | int]] = {
-    "cpu": {
-        # The pass that takes barriers out before anything is fused. Without them XLA undoes what
-        # `jax.checkpoint` computes again, and computes the rotary embedding's sines in every use of them.
-        "xla_disable_hlo_passes": "cse_barrier_expander",
-        # Otherwise XLA copies AdamW's old moments before it writes the new ones, as parameters are computed
-        # from the old ones too: 0.27 GB in a step of 34 M parameters (tools/bench_step.py).
-        "xla_cpu_copy_insertion_use_region_analysis": True,
-    },
-    "tpu": {
-        # Weights are gathered once for each pass (model/layers.py). Left alone, XLA turns gather and matmul
-        # into a loop of small exchanges and gathers again for every use: 79 GB of them instead of 35 for
-        # Llama-2-7B on eight v5p chips.
-        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
-        # A reduce-scatter over more than one dimension of the torus; otherwise it becomes an all-reduce of
-        # twice the bytes.
-        "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
-    },
-}
-"""Platform -> `compiler_options` of `lowered.compile`."""
-
-
-def compiler_options(platform: str) -> dict[str, str | bool | int] | None:
-    """Options for the compiler of a platform; None where it has none of ours."""
-    return COMPILER_OPTIONS.get(platform)
 
 
 def without_tpu() -> None:

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from maxllm.config.launch import RENDEZVOUS_SECONDS
+from maxllm.config.launch import NO_SETTINGS, LaunchConfig
 from maxllm.errors import UserError
 from maxllm.parallel.compiler import keep_compiled
-from maxllm.parallel.discovery import AUTO, Place, is_loopback, place_of
+from maxllm.parallel.discovery import Place, is_loopback, place_of
 from maxllm.parallel.rendezvous import meet
+from maxllm.parallel.settings import platform_here, set_variables
 from maxllm.phases import PHASES
 
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -29,18 +30,19 @@ HEARTBEAT_SECONDS = 3600
 """After so long JAX gives up a process from which nothing comes, by an abort; supervisors know far sooner."""
 
 
-def initialize(rendezvous_seconds: int = RENDEZVOUS_SECONDS) -> None:
-    """Before anything is computed: joins the other processes, if the environment says that there are any, and
-    says where compiled programs are kept. Idempotent.
+def initialize(launch: LaunchConfig = NO_SETTINGS) -> None:
+    """Before anything is computed: says what the libraries below JAX read and where compiled programs are
+    kept, and joins the other processes, if the environment says that there are any. Idempotent.
 
     Args:
-      rendezvous_seconds: how long the others are waited for.
+      launch: how long the others are waited for, and what libraries are told.
 
     Raises:
       UserError: the environment cannot be right, or gives this process other GPUs than JAX finds.
       RunFailed: the others did not come.
     """
     keep_compiled()
+    set_variables(platform_here(), launch)
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # Simulated devices share one thread pool: two programs in flight, each with a collective, can starve
         # each other for ever (seen with 2 devices on 2 cores). One program at a time cannot.
@@ -49,12 +51,9 @@ def initialize(rendezvous_seconds: int = RENDEZVOUS_SECONDS) -> None:
             os.environ["XLA_FLAGS"] += f" {IN_ORDER}"
     if jax.distributed.is_initialized():
         return
-    if os.environ.get(AUTO) == "auto":
-        jax.distributed.initialize(initialization_timeout=rendezvous_seconds)
-        return
     place = place_of(os.environ)
     if place is not None:
-        join(place, rendezvous_seconds)
+        join(place, launch.rendezvous_seconds)
 
 
 def join(place: Place, seconds: int) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 
+from maxllm.config.launch import NO_SETTINGS, LaunchConfig
 from maxllm.errors import RunFailed, UserError
-from maxllm.parallel.compiler import compiler_options, made_whole, without_tpu
+from maxllm.parallel.compiler import made_whole, without_tpu
+from maxllm.parallel.settings import compiler_options
 from maxllm.plan.hardware import GIB, Hardware
 from maxllm.plan.hlo import Collective, collectives
 from maxllm.plan.matmuls import matmul_flops
@@ -143,8 +145,10 @@ def check_cudnn(hardware: Hardware) -> None:
         ) from None
 
 
-def compiled_for(hardware: Hardware, lower: Callable[[], Any]) -> Compiled | TooLarge:
-    """Compiles what `lower` lowers.
+def compiled_for(
+    hardware: Hardware, lower: Callable[[], Any], launch: LaunchConfig = NO_SETTINGS
+) -> Compiled | TooLarge:
+    """Compiles what `lower` lowers, with what a recipe tells the compiler.
 
     Raises:
       RunFailed: the compiler fails for another reason than memory.
@@ -152,7 +156,7 @@ def compiled_for(hardware: Hardware, lower: Callable[[], Any]) -> Compiled | Too
     started = time.perf_counter()
     try:
         with made_whole() as whole:
-            compiled = lower().compile(compiler_options=compiler_options(hardware.chip.platform))
+            compiled = lower().compile(compiler_options=compiler_options(hardware.chip.platform, launch))
     except jax.errors.JaxRuntimeError as error:
         message, seconds = str(error), time.perf_counter() - started
         if found := OUT_OF_MEMORY.search(message):

@@ -19,6 +19,8 @@ from maxllm.data.store import write_record
 from maxllm.errors import Interrupted, UserError
 from maxllm.folder import METRICS, RunFolder
 from maxllm.parallel import processes, sharding
+from maxllm.parallel.mesh import platform_of
+from maxllm.parallel.settings import described
 from maxllm.phases import PHASES, Phase
 from maxllm.rank import UNRANKED
 from maxllm.records import Metrics, Params
@@ -238,9 +240,12 @@ class _Loop:
         rows = sharding.batch_sharding(self.session.mesh)
         with PHASES.during(Phase.COMPILING):
             iterate, compile_seconds = compile_program(
-                self.session.mesh, job.program, self.session.config.mesh.zero
+                self.session.mesh,
+                job.program,
+                self.session.config.mesh.zero,
+                self.session.config.launch,
             )
-        self.observers.say(f"compiled the step in {compile_seconds:.1f} s")
+        self.observers.say(f"compiled the step in {compile_seconds:.1f} s{self.told_libraries()}")
 
         if self.stop.anywhere(0):
             raise Interrupted(f"stopped before step {first + 1}; the same command continues")
@@ -279,6 +284,12 @@ class _Loop:
             f"{self.parameters():,} parameters; {steps:,} steps of {tokens:,} tokens, "
             f"{steps * self.job.program.flops_per_step:.3g} FLOPs in all"
         )
+
+    def told_libraries(self) -> str:
+        """What XLA and the libraries below it were told, where that is of interest."""
+        platform, launch = platform_of(self.session.mesh), self.session.config.launch
+        of_recipe = launch.compiler_options or launch.variables
+        return f", with {described(platform, launch)}" if platform != "cpu" or of_recipe else ""
 
     def parameters(self) -> int:
         """Parameters of the exported model."""

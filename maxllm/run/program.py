@@ -16,10 +16,11 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
+from maxllm.config.launch import NO_SETTINGS, LaunchConfig
 from maxllm.parallel import processes, sharding
-from maxllm.parallel.compiler import compiler_options
 from maxllm.parallel.memory import fetched
 from maxllm.parallel.mesh import platform_of
+from maxllm.parallel.settings import compiler_options
 from maxllm.records import Metrics, Params
 
 STEP = "step"
@@ -89,13 +90,16 @@ def step_alone(
     }
 
 
-def compile_program(mesh: Mesh, program: Program, zero: int = 3) -> tuple[Callable[..., Any], float]:
+def compile_program(
+    mesh: Mesh, program: Program, zero: int = 3, launch: LaunchConfig = NO_SETTINGS
+) -> tuple[Callable[..., Any], float]:
     """Compiles all parts for the mesh.
 
     Args:
       mesh: the device mesh, of devices that are here.
       program: what to compile.
       zero: the stage of ZeRO that the abstract state was made for.
+      launch: what a recipe tells the compiler beside our own options.
 
     Returns:
       An iteration as a function (state, batch, *frozen) -> (state, metrics), and the seconds that compiling
@@ -105,13 +109,15 @@ def compile_program(mesh: Mesh, program: Program, zero: int = 3) -> tuple[Callab
       UserError: much of the state is not split where ZeRO-3 should.
     """
     started = time.perf_counter()
-    compiled = {name: compile_part(mesh, part, zero) for name, part in program.parts.items()}
+    compiled = {name: compile_part(mesh, part, zero, launch) for name, part in program.parts.items()}
     return partial(program.iterate, compiled), time.perf_counter() - started
 
 
-def compile_part(mesh: Mesh, part: Part, zero: int = 3) -> Callable[..., Any]:
+def compile_part(
+    mesh: Mesh, part: Part, zero: int = 3, launch: LaunchConfig = NO_SETTINGS
+) -> Callable[..., Any]:
     """One part, compiled; `compile_program` says the rest."""
-    options = compiler_options(platform_of(mesh))
+    options = compiler_options(platform_of(mesh), launch)
     compiled: Callable[..., Any] = lower_part(mesh, part, zero).compile(compiler_options=options)
     return compiled
 

@@ -87,7 +87,7 @@ def open_session(config: Config) -> Session:
       UserError: a missing run folder or file, a vocabulary that does not match, a mesh that does not divide
         the model or batch, a run folder that holds another recipe.
     """
-    processes.initialize(config.launch.rendezvous_seconds)
+    processes.initialize(config.launch)
     check_reachable(config)
     tokenizer_path, model = inherited(config)
     day = day_of(config)
@@ -285,14 +285,15 @@ def reopen(folder: RunFolder, overrides: Sequence[str] = (), may_change: Sequenc
     Raises:
       UserError: an override would make it another run.
     """
-    saved = recipe.of_run(folder).mesh.sizes  # says clearly when this is no run folder
+    begun = recipe.of_run(folder)  # says clearly when this is no run folder
+    saved = begun.mesh.sizes
     allowed = ("mesh", *may_change)
     for word in overrides:
         key = word.partition("=")[0]
         if not is_of(key, allowed):
             raise UserError(f"{key} is part of what {folder} is; here one may set {', '.join(allowed)}")
     words = [*overrides, f"run.dir={folder}"]
-    processes.initialize()
+    processes.initialize(begun.launch)
     if not any(word.startswith("mesh") for word in overrides):
         fixed = math.prod(size for size in saved if size != -1)
         if jax.device_count() % fixed or (-1 not in saved and fixed != jax.device_count()):

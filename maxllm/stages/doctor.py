@@ -23,8 +23,9 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from maxllm.errors import UserError
+from maxllm.errors import RunFailed, UserError
 from maxllm.parallel.discovery import AUTO, Place, place_of
+from maxllm.parallel.settings import SETTINGS
 
 DEVICE_SECONDS = 120
 """JAX has so long to say which devices are here: it waits without end for a TPU that another has."""
@@ -37,9 +38,6 @@ import json, jax
 devices = jax.local_devices()
 print(json.dumps({"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}))
 """
-
-NODES = {"gpu": ("/dev/nvidia0",), "tpu": ("/dev/accel0", "/dev/vfio/0")}
-"""Device files by which a machine shows that it has an accelerator."""
 
 
 def run() -> dict[str, Any]:
@@ -75,7 +73,7 @@ def job_here(problems: list[str]) -> Place | None:
     """This process's place in its job, as far as the environment says."""
     try:
         place = place_of(os.environ)
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         problems.append(str(error))
         return None
     if place is not None:
@@ -130,7 +128,8 @@ def check_devices(place: Place | None, devices: dict[str, Any], problems: list[s
     """Whether JAX uses the accelerators that are here, and those that the job gives."""
     if not devices:
         return
-    for kind, nodes in NODES.items():
+    for kind in ("gpu", "tpu"):
+        nodes = SETTINGS[kind].devices
         extra = {"gpu": "cuda", "tpu": "tpu"}[kind]
         if devices["platform"] == "cpu" and any(Path(node).exists() for node in nodes):
             problems.append(

@@ -63,7 +63,7 @@ def run(
     hardware = hardware_of(named(config, hardware_name))
     plan = prepare(config, hardware)
     parts = {
-        name: compiled_for(hardware, partial(lower_part, plan.mesh, part, config.mesh.zero))
+        name: compiled_for(hardware, partial(lower_part, plan.mesh, part, config.mesh.zero), config.launch)
         for name, part in plan.program.parts.items()
     }
     return machine_figures(plan) | compiler_figures(plan, parts) | speed_figures(plan, parts, tokens, price)

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from maxllm.parallel.compiler import compiler_options
+from maxllm.config.launch import NO_SETTINGS
+from maxllm.parallel.settings import compiler_options
 
 
 def test_barriers_hold_on_cpu():
@@ -14,5 +15,5 @@ def test_barriers_hold_on_cpu():
         return cos_TK[:, None] * jnp.arange(8.0)[:, None], cos_TK[None] + jnp.arange(4.0)[:, None, None]
 
     lowered = jax.jit(uses).lower(jnp.ones((16, 32)))
-    compiled = lowered.compile(compiler_options=compiler_options("cpu"))
+    compiled = lowered.compile(compiler_options=compiler_options("cpu", NO_SETTINGS))
     assert compiled.as_text().count(" cosine(") == 1

@@ -182,11 +182,12 @@ def test_strangers_are_sent_away(coming, address, line):
 
 JOINED = """
 import sys
+from maxllm.config.launch import LaunchConfig
 from maxllm.errors import RunFailed, UserError
 from maxllm.parallel import processes
 import jax
 try:
-    processes.initialize(int(sys.argv[1]))
+    processes.initialize(LaunchConfig(rendezvous_seconds=int(sys.argv[1])))
     print("joined", jax.process_index(), jax.process_count())
 except (RunFailed, UserError) as error:
     print(error)

@@ -7,6 +7,7 @@ import pytest
 
 from maxllm.cli import main
 from maxllm.parallel.discovery import COORDINATOR, COUNT, INDEX
+from maxllm.parallel.settings import SETTINGS, Settings
 from maxllm.stages import doctor
 
 GPUS = {"platform": "gpu", "kind": "NVIDIA H100", "count": 8}
@@ -96,7 +97,7 @@ def test_fewer_gpus_than_the_job_gives_would_fail(found):
 
 def test_a_gpu_that_jax_does_not_use_would_fail(found, monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setitem(doctor.NODES, "gpu", (str(tmp_path / "nvidia0"),))
+    monkeypatch.setitem(SETTINGS, "gpu", Settings(devices=(str(tmp_path / "nvidia0"),)))
     code, figures, _ = found({"platform": "cpu", "kind": "cpu", "count": 1})
     assert (
         code == 1

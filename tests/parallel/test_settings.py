@@ -1,0 +1,54 @@
+"""What XLA, libtpu and NCCL are told: one table, a recipe on top of it, the environment on top of both."""
+
+import pytest
+
+from maxllm import recipe
+from maxllm.config.launch import NO_SETTINGS, LaunchConfig
+from maxllm.parallel import settings
+from maxllm.parallel.settings import (
+    SETTINGS,
+    Settings,
+    compiler_options,
+    described,
+    platform_here,
+    set_variables,
+)
+
+HIDING = "xla_gpu_enable_latency_hiding_scheduler"
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", *SETTINGS["gpu"].variables):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_recipe_goes_on_top_of_the_table():
+    assert compiler_options("gpu", NO_SETTINGS) == SETTINGS["gpu"].compiler_options
+    words = [f"launch.compiler_options.{HIDING}=null", "launch.compiler_options.xla_gpu_triton_gemm_any=true"]
+    launch = recipe.load_recipe("pretrain/tiny_slice_cpu", words).launch
+    assert compiler_options("gpu", launch) == {"xla_gpu_triton_gemm_any": True}
+    assert compiler_options("another", NO_SETTINGS) == {}
+
+
+def test_the_environment_goes_on_top_of_both(monkeypatch):
+    variables = {"NCCL_DEBUG": "INFO", "NCCL_ALGO": "Ring"}
+    launch = LaunchConfig(compiler_options={HIDING: True}, variables=variables)
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/tmp/x --{HIDING}=false")
+    assert HIDING not in compiler_options("gpu", launch), "left to XLA_FLAGS"
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    monkeypatch.setattr(settings.os, "environ", dict(settings.os.environ))
+    set_variables("gpu", launch)
+    assert settings.os.environ["NCCL_DEBUG"] == "INFO", "the recipe's, before the table's WARN"
+    line = described("gpu", launch)
+    assert "NCCL_ALGO=Tree" in line and "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9" in line
+
+
+def test_the_platform_here(monkeypatch, tmp_path):
+    monkeypatch.setitem(SETTINGS, "tpu", Settings(devices=(str(tmp_path / "accel0"),)))
+    assert platform_here() in ("cpu", "gpu")
+    (tmp_path / "accel0").touch()
+    assert platform_here() == "tpu"
+    for wanted, platform in (("cpu", "cpu"), ("cuda,cpu", "gpu"), ("tpu", "tpu")):
+        monkeypatch.setenv("JAX_PLATFORMS", wanted)
+        assert platform_here() == platform
