@@ -4,9 +4,9 @@
     Slurm         inside of a job step, which srun makes
     Open MPI      under mpirun; its variables tell everything but the coordinator on a version later than 4
     Kubernetes    an indexed Job or a JobSet of one: the pod's index; the rest is set by the manifest
+    Cloud TPU     with MAXLLM_DISTRIBUTED=auto, the machine itself is asked (parallel/cloud_tpu.py)
 
-A setting wins over what a launcher says of the same thing. Cloud TPU needs none of them: with
-MAXLLM_DISTRIBUTED=auto, JAX asks the machine itself (see `processes.initialize`).
+A setting wins over what a launcher says of the same thing.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from maxllm.errors import UserError
+from maxllm.parallel.cloud_tpu import worker_of
 
 COORDINATOR, COUNT, INDEX = "MAXLLM_COORDINATOR", "MAXLLM_NUM_PROCESSES", "MAXLLM_PROCESS_ID"
 
 AUTO = "MAXLLM_DISTRIBUTED"
+"""With the value `auto`, a Cloud TPU is asked which of its hosts this is."""
 
 HOSTS = "MAXLLM_HOSTS"
 """Machines of the job, as a supervisor has counted them for its process."""
@@ -69,8 +71,15 @@ def place_of(environment: Environment) -> Place | None:
 
     Raises:
       UserError: naming the variable that is missing, or that cannot be right.
+      RunFailed: a Cloud TPU is to be asked, and does not answer.
     """
-    launcher = slurm(environment) or open_mpi(environment) or kubernetes(environment) or Launcher("settings")
+    launcher = (
+        cloud_tpu(environment)
+        or slurm(environment)
+        or open_mpi(environment)
+        or kubernetes(environment)
+        or Launcher("settings")
+    )
     values = {
         COORDINATOR: environment.get(COORDINATOR, launcher.coordinator),
         COUNT: environment.get(COUNT, launcher.processes),
@@ -106,6 +115,26 @@ def place_of(environment: Environment) -> Place | None:
 
 
 # --- launchers ---------------------------------------------------------------------------------------------
+
+
+def cloud_tpu(environment: Environment) -> Launcher | None:
+    """A host of a Cloud TPU, where MAXLLM_DISTRIBUTED=auto has the machine asked.
+
+    Raises:
+      UserError, RunFailed: see `cloud_tpu.worker_of`.
+    """
+    if AUTO not in environment:
+        return None
+    if environment[AUTO] != "auto":
+        raise UserError(f"{AUTO}={environment[AUTO]}, where `auto` is all that it can be")
+    worker = worker_of(environment)
+    return Launcher(
+        name="Cloud TPU",
+        coordinator=worker.coordinator,
+        processes=str(worker.processes),
+        index=str(worker.index),
+        hosts=worker.processes,
+    )
 
 
 def slurm(environment: Environment) -> Launcher | None:

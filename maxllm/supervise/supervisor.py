@@ -22,9 +22,10 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from maxllm.config.root import Config
-from maxllm.parallel.discovery import AUTO, HOSTS, Place, place_of
+from maxllm.parallel.discovery import HOSTS, Place, place_of
 from maxllm.parallel.rendezvous import meet
 from maxllm.phases import PHASES, Moment, Phase, moment_in, shared_memory
+from maxllm.supervise.maintenance import Maintenance, maintenance_of
 from maxllm.supervise.peers import Alone, Judge, Judged, Peers
 from maxllm.supervise.verdict import Report, Verdict
 
@@ -54,6 +55,8 @@ class Care:
     rendezvous_seconds: float
     restarts: int = 0
     """How many times in a row it is begun again, if it ends in a way that asks for it."""
+    maintenance: Maintenance | None = None
+    """Who knows whether this machine is about to be taken away."""
     patience: float = 600.0
     """A process that ran for so many seconds before it failed has not failed in a row."""
 
@@ -64,15 +67,18 @@ def say(sentence: str) -> None:
 
 
 def supervise_where_needed(config: Config, restarts: int) -> None:
-    """`supervise`, where there are several processes or restarts are wanted; one alone goes on as it is.
+    """`supervise`, where there are several processes, restarts are wanted, or the machine may be taken away;
+    one alone goes on as it is.
 
     Raises:
       UserError: the environment cannot be right.
       UserError, RunFailed: the processes of the run did not meet.
     """
     place = place_of(os.environ)
-    if (place is not None and place.processes > 1) or AUTO in os.environ or restarts:
-        supervise(place, Care(config.run.hang_seconds, config.launch.rendezvous_seconds, restarts))
+    maintenance = maintenance_of(config.launch, place.launcher if place else None)
+    if (place is not None and place.processes > 1) or restarts or maintenance:
+        care = Care(config.run.hang_seconds, config.launch.rendezvous_seconds, restarts, maintenance)
+        supervise(place, care)
 
 
 def supervise(place: Place | None, care: Care) -> None:
@@ -97,7 +103,7 @@ def supervise(place: Place | None, care: Care) -> None:
             if hosts is not None:
                 os.environ[HOSTS] = str(hosts)
             return
-        code = Watch(child, peers, place.index if place else 0).until_end()
+        code = Watch(child, peers, place.index if place else 0, care.maintenance).until_end()
         failures = failures + 1 if time.monotonic() - began < care.patience else 1
         retryable = code == INTERRUPTED or code > 128
         if child.asked or not retryable or failures > care.restarts:
@@ -150,7 +156,11 @@ class Child:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
 
     def _pass_on(self, number: int, frame: object) -> None:
-        """Asks the process to stop. As SIGTERM: from a terminal, Ctrl-C has come to it already."""
+        """A signal to the supervisor. As SIGTERM: from a terminal, Ctrl-C has come to the process already."""
+        self.ask()
+
+    def ask(self) -> None:
+        """Asks the process to stop."""
         self.asked = True
         self.kill(signal.SIGTERM)
 
@@ -193,8 +203,9 @@ class Child:
 class Watch:
     """Looks after one process until it has ended."""
 
-    def __init__(self, child: Child, peers: Peers, index: int) -> None:
+    def __init__(self, child: Child, peers: Peers, index: int, maintenance: Maintenance | None) -> None:
         self._child, self._peers, self._index = child, peers, index
+        self._maintenance = maintenance
         self._host = socket.gethostname()
         self._looked = time.monotonic()
         self._absent = 0.0
@@ -204,6 +215,7 @@ class Watch:
         verdict, own, deadline = None, self.report(), float("inf")
         while verdict is None:
             own = self.report()
+            self.heed_maintenance()
             verdict = self._peers.exchange(own)
             if own.ended is not None and verdict is None:
                 if isinstance(self._peers, Alone) or not (own.failed or own.phase == Phase.BEREAVED):
@@ -214,6 +226,12 @@ class Watch:
             self._peers.wait(LOOK_SECONDS)
         self._peers.close()
         return self.ended(own) if verdict is None else self.judged(verdict)
+
+    def heed_maintenance(self) -> None:
+        """Asks the process to stop, once, where this machine is about to be taken away."""
+        if self._maintenance is not None and not self._child.asked and (why := self._maintenance.look(say)):
+            say(f"{why}: process {self._index} is asked to save and stop")
+            self._child.ask()
 
     def report(self) -> Report:
         """What this supervisor says of its process."""

@@ -12,20 +12,24 @@ import time
 from pathlib import Path
 
 import pytest
+from metadata_server import metadata_server
 
 HANG_SECONDS = 5
 
 WORK = """
 import os, signal, sys, time
 from pathlib import Path
+from maxllm.config.launch import LaunchConfig
 from maxllm.parallel.discovery import place_of
 from maxllm.phases import PHASES, Phase
+from maxllm.supervise.maintenance import maintenance_of
 from maxllm.supervise.supervisor import Care, supervise
 
 folder, what, steps, restarts = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 place = place_of(os.environ)
 index, processes = (place.index, place.processes) if place else (0, 1)
-supervise(place, Care({seconds}, 30, restarts))
+who = "google" if "GCE_METADATA_IP" in os.environ else "none"
+supervise(place, Care({seconds}, 30, restarts, maintenance_of(LaunchConfig(maintenance=who), None)))
 (folder / f"pid-{{index}}").write_text(str(os.getpid()))
 attempt = len(list(folder.glob(f"attempt-{{index}}-*")))
 (folder / f"attempt-{{index}}-{{attempt}}").touch()
@@ -197,3 +201,23 @@ def test_who_is_asked_to_stop_does_so_and_is_not_begun_again(start, tmp_path, nu
         process.send_signal(number)
     codes, _ = ends(processes)
     assert codes == [75, 75, 75] and "begins again" not in said(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("preempted", "TRUE", "is about to be preempted"),
+        ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE", "is about to end for maintenance"),
+    ],
+)
+def test_a_machine_about_to_be_taken_away(start, tmp_path, monkeypatch, key, value, why):
+    """Its metadata server says so after a while: the process is asked to stop, once, and not begun again."""
+    with metadata_server() as (answers, address):
+        answers |= {"preempted": "FALSE", "maintenance-event": "NONE"}
+        monkeypatch.setenv("GCE_METADATA_IP", address)
+        processes = start("nothing", processes=1, steps=10**6, restarts=5)
+        await_step(tmp_path, processes)
+        answers[key] = value
+        codes, _ = ends(processes)
+    assert codes == [75]
+    assert said(tmp_path, 0).count(why) == 1 and "begins again" not in said(tmp_path, 0)
