@@ -188,7 +188,12 @@ supervise() {
     fi
     # A shell of its own, which has the children's names but waits for none of them. Where one has ended with 75
     # all do by themselves, unless one is stopped, or cut off.
-    (trap '' INT TERM && sleep "$((status == 75 ? grace + 60 : grace))" && signal_all KILL) &
+    # It sleeps in short parts and holds no pipe: whoever reads our output must not wait for it when it is ended.
+    (
+      trap '' INT TERM
+      for ((left = status == 75 ? grace + 60 : grace; left > 0; left--)); do sleep 1; done
+      signal_all KILL
+    ) >/dev/null 2>&1 &
     helpers+=($!)
   done
   if [ ${#helpers[@]} -gt 0 ]; then
