@@ -18,7 +18,7 @@ quickstart: setup
 	$(BIN)/maxllm quickstart --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q
 
 # What another version of JAX would change first: barriers, collectives, sums, and how a state lies on a mesh.
 SECOND := tests/data/test_pack.py tests/data/test_loader.py tests/losses tests/parallel tests/model/test_layers.py \

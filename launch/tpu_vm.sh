@@ -113,7 +113,7 @@ create() {
         exit 1
         ;;
     esac
-    sleep 20
+    sleep "${MAXLLM_POLL_SECONDS:-20}"
   done
 }
 

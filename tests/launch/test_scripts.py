@@ -196,7 +196,9 @@ def test_two_slices_are_rented_installed_started_and_deleted(script, cloud, tmp_
     recipe = tmp_path / "mine.yaml"
     recipe.write_text((ROOT / "configs" / f"{TPU}.yaml").read_text())
     more = ["--wait=6h", "--project=p", "--delete"]
-    result = script("tpu_vm.sh", *SLICES, *more, "pretrain", str(recipe), "run.dir=a b")
+    result = script(
+        "tpu_vm.sh", *SLICES, *more, "pretrain", str(recipe), "run.dir=a b", MAXLLM_POLL_SECONDS="0.2"
+    )
     assert result.returncode == 0, result.stderr
     calls = cloud()
     check_documented(calls)

@@ -104,6 +104,7 @@ def test_ironwood_has_two_devices_a_chip(plan):
     assert gathered >= 2 * 2 * weights * 7 / 8 and scattered >= 2 * weights * 7 / 8
 
 
+@pytest.mark.slow
 def test_data_parallelism_reduces_gradients_and_keeps_the_state_whole(plan):
     code, figures, _ = plan()
     assert code == 0 and figures["mesh"]["data"] == 4
@@ -131,6 +132,7 @@ def test_products_compile(plan):
     assert figures["argument_bytes"] < 1.1 * 12 * PARAMETERS / 4
 
 
+@pytest.mark.slow
 def test_over_positions_keys_and_values_are_gathered_and_nothing_wider(plan):
     """Each layer's weights twice, the head once, keys and values of four rows twice; ids and segments."""
     code, figures, _ = plan("mesh.context=2", "mesh.fsdp=2")
@@ -165,6 +167,7 @@ def test_two_slices_exchange_their_shares_of_gradients(plan):
     assert code == 2 and "these devices are 2 slices: give mesh.slices=2" in error
 
 
+@pytest.mark.slow
 def test_a_pipeline_hands_on_its_rows(plan):
     """Of three steps of two stages one is idle; each hands two rows on, and their gradient back."""
     code, figures, _ = plan("mesh.fsdp=2", "mesh.stage=2")
@@ -193,6 +196,7 @@ def test_what_does_not_fit_is_exit_3_and_says_how_much(plan):
     assert "GB per device are needed on v5e:2x2, which has 16.91" in error
 
 
+@pytest.mark.slow
 def test_dpo_holds_its_reference_and_counts_it(plan):
     """The policy 12 bytes a parameter, the reference 4, over the shards; both rows of a pair are read, by the
     reference forward alone. Logits are so few here that the policy's are kept for its backward pass."""
