@@ -10,8 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,9 +24,6 @@ from maxllm.records import PairBatch, PromptBatch, ReplyPairBatch
 
 Kind = Literal["instruction", "preference", "prompt"]
 Parsed = TypeVar("Parsed")
-
-Keyed = tuple[int, Any]
-"""A row after the hash of its prompt."""
 
 TASK_ROWS = {
     "instruction": tasks.instruction_rows,
@@ -72,91 +68,91 @@ def rows_of(source: str, kind: Kind, seed: int, tally: Tally) -> Iterator[tuple[
         yield f"{source} row {number}", row
 
 
-def read_split(
-    data: DataConfig,
-    kind: Kind,
-    seed: int,
-    tokenizer: Tokenizer,
-    parse: Callable[[dict[str, Any]], Parsed],
-    prompt: Callable[[Parsed], Sequence[chat.Message]],
-    training: bool = True,
-) -> tuple[list[Parsed], list[Parsed], list[Tally]]:
-    """(training rows, held-out rows, counts by source), no held-out prompt among those that are trained on.
+@dataclass(frozen=True)
+class RowReader(Generic[Parsed]):
+    """Reads a stage's rows from its sources, and keeps held-out prompts apart from those that are trained on.
 
     A prompt is what the model reads: the tokens up to where a reply begins, whatever fields they came in. Of
     a conversation with several replies the first prompt decides: whoever shares a later one shares it too.
-    Without data.heldout_sources a hash of the prompt says which side a row is on; with them, a training row
-    whose prompt is held out is dropped, and counted.
-
-    Args:
-      data: sources, share to hold out, share of bad rows.
-      kind: what `tasks:` sources give.
-      seed: of `tasks:` sources.
-      tokenizer: renders prompts.
-      parse: makes of a row what is trained on, or raises `chat.RowError` for one that cannot be used.
-      prompt: the messages before the first reply that is trained on or measured.
-      training: whether training rows are wanted: without, `data.sources` are only read where a share of them
-        is held out.
-
-    Raises:
-      UserError: a source is missing or empty, too large a share of it is unusable, or a side stays empty.
     """
-    if not data.sources and (training or not data.heldout_sources):
-        raise UserError("data.sources is empty: name at least one file")
 
-    read = partial(read_sources, data, kind, seed, tokenizer, parse, prompt)
-    if data.heldout_sources:
-        heldout, heldout_tallies = read(data.heldout_sources)
-        if not training:
-            return [], [row for _, row in heldout], heldout_tallies
-        train, tallies = read(data.sources, {key for key, _ in heldout})
-        return [row for _, row in train], [row for _, row in heldout], tallies + heldout_tallies
-    rows, tallies = read(data.sources)
-    if kind == "instruction" and any(source.startswith("tasks:train:") for source in data.sources):
-        raise UserError(
-            "demonstrations of tasks:train are partly wrong on purpose, so they cannot be held out; "
-            "give data.heldout_sources=[tasks:heldout:500]"
-        )
-    limit = int(data.heldout_share * 2**64)
-    kept = [row for key, row in rows if key >= limit]
-    held = [row for key, row in rows if key < limit]
-    if not kept or not held:
-        raise UserError(
-            f"{len(rows)} rows are too few to hold out data.heldout_share={data.heldout_share:g} of them; "
-            "give data.heldout_sources"
-        )
-    return kept, held, tallies
+    data: DataConfig
+    """Sources, share to hold out, share of bad rows."""
+    kind: Kind
+    """What `tasks:` sources give."""
+    seed: int
+    """Of `tasks:` sources."""
+    tokenizer: Tokenizer
+    """Renders prompts."""
+    parse: Callable[[dict[str, Any]], Parsed]
+    """Makes of a row what is trained on, or raises `chat.RowError` for one that cannot be used."""
+    prompt: Callable[[Parsed], Sequence[chat.Message]]
+    """The messages before the first reply that is trained on or measured."""
 
+    def split(self, training: bool = True) -> tuple[list[Parsed], list[Parsed], list[Tally]]:
+        """(training rows, held-out rows, counts by source).
 
-def read_sources(
-    data: DataConfig,
-    kind: Kind,
-    seed: int,
-    tokenizer: Tokenizer,
-    parse: Callable[[dict[str, Any]], Parsed],
-    prompt: Callable[[Parsed], Sequence[chat.Message]],
-    sources: Sequence[str],
-    held: Container[int] = (),
-) -> tuple[list[Keyed], list[Tally]]:
-    """The rows of sources whose prompts are not `held`, and counts by source; see `read_split`."""
-    rows: list[Keyed] = []
-    tallies = []
-    for source in sources:
-        tally = Tally(source)
-        for where, row in rows_of(source, kind, seed, tally):
-            try:
-                parsed = parse(row)
-                key = prompt_hash(tokenizer, prompt(parsed))
-            except chat.RowError as error:
-                tally.drop(str(error), f"{where}: {error}")
-                continue
-            if key in held:
-                tally.drop("its prompt is held out")
-            else:
-                rows.append((key, parsed))
-        tally.check(data.max_bad_share)
-        tallies.append(tally)
-    return rows, tallies
+        Without data.heldout_sources a hash of the prompt says which side a row is on; with them, a training
+        row whose prompt is held out is dropped, and counted.
+
+        Args:
+          training: whether training rows are wanted: without, `data.sources` are only read where a share of
+            them is held out.
+
+        Raises:
+          UserError: a source is missing or empty, much of it is unusable, or a side stays empty.
+        """
+        data = self.data
+        if not data.sources and (training or not data.heldout_sources):
+            raise UserError("data.sources is empty: name at least one file")
+        if data.heldout_sources:
+            heldout, heldout_tallies = self.read(data.heldout_sources)
+            if not training:
+                return [], [row for _, row in heldout], heldout_tallies
+            train, tallies = self.read(data.sources, {key for key, _ in heldout})
+            return [row for _, row in train], [row for _, row in heldout], tallies + heldout_tallies
+        rows, tallies = self.read(data.sources)
+        if self.kind == "instruction" and any(source.startswith("tasks:train:") for source in data.sources):
+            raise UserError(
+                "demonstrations of tasks:train are partly wrong on purpose, so they cannot be held out; "
+                "give data.heldout_sources=[tasks:heldout:500]"
+            )
+        limit = int(data.heldout_share * 2**64)
+        kept = [row for key, row in rows if key >= limit]
+        held = [row for key, row in rows if key < limit]
+        if not kept or not held:
+            raise UserError(
+                f"{len(rows)} rows are too few to hold out data.heldout_share={data.heldout_share:g} of "
+                "them; give data.heldout_sources"
+            )
+        return kept, held, tallies
+
+    def read(
+        self, sources: Sequence[str], held: Container[int] = ()
+    ) -> tuple[list[tuple[int, Parsed]], list[Tally]]:
+        """The rows of sources, each after the hash of its prompt, but for those in `held`; counts by source.
+
+        Raises:
+          UserError: a source is missing or empty, or too large a share of it is unusable.
+        """
+        rows: list[tuple[int, Parsed]] = []
+        tallies = []
+        for source in sources:
+            tally = Tally(source)
+            for where, row in rows_of(source, self.kind, self.seed, tally):
+                try:
+                    parsed = self.parse(row)
+                    key = prompt_hash(self.tokenizer, self.prompt(parsed))
+                except chat.RowError as error:
+                    tally.drop(str(error), f"{where}: {error}")
+                    continue
+                if key in held:
+                    tally.drop("its prompt is held out")
+                else:
+                    rows.append((key, parsed))
+            tally.check(self.data.max_bad_share)
+            tallies.append(tally)
+        return rows, tallies
 
 
 def prompt_hash(tokenizer: Tokenizer, messages: Sequence[chat.Message]) -> int:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
 from maxllm.data import loader
-from maxllm.data.instruct import Question, ReplyPair, answer_of, pad_reply_pairs, read_split, reply_pair
+from maxllm.data.instruct import Question, ReplyPair, RowReader, answer_of, pad_reply_pairs, reply_pair
 from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
 from maxllm.model.llama import Llama
@@ -113,15 +113,14 @@ def read_preferences(
     session: Session, training: bool = True
 ) -> tuple[list[Preference], list[Preference], list[Tally]]:
     """(training rows, held-out ones, counts by source)."""
-    return read_split(
+    return RowReader(
         session.config.data,
         "preference",
         session.config.run.seed,
         session.tokenizer,
         partial(pair_and_question, session),
         lambda row: row[0].prompt,
-        training,
-    )
+    ).split(training)
 
 
 def padded(session: Session, rows: Sequence[Preference]) -> ReplyPairBatch:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from maxllm.data import loader
-from maxllm.data.instruct import Question, question_of, read_split
+from maxllm.data.instruct import Question, RowReader, question_of
 from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
@@ -118,15 +118,14 @@ def read_questions(
 ) -> tuple[list[Question], list[Question], list[Tally]]:
     """(training prompts, held-out ones, counts by source)."""
     length = prompt_length(session.config)
-    return read_split(
+    return RowReader(
         session.config.data,
         "prompt",
         session.config.run.seed,
         session.tokenizer,
         lambda row: question_of(session.tokenizer, row, length),
         lambda question: question.messages,
-        training,
-    )
+    ).split(training)
 
 
 def padded(session: Session, questions: Sequence[Question]) -> PromptBatch:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
 from maxllm.data import loader
-from maxllm.data.instruct import ReplyPair, pad_pairs, read_split, reply_pair
+from maxllm.data.instruct import ReplyPair, RowReader, pad_pairs, reply_pair
 from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
 from maxllm.model.heads import ScalarModel
@@ -73,15 +73,14 @@ def read_pairs(
     session: Session, training: bool = True
 ) -> tuple[list[ReplyPair], list[ReplyPair], list[Tally]]:
     """(training pairs, held-out ones, counts by source)."""
-    return read_split(
+    return RowReader(
         session.config.data,
         "preference",
         session.config.run.seed,
         session.tokenizer,
         lambda row: reply_pair(session.tokenizer, row, session.config.batch.sequence_length),
         lambda pair: pair.prompt,
-        training,
-    )
+    ).split(training)
 
 
 def padded(session: Session, pairs: Sequence[ReplyPair]) -> PairBatch:

@@ -17,9 +17,9 @@ from flax import struct
 from maxllm.data.chat import Message, messages_of
 from maxllm.data.instruct import (
     Question,
+    RowReader,
     before_first_reply,
     conversation_piece,
-    read_split,
 )
 from maxllm.data.pack import Piece, pack
 from maxllm.data.render import render_prompt
@@ -157,15 +157,14 @@ def read_conversations(
         messages = messages_of(row)
         return Conversation(messages, conversation_piece(session.tokenizer, messages, length))
 
-    return read_split(
+    return RowReader(
         session.config.data,
         "instruction",
         session.config.run.seed,
         session.tokenizer,
         parse,
         lambda conversation: before_first_reply(conversation.messages),
-        training,
-    )
+    ).split(training)
 
 
 def last_questions(session: Session, conversations: Sequence[Conversation], limit: int) -> list[Question]:

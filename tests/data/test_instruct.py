@@ -9,13 +9,13 @@ import pytest
 from maxllm.config.data import DataConfig
 from maxllm.data import chat, render, tasks
 from maxllm.data.instruct import (
+    RowReader,
     before_first_reply,
     conversation_piece,
     pad_pairs,
     pad_prompts,
     pad_reply_pairs,
     question_of,
-    read_split,
     reply_pair,
 )
 from maxllm.data.pack import pack
@@ -47,14 +47,14 @@ def split(tiny_tokenizer):
 
     def make(source, parse, kind="instruction", seed=0, **settings):
         sources = () if source is None else (source,)
-        train, heldout, tallies = read_split(
+        train, heldout, tallies = RowReader(
             DataConfig(sources=sources, **settings),
             kind,
             seed,
             tiny_tokenizer,
             lambda row: (row, parse(row)),
             lambda parsed: asked_of(parsed[0]),
-        )
+        ).split()
         return [row for _, row in train], [row for _, row in heldout], tallies
 
     return make
