@@ -76,9 +76,8 @@ start_one() {
   local settings
   readarray -t settings < <(place "$1")
   # What is set here on purpose goes along.
-  for name in JAX_PLATFORMS XLA_FLAGS LIBTPU_INIT_ARGS; do
-    [ -z "${!name:-}" ] || settings+=("$name=${!name}")
-  done
+  while read -r name; do settings+=("$name=${!name}"); done \
+    < <(compgen -e | grep -E '^(JAX_PLATFORMS|XLA_FLAGS|LIBTPU_INIT_ARGS|NCCL_.*)$' || true)
   on "$1" launch/worker.sh start "$(known_as "$1")" "${settings[@]}" -- .venv/bin/maxllm "${words[@]}" </dev/null
 }
 
@@ -115,7 +114,8 @@ named() { echo "${hosts[$1]}"; }
 # The children are shells that read logs: what is to reach the processes goes over the connection.
 signal_one() {
   local index=${index_of[$2]}
-  on "$index" launch/worker.sh signal "$(known_as "$index")" "$1" </dev/null || true
+  on "$index" launch/worker.sh signal "$(known_as "$index")" "$1" </dev/null && return 0
+  [ "$1" != KILL ] || kill -KILL "$2" 2>/dev/null || true # a host that cannot be reached is not followed any more
 }
 
 # Follows all hosts to their end; leaves the exit code in `code`: that of the host that failed first.

@@ -5,7 +5,8 @@
 #   launch/slurm.sh --partition gpu --time 24:00:00 pretrain pretrain/llama3-70b_synthetic_h100x64
 #
 #   --hardware NAME      the machine, as `maxllm plan` names it (run.hardware of the recipe)
-#   --nodes N            nodes (those of the machine)
+#   --nodes N            nodes (those of the machine); MIN-MAX: as many as there are, also when it is queued again,
+#                        for a mesh that takes them (mesh.data=-1)
 #   --gpus N             GPUs of each node, 0 for none (those of the machine)
 #   --per node|gpu       one process for each node (node), or for each GPU
 #   --cpus N             CPUs of each process; without it, the nodes are the job's alone, with all they have
@@ -39,7 +40,7 @@ if [ -z "${options[nodes]}" ] || [ -z "${options[gpus]}" ]; then
   ask_machine
   : "${options[nodes]:=${machine[hosts]}}" "${options[gpus]:=${machine[gpus_per_host]}}"
 fi
-need_number nodes
+[[ ${options[nodes]} =~ ^[1-9][0-9]*(-[1-9][0-9]*)?$ ]] || refuse "--nodes ${options[nodes]} is neither N nor MIN-MAX"
 need_number save-seconds
 [[ ${options[gpus]} =~ ^[0-9]+$ ]] || refuse "--gpus ${options[gpus]} is not a whole number"
 case ${options[per]} in

@@ -46,6 +46,18 @@ def check_same_end(folder: Path, reference: Path) -> None:
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+def check_alike(folder: Path, reference: Path) -> None:
+    """Both runs have ended with the same held-out loss, up to the rounding of sums over other devices.
+
+    A loss is a mean of numbers near 8 over some thousand tokens, and 30 steps of AdamW move weights by
+    as much again where a gradient's sign is rounding: a thousandth of the loss is far above both.
+    """
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (folder, reference))
+    assert ours["steps"] == theirs["steps"]
+    for name, value in theirs["heldout_last"].items():
+        assert abs(ours["heldout_last"][name] - value) <= 1e-3 * abs(value), name
+
+
 def step_of(log: Path) -> int:
     """The last step that a log tells of."""
     steps = re.findall(r"step (\d+)/", log.read_text()) if log.exists() else []

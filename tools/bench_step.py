@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import LmBatch
 from maxllm.run.program import compile_program
 from maxllm.stages.program import language_program
-from maxllm.steps.state import create
+from maxllm.steps.state import TrainState, create
 
 ROWS, LENGTH = 8, 256
 MODEL = ModelConfig(
@@ -66,8 +67,13 @@ def seconds_of(works: Sequence[Callable[[], object]], turns: int) -> list[float]
     return [statistics.median(own) for own in seconds]
 
 
-def ours(tokens: np.ndarray) -> Callable[[], object]:
-    """A step of ours, compiled as `pretrain` does it."""
+def random_tokens() -> np.ndarray:
+    """Rows and one token more of each, [ROWS, LENGTH + 1]."""
+    return np.random.default_rng(0).integers(0, MODEL.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
+
+
+def training(tokens: np.ndarray) -> tuple[Callable[..., Any], LmBatch, TrainState]:
+    """A step as `pretrain` compiles it, its batch and its first state."""
     config = Config.model_construct(
         stage="pretrain",
         run=RunConfig(dir="unused", steps=1000),
@@ -82,7 +88,12 @@ def ours(tokens: np.ndarray) -> Callable[[], object]:
     batch = LmBatch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
     step, _ = compile_program(mesh, program)
     placed = processes.to_global(batch, sharding.batch_sharding(mesh))
-    state = create(program.init, program.abstract_state, jax.random.key(0))
+    return step, placed, create(program.init, program.abstract_state, jax.random.key(0))
+
+
+def ours(tokens: np.ndarray) -> Callable[[], object]:
+    """A step of ours."""
+    step, placed, state = training(tokens)
 
     def advance() -> object:
         nonlocal state
@@ -148,7 +159,7 @@ def main() -> None:
     options = parser.parse_args()
     restart_with_huge_pages()  # as `maxllm pretrain` does; torch has them too
     without_tpu()
-    tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
+    tokens = random_tokens()
     flops = ROWS * LENGTH * train_flops_per_token(MODEL, LENGTH)
     peak = matmul_flops()
     table = Table(

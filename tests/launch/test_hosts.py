@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from clusters import ENVIRONMENT, ROOT, await_step, check_same_end, trainers
+from clusters import ENVIRONMENT, MAXLLM, ROOT, await_step, check_alike, check_same_end, trainers
 
 pytestmark = pytest.mark.cluster
 
@@ -49,7 +49,7 @@ class Hosts:
             )
         self.ssh = (
             f"ssh -i {folder / 'key'} -o BatchMode=yes -o StrictHostKeyChecking=no -o LogLevel=ERROR "
-            "-o UserKnownHostsFile=/dev/null"
+            "-o UserKnownHostsFile=/dev/null -o ServerAliveInterval=5 -o ConnectTimeout=5"
         )
         self.daemons: list[subprocess.Popen] = []
 
@@ -111,7 +111,7 @@ PYTHONPATH={home}/maxllm exec {python} -m maxllm.cli "$@"
 
 @pytest.fixture
 def over_ssh(hosts: Hosts, words: list[str], tmp_path: Path):
-    """over_ssh(folder, log): ssh.sh on both hosts, in the background. Installed there is a program
+    """over_ssh(folder, log, *options): ssh.sh on both hosts, in the background. Installed there is a program
     of the test's, which runs the code that was copied."""
     for name in hosts.names:
         program = hosts.folder / name / "maxllm" / ".venv" / "bin" / "maxllm"
@@ -119,17 +119,21 @@ def over_ssh(hosts: Hosts, words: list[str], tmp_path: Path):
         program.write_text(INSTALLED.format(home=hosts.home, python=sys.executable))
         program.chmod(0o755)
 
-    def run(folder: Path, log: Path) -> subprocess.Popen:
+    def run(folder: Path, log: Path, *options: str) -> subprocess.Popen:
         script = ["bash", str(ROOT / "launch" / "ssh.sh"), f"--hosts={','.join(hosts.names.values())}"]
         script += [
             f"--ssh={hosts.ssh}",
             f"--folder={hosts.home}/maxllm",
             "--no-install",
             "--grace-seconds=20",
+            *options,
         ]
         with log.open("w") as out:
             return subprocess.Popen(
-                [*script, *words, f"run.dir={folder}"], env=ENVIRONMENT, stdout=out, stderr=out
+                [*script, *words, f"run.dir={folder}", "run.hang_seconds=15"],
+                env=ENVIRONMENT,
+                stdout=out,
+                stderr=out,
             )
 
     return run
@@ -164,6 +168,22 @@ def test_ssh_stops_saved_when_asked(over_ssh, reference, tmp_path):
     check_same_end(folder, reference)
 
 
+def test_ssh_goes_on_with_fewer_hosts(over_ssh, reference, tmp_path):
+    """A host is cut off for good: the run starts again on the other, whose device takes all rows."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = over_ssh(folder, log, "--restarts=1", "--fewer", "--grace-seconds=5")
+    await_step(log, 10, process)
+    ip("link", "set", "maxllm-b-o", "down")
+    try:
+        assert process.wait(timeout=400) == 0, log.read_text()
+    finally:
+        ip("link", "set", "maxllm-b-o", "up")
+    text = log.read_text()
+    assert "goes on without 10.77.0.2" in text and "starts again on 1 hosts (1 of 1 restarts)" in text
+    assert "continues from the checkpoint of step " in text
+    check_alike(folder, reference)
+
+
 def test_mpi_runs_two_hosts_and_goes_on_after_a_kill(hosts, words, reference, tmp_path):
     folder = tmp_path / "run"
     wrapper = tmp_path / "ssh"
@@ -188,6 +208,46 @@ def test_mpi_runs_two_hosts_and_goes_on_after_a_kill(hosts, words, reference, tm
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=200) == 75, (tmp_path / "stopped").read_text()
     assert run(tmp_path / "again").wait(timeout=200) == 0, (tmp_path / "again").read_text()
+    check_same_end(folder, reference)
+
+
+HANG_SECONDS = 15
+
+
+@pytest.mark.parametrize("cut", ["maxllm-a", "maxllm-b"])
+def test_a_host_that_is_cut_off_ends_all(hosts, words, reference, tmp_path, cut):
+    """Its link goes down, in the middle of training: nobody hears of its end, and both processes end within
+    run.hang_seconds; with the link up again, the same commands end bit for bit as an undisturbed run."""
+    folder = tmp_path / "run"
+
+    def start(attempt: int) -> list[subprocess.Popen]:
+        """A process on each host, which share the disk and nothing else but the network."""
+        started = []
+        for index, name in enumerate(hosts.names):
+            own = {"MAXLLM_COORDINATOR": f"10.77.0.1:{6100 + attempt}", "MAXLLM_NUM_PROCESSES": "2"}
+            own |= {"MAXLLM_PROCESS_ID": str(index)}
+            train = f"hostname {name} && exec {MAXLLM} {' '.join(words)} run.dir={folder} "
+            train += f"run.hang_seconds={HANG_SECONDS}"
+            enter = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", train]
+            with (tmp_path / f"{name}-{attempt}").open("w") as out:
+                started.append(subprocess.Popen(enter, env=ENVIRONMENT | own, stdout=out, stderr=out))
+        return started
+
+    processes = start(0)
+    await_step(tmp_path / "maxllm-a-0", 10, processes[0])
+    ip("link", "set", f"{cut}-o", "down")
+    try:
+        began = time.monotonic()
+        codes = [process.wait(timeout=5 * HANG_SECONDS) for process in processes]
+        seconds = time.monotonic() - began
+    finally:
+        ip("link", "set", f"{cut}-o", "up")
+    said = [(tmp_path / f"{name}-0").read_text() for name in hosts.names]
+    assert codes == [75, 75], said
+    assert "process 1 on maxllm-b has not been heard of for" in said[0]
+    assert "process 0 on maxllm-a has not been heard of for" in said[1]
+    print(f"{cut} cut off: both ended after {seconds:.1f} s")
+    assert [process.wait(timeout=200) for process in start(1)] == [0, 0]
     check_same_end(folder, reference)
 
 

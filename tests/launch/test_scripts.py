@@ -89,7 +89,7 @@ def test_wrong_words_are_one_sentence(script, name, words, says):
 @pytest.mark.parametrize(
     ("name", "words", "says"),
     [
-        ("slurm.sh", ["--nodes=none", "--gpus=0"], "--nodes none is not a whole number"),
+        ("slurm.sh", ["--nodes=none", "--gpus=0"], "--nodes none is neither N nor MIN-MAX"),
         ("slurm.sh", ["--nodes=1", "--gpus=0", "--per=gpu"], "needs nodes with GPUs"),
         ("slurm.sh", ["--hardware=h9x8"], "h9x8 is not known"),
         ("tpu_vm.sh", ["--capacity=free"], "--capacity free is none of"),

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from clusters import ENVIRONMENT, ROOT, await_step, check_same_end, trainers
+from clusters import ENVIRONMENT, ROOT, await_step, check_alike, check_same_end, trainers
 
 pytestmark = pytest.mark.cluster
 
@@ -168,9 +168,8 @@ def test_slurm_runs_two_nodes_and_goes_on_after_a_kill(slurm, submitted, referen
     check_same_end(folder, reference)
 
 
-def test_slurm_starts_again_when_a_node_is_gone(slurm, submitted, reference, tmp_path):
-    process, job, log, folder = submitted()
-    await_step(log, 10, process)
+def fail_node(slurm: Slurm, job: str, folder: Path) -> None:
+    """The second node ends with all that runs there, and tells nobody."""
     for pid in trainers(folder, SLURMD_NODENAME="n2"):
         os.kill(pid, signal.SIGSTOP)  # it ends by no exit code of its own
     victims = subprocess.run(["pgrep", "-f", f"slurmstepd: \\[{job}"], capture_output=True, text=True)
@@ -180,11 +179,33 @@ def test_slurm_starts_again_when_a_node_is_gone(slurm, submitted, reference, tmp
     for pid in (daemon.pid, *steps, *trainers(folder, SLURMD_NODENAME="n2")):
         os.kill(pid, signal.SIGKILL)
     daemon.wait()
+
+
+def test_slurm_starts_again_when_a_node_is_gone(slurm, submitted, reference, tmp_path):
+    process, job, log, folder = submitted()
+    await_step(log, 10, process)
+    fail_node(slurm, job, folder)
     slurm.release(job)
     slurm.start("slurmd", "-D", "-N", "n2")
     assert process.wait(timeout=300) == 0, (tmp_path / "script.log").read_text()
     assert "start 2" in log.read_text()
     check_same_end(folder, reference)
+
+
+def test_slurm_goes_on_with_fewer_nodes(slurm, submitted, reference, tmp_path):
+    """A node fails and does not come back: queued again, the job takes the one that there is."""
+    process, job, log, folder = submitted("--nodes=1-2")
+    await_step(log, 10, process)
+    fail_node(slurm, job, folder)
+    slurm.release(job)
+    try:
+        assert process.wait(timeout=300) == 0, (tmp_path / "script.log").read_text()
+    finally:
+        slurm.start("slurmd", "-D", "-N", "n2")
+    assert (
+        f"job {job} on n[1-2]: start 1" in log.read_text() and f"job {job} on n1: start 2" in log.read_text()
+    )
+    check_alike(folder, reference)
 
 
 def test_slurm_saves_before_the_time_is_over(submitted):
