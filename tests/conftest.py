@@ -122,6 +122,10 @@ def tiny_tokenizer() -> SpmTokenizer:
     return train([*plays, *rows], config)
 
 
+FIRST = ("test_road.py", "test_sharded.py", "test_resume.py")
+"""Files of several minutes: a worker that began one of them last would go on alone."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, or one worker ends with it while the other waits."""
-    items.sort(key=lambda item: item.path.name != "test_sharded.py")
+    """Longest files first, all others as they are."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
