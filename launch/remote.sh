@@ -115,7 +115,7 @@ named() { echo "${hosts[$1]}"; }
 signal_one() {
   local index=${index_of[$2]}
   on "$index" launch/worker.sh signal "$(known_as "$index")" "$1" </dev/null && return 0
-  [ "$1" != KILL ] || kill -KILL "$2" 2>/dev/null || true # a host that cannot be reached is not followed any more
+  [ "$1" != KILL ] || kill -USR1 "$2" 2>/dev/null || true
 }
 
 # Follows all hosts to their end; leaves the exit code in `code`: that of the host that failed first.
@@ -125,7 +125,11 @@ follow_all() {
   code=0
   first=
   for index in "${!hosts[@]}"; do
-    (trap '' INT TERM && follow_one "$index") &
+    (
+      trap '' INT TERM
+      trap 'say "${hosts[$index]} cannot be reached any more" && exit 75' USR1
+      follow_one "$index"
+    ) &
     index_of[$!]=$index
   done
   supervise "${options[grace-seconds]}"

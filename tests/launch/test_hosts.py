@@ -89,6 +89,9 @@ class Hosts:
             daemon.wait(timeout=30)
         for name in self.names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+            subprocess.run(
+                ["ip", "link", "delete", f"{name}-o"], capture_output=True
+            )  # at once, with its peer
             shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
         subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True)
 
@@ -111,15 +114,15 @@ PYTHONPATH={home}/maxllm exec {python} -m maxllm.cli "$@"
 
 @pytest.fixture
 def over_ssh(hosts: Hosts, words: list[str], tmp_path: Path):
-    """over_ssh(folder, log, *options): ssh.sh on both hosts, in the background. Installed there is a program
-    of the test's, which runs the code that was copied."""
+    """over_ssh(folder, log, *options, more=()): ssh.sh on both hosts, in the background. Installed there is
+    a program of the test's, which runs the code that was copied."""
     for name in hosts.names:
         program = hosts.folder / name / "maxllm" / ".venv" / "bin" / "maxllm"
         program.parent.mkdir(parents=True, exist_ok=True)
         program.write_text(INSTALLED.format(home=hosts.home, python=sys.executable))
         program.chmod(0o755)
 
-    def run(folder: Path, log: Path, *options: str) -> subprocess.Popen:
+    def run(folder: Path, log: Path, *options: str, more: tuple[str, ...] = ()) -> subprocess.Popen:
         script = ["bash", str(ROOT / "launch" / "ssh.sh"), f"--hosts={','.join(hosts.names.values())}"]
         script += [
             f"--ssh={hosts.ssh}",
@@ -130,7 +133,7 @@ def over_ssh(hosts: Hosts, words: list[str], tmp_path: Path):
         ]
         with log.open("w") as out:
             return subprocess.Popen(
-                [*script, *words, f"run.dir={folder}", "run.hang_seconds=15"],
+                [*script, *words, *more, f"run.dir={folder}", "run.hang_seconds=15"],
                 env=ENVIRONMENT,
                 stdout=out,
                 stderr=out,
@@ -171,7 +174,8 @@ def test_ssh_stops_saved_when_asked(over_ssh, reference, tmp_path):
 def test_ssh_goes_on_with_fewer_hosts(over_ssh, reference, tmp_path):
     """A host is cut off for good: the run starts again on the other, whose device takes all rows."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    process = over_ssh(folder, log, "--restarts=1", "--fewer", "--grace-seconds=5")
+    options, mesh = ("--restarts=1", "--fewer", "--grace-seconds=5"), ("mesh.fsdp=-1",)
+    process = over_ssh(folder, log, *options, more=mesh)
     await_step(log, 10, process)
     ip("link", "set", "maxllm-b-o", "down")
     try:
@@ -179,7 +183,8 @@ def test_ssh_goes_on_with_fewer_hosts(over_ssh, reference, tmp_path):
     finally:
         ip("link", "set", "maxllm-b-o", "up")
     text = log.read_text()
-    assert "goes on without 10.77.0.2" in text and "starts again on 1 hosts (1 of 1 restarts)" in text
+    assert "10.77.0.2 cannot be reached any more" in text and "goes on without 10.77.0.2" in text
+    assert "starts again on 1 hosts (1 of 1 restarts)" in text
     assert "continues from the checkpoint of step " in text
     check_alike(folder, reference)
 

@@ -194,7 +194,7 @@ def test_slurm_starts_again_when_a_node_is_gone(slurm, submitted, reference, tmp
 
 def test_slurm_goes_on_with_fewer_nodes(slurm, submitted, reference, tmp_path):
     """A node fails and does not come back: queued again, the job takes the one that there is."""
-    process, job, log, folder = submitted("--nodes=1-2")
+    process, job, log, folder = submitted("--nodes=1-2", more=("mesh.fsdp=-1",))
     await_step(log, 10, process)
     fail_node(slurm, job, folder)
     slurm.release(job)
