@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from maxllm.config.section import Effect, Name, Section
+from maxllm.config.section import Effect, Name, Place, Section
 
 
 class TokenizerConfig(Section):
     """The SentencePiece tokenizer."""
 
-    path: Name = Field(
+    path: Place = Field(
         description="A tokenizer.model, or a folder with tokenizer.json; `prepare` trains it if absent."
     )
     vocab_size: int = Field(4096, ge=512, description="Pieces to train, special tokens included.")
@@ -62,7 +62,7 @@ class DataConfig(Section):
         0.05, gt=0, lt=0.5, description="Share of documents or rows held out when heldout_sources is empty."
     )
     text_field: str = Field("text", description="Field that holds a document in JSONL and TFDS rows.")
-    prepared_dir: Name | None = Field(
+    prepared_dir: Place | None = Field(
         None,
         description="Folder, here or in a bucket, of the packed corpus that `prepare` writes and `pretrain` "
         "reads.",

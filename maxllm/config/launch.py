@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from maxllm.config.section import Effect, Section
+from maxllm.config.section import NO_SECRETS, Effect, Section
+
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+"""In the names of variables whose values nobody else may read."""
 
 Option = str | bool | int | float | None
 """Value of an option of XLA's; None: it is left to XLA."""
@@ -39,6 +43,14 @@ class LaunchConfig(Section):
         description="Variables for NCCL, libtpu and JAX, on top of those of parallel/settings.py, as in "
         "launch.variables.NCCL_DEBUG=INFO; one that the environment has already wins.",
     )
+
+    @field_validator("variables")
+    @classmethod
+    def _no_secrets(cls, variables: dict[str, str]) -> dict[str, str]:
+        for name in variables:
+            if SECRET.search(name):
+                raise ValueError(f"{NO_SECRETS}: set {name} in the environment of the processes")
+        return variables
 
 
 NO_SETTINGS = LaunchConfig()

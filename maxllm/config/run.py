@@ -5,15 +5,15 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from maxllm.config.section import Effect, Name, Section, place
+from maxllm.config.section import Effect, Name, Place, Section
 
 
 class RunConfig(Section):
     """One run of one stage: its folder, length and cadence."""
 
-    dir: Annotated[Name, Effect.RECORD] = Field(
+    dir: Annotated[Place, Effect.RECORD] = Field(
         description="Run folder, here or in a bucket (gs://…, s3://…): config.yaml, metrics.jsonl, "
         "summary.json, checkpoints/."
     )
@@ -76,27 +76,17 @@ class RunConfig(Section):
         "long ends with 75; compiling, saving and evaluating may take 12 times as long.",
     )
 
-    @field_validator("dir")
-    @classmethod
-    def _place(cls, value: str) -> str:
-        return place(value)
-
 
 class StartConfig(Section):
     """Run folders this stage starts from."""
 
-    policy: Name | None = Field(
+    policy: Place | None = Field(
         None,
         description="Run folder of the language model to start from (SFT: pretrain's; RM, DPO, PPO: SFT's; "
         "any: a converted one).",
     )
-    reward: Name | None = Field(None, description="Run folder of the reward model (PPO).")
+    reward: Place | None = Field(None, description="Run folder of the reward model (PPO).")
     checkpoint: Literal["latest", "best"] = Field(
         "latest",
         description="Which checkpoint of those runs: the newest, or the best by its held-out figure.",
     )
-
-    @field_validator("policy", "reward")
-    @classmethod
-    def _place(cls, value: str | None) -> str | None:
-        return value and place(value)

@@ -7,12 +7,23 @@ import typing
 from enum import Enum
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator
 
 from maxllm.storage import CLIENTS, scheme_of
 
-Name = Annotated[str, StringConstraints(min_length=1)]
-"""The name of a file, folder or source."""
+NO_SECRETS = "keys do not belong in a recipe, which every run writes down"
+"""Of a message, which does not repeat what it refuses."""
+
+
+def without_key(name: str) -> str:
+    """A path or source, as it is.
+
+    Raises:
+      ValueError: it has a key in it, as in s3://KEY:SECRET@BUCKET/….
+    """
+    if "@" in name.partition("://")[2].partition("/")[0]:
+        raise ValueError(f"{NO_SECRETS}: the client of the bucket finds them in the environment")
+    return name
 
 
 def place(name: str) -> str:
@@ -24,6 +35,13 @@ def place(name: str) -> str:
     if scheme_of(name) not in (None, *CLIENTS):
         raise ValueError(f"{name} is neither a local path nor in a bucket (gs://BUCKET/…, s3://BUCKET/…)")
     return name
+
+
+Name = Annotated[str, StringConstraints(min_length=1), AfterValidator(without_key)]
+"""The name of a file, folder or source."""
+
+Place = Annotated[Name, AfterValidator(place)]
+"""A folder or file, local or in a bucket."""
 
 
 class Effect(Enum):

@@ -4,6 +4,7 @@ import pytest
 
 from maxllm import recipe
 from maxllm.config.launch import NO_SETTINGS, LaunchConfig
+from maxllm.errors import UserError
 from maxllm.parallel import settings
 from maxllm.parallel.settings import (
     SETTINGS,
@@ -42,6 +43,22 @@ def test_the_environment_goes_on_top_of_both(monkeypatch):
     assert settings.os.environ["NCCL_DEBUG"] == "INFO", "the recipe's, before the table's WARN"
     line = described("gpu", launch)
     assert "NCCL_ALGO=Tree" in line and "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9" in line
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "launch.variables.HF_TOKEN=hunter2",
+        "launch.variables.AWS_SECRET_ACCESS_KEY=hunter2",
+        "run.dir=s3://AKIA:hunter2@bucket/run",
+        "data.prepared_dir=s3://hunter2@bucket/corpus",
+        "data.sources=[s3://AKIA:hunter2@bucket/texts]",
+    ],
+)
+def test_keys_do_not_belong_in_a_recipe(word):
+    with pytest.raises(UserError, match="keys do not belong in a recipe") as error:
+        recipe.load_recipe("pretrain/tiny_slice_cpu", [word])
+    assert "hunter2" not in str(error.value)
 
 
 def test_the_platform_here(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 from storage.emulators import BUCKET, KINDS, REFUSALS, clean_environment, emulator
@@ -20,6 +21,8 @@ SMALL = (
     *("optimizer.warmup_steps=2", "tokenizer.vocab_size=512", "model.vocab_size=512"),
     *("data.sources=[slice:shakespeare]", "tokenizer.algorithm=bpe"),
 )
+
+TEXTS = (".yaml", ".json", ".jsonl")
 
 SHOWN = """
 import sys
@@ -73,13 +76,23 @@ class Place:
 
     def files(self, prefix):
         """Names of the objects below a folder."""
+        with self.client() as fs:
+            return fs.find(f"{self.url}/{prefix}")
+
+    def text(self, name):
+        """What an object says."""
+        with self.client() as fs:
+            return fs.cat_file(name).decode()
+
+    @contextmanager
+    def client(self):
+        """fsspec's, with the environment of the emulator."""
         import fsspec
 
         ours = dict(os.environ)
         os.environ.update(self.environment)
         try:
-            fs = fsspec.filesystem(self.kind, use_listings_cache=False)
-            return fs.find(f"{self.url}/{prefix}")
+            yield fsspec.filesystem(self.kind, use_listings_cache=False)
         finally:
             os.environ.clear()
             os.environ.update(ours)
@@ -121,6 +134,11 @@ def test_a_run_killed_in_the_middle_of_a_save_continues_bit_for_bit(at, expected
     assert "watching whether that is alive" in done.stderr
     assert "continues from the checkpoint of step 6" in done.stderr
     assert at.shown(f"{at.url}/killed") == expected
+    keys = [value for name, value in at.environment.items() if "SECRET" in name or "TOKEN" in name]
+    assert not any(key in done.stderr + done.stdout for key in keys), "keys are in no log"
+    assert not any(
+        key in at.text(name) for key in keys for name in at.files("killed") if name.endswith(TEXTS)
+    )
 
 
 def test_two_processes_do_not_train_in_one_folder(at):
