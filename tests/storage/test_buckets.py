@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -214,3 +215,46 @@ def test_a_corpus_that_cannot_be_copied_stays_here_and_is_copied_the_next_time(a
     done = at.run("prepare", at.local / "run", *words)
     assert done.returncode == 0 and "is prepared already" in done.stderr + done.stdout
     assert f"{BUCKET}/copied/manifest.json" in at.files("copied")
+
+
+def road(at, folder):
+    """Every stage after pretraining in a folder, from the run there: what each came to, and what is read."""
+    small = (
+        "run.steps=4",
+        "run.checkpoint_every=2",
+        "run.eval_every=2",
+        "batch.rows=8",
+        "generation.temperature=0",
+    )
+    small += (
+        "batch.sequence_length=160",
+        "optimizer.warmup_steps=0",
+        "data.heldout_sources=[tasks:heldout:16]",
+    )
+
+    def run(verb, *words):
+        line = [sys.executable, "-m", "maxllm.cli", verb, *words]
+        done = subprocess.run(line, env=at.environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    shown = {}
+    parents = {"sft": "pretrain", "reward": "sft", "dpo": "sft", "ppo": "sft"}
+    for stage, parent in parents.items():
+        start = (f"start.policy={folder}/{parent}", f"run.dir={folder}/{stage}")
+        start += (f"start.reward={folder}/reward",) if stage == "ppo" else ()
+        run(stage, f"configs/{stage}/tiny_tasks_cpu_fast.yaml", *small, *start)
+        shown[stage] = at.shown(f"{folder}/{stage}")
+        evaluated = json.loads(run("evaluate", f"{folder}/{stage}", "--json"))
+        shown[f"evaluate {stage}"] = {name: value for name, value in evaluated.items() if name != "run"}
+    prompt = ("--prompt", "What is the last digit?\n47", "generation.temperature=0", "--json")
+    return shown | {"generate": json.loads(run("generate", f"{folder}/ppo", *prompt))}
+
+
+def test_every_stage_in_the_bucket_comes_to_what_it_does_here(at):
+    """SFT, reward model, DPO and PPO start from runs in the bucket and write theirs there, evaluate and
+    generate read them: bit for bit as on this disk."""
+    for folder in (at.url, at.local):
+        done = at.run("pretrain", f"{folder}/pretrain")
+        assert done.returncode == 0, done.stderr
+    assert road(at, at.url) == road(at, at.local)
