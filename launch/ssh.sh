@@ -36,7 +36,7 @@ declare -A options=(
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 parse "$@"
-[ "${options[follow]}" = yes ] || need_recipe
+if [ "${options[follow]}" = yes ]; then options[restarts]=0; else need_recipe; fi
 need hosts
 need_number port
 need_number grace-seconds

@@ -7,10 +7,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from maxllm.config.launch import LaunchConfig, Option
+from maxllm.errors import UserError
 
 Options = dict[str, Option]
 """`compiler_options` of `lowered.compile`."""
@@ -69,6 +72,10 @@ SETTINGS = {
 """Platform -> what its libraries are told."""
 
 
+REFUSED = re.compile(r"INVALID_ARGUMENT: (No such compile option: .*|While setting option .*)")
+"""What XLA says of an option that is none, or of its value."""
+
+
 def compiler_options(platform: str, launch: LaunchConfig) -> Options:
     """XLA's options for every program of a run on a platform.
 
@@ -79,6 +86,22 @@ def compiler_options(platform: str, launch: LaunchConfig) -> Options:
     named = {word.lstrip("-").partition("=")[0] for word in given}
     options = dict(table) | launch.compiler_options
     return {name: value for name, value in options.items() if value is not None and name not in named}
+
+
+def compile_lowered(lowered: Any, platform: str, launch: LaunchConfig) -> Any:
+    """A lowered program, compiled with the options of a run on a platform.
+
+    Raises:
+      UserError: the recipe has an option that the compiler does not know, or a value of another kind.
+    """
+    import jax
+
+    try:
+        return lowered.compile(compiler_options=compiler_options(platform, launch))
+    except jax.errors.JaxRuntimeError as error:
+        if match := REFUSED.search(str(error)):
+            raise UserError(f"launch.compiler_options: the compiler says: {match[1]}") from None
+        raise
 
 
 def set_variables(platform: str, launch: LaunchConfig) -> None:

@@ -16,7 +16,7 @@ import jax
 from maxllm.config.launch import NO_SETTINGS, LaunchConfig
 from maxllm.errors import RunFailed, UserError
 from maxllm.parallel.compiler import made_whole, without_tpu
-from maxllm.parallel.settings import compiler_options
+from maxllm.parallel.settings import compile_lowered
 from maxllm.plan.hardware import GIB, Hardware
 from maxllm.plan.hlo import Collective, collectives
 from maxllm.plan.matmuls import matmul_flops
@@ -156,7 +156,7 @@ def compiled_for(
     started = time.perf_counter()
     try:
         with made_whole() as whole:
-            compiled = lower().compile(compiler_options=compiler_options(hardware.chip.platform, launch))
+            compiled = compile_lowered(lower(), hardware.chip.platform, launch)
     except jax.errors.JaxRuntimeError as error:
         message, seconds = str(error), time.perf_counter() - started
         if found := OUT_OF_MEMORY.search(message):

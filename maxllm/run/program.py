@@ -20,7 +20,7 @@ from maxllm.config.launch import NO_SETTINGS, LaunchConfig
 from maxllm.parallel import processes, sharding
 from maxllm.parallel.memory import fetched
 from maxllm.parallel.mesh import platform_of
-from maxllm.parallel.settings import compiler_options
+from maxllm.parallel.settings import compile_lowered
 from maxllm.records import Metrics, Params
 
 STEP = "step"
@@ -109,16 +109,15 @@ def compile_program(
       UserError: much of the state is not split where ZeRO-3 should.
     """
     started = time.perf_counter()
-    compiled = {name: compile_part(mesh, part, zero, launch) for name, part in program.parts.items()}
-    return partial(program.iterate, compiled), time.perf_counter() - started
+    parts = {name: compile_part(mesh, part, zero, launch) for name, part in program.parts.items()}
+    return partial(program.iterate, parts), time.perf_counter() - started
 
 
 def compile_part(
     mesh: Mesh, part: Part, zero: int = 3, launch: LaunchConfig = NO_SETTINGS
 ) -> Callable[..., Any]:
     """One part, compiled; `compile_program` says the rest."""
-    options = compiler_options(platform_of(mesh), launch)
-    compiled: Callable[..., Any] = lower_part(mesh, part, zero).compile(compiler_options=options)
+    compiled: Callable[..., Any] = compile_lowered(lower_part(mesh, part, zero), platform_of(mesh), launch)
     return compiled
 
 

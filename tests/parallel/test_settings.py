@@ -1,5 +1,7 @@
 """What XLA, libtpu and NCCL are told: one table, a recipe on top of it, the environment on top of both."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from maxllm import recipe
@@ -9,6 +11,7 @@ from maxllm.parallel import settings
 from maxllm.parallel.settings import (
     SETTINGS,
     Settings,
+    compile_lowered,
     compiler_options,
     described,
     platform_here,
@@ -43,6 +46,19 @@ def test_the_environment_goes_on_top_of_both(monkeypatch):
     assert settings.os.environ["NCCL_DEBUG"] == "INFO", "the recipe's, before the table's WARN"
     line = described("gpu", launch)
     assert "NCCL_ALGO=Tree" in line and "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("xla_no_such", True, "No such compile option: 'xla_no_such'"),
+        ("xla_cpu_copy_insertion_use_region_analysis", "maybe", "'maybe' is not a valid bool value"),
+    ],
+)
+def test_an_option_that_is_none_is_a_sentence(name, value, said):
+    lowered = jax.jit(lambda x: x + 1).lower(jnp.ones(3))
+    with pytest.raises(UserError, match=said):
+        compile_lowered(lowered, "cpu", LaunchConfig(compiler_options={name: value}))
 
 
 @pytest.mark.parametrize(
