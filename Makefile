@@ -13,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test test-slow test-second test-launch test-clouds test-storage test-real test-gpu plans setup lint
+.PHONY: quickstart test test-slow setup-second test-second test-launch test-clouds test-storage test-real test-gpu plans setup lint
 
 quickstart: setup
 	$(BIN)/maxllm quickstart --out $(OUT)
@@ -26,9 +26,12 @@ SECOND := tests/data/test_pack.py tests/data/test_loader.py tests/losses tests/p
   tests/run/test_hashes.py tests/steps/test_ppo_step.py tests/steps/test_update.py \
   tests/steps/test_sharded.py::test_state_lies_as_abstract_says_and_in_shards
 
-test-second:
+# By itself, so that .ci/run can do it while lint keeps one core busy.
+setup-second:
 	test -x .venv-second/bin/python || $(PYTHON) -m venv .venv-second
 	.venv-second/bin/python -m pip install --quiet --editable '.[check]'
+
+test-second: setup-second
 	.venv-second/bin/python -m pytest -n 2 --dist loadfile -q $(SECOND)
 
 test-slow: setup

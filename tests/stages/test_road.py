@@ -126,6 +126,7 @@ def test_chat_answers_each_line(road: Path) -> None:
     assert answers.count("\n") == 2 and answers.strip()
 
 
+@pytest.mark.slow
 def test_kill_9_in_every_stage_then_the_same_end(road: Path, summary: dict, tmp_path: Path) -> None:
     """The quickstart is killed after each stage's first checkpoint, and ends with the very same figures."""
     out = tmp_path / "killed"
