@@ -5,9 +5,9 @@
 
 Trains the model of tools/bench_step.py (34 M parameters, 407 MB of state) and saves as a run does, every few
 steps, in the background. Prints the seconds that `save` itself keeps the loop, those of a step while nothing
-is written and while something is, the seconds until a checkpoint is complete, and the resident memory after
-the first tenth of the saves and after the last. On CPU a save and a step want the same cores; on an
-accelerator a save has the host for itself.
+is written and of one that a save begins before (the loop's wait included), the seconds until a checkpoint is
+complete, and the resident memory after the first tenth of the saves and after the last. On CPU a save and a
+step want the same cores; on an accelerator a save has the host for itself.
 """
 
 from __future__ import annotations
@@ -71,10 +71,9 @@ def measure(folder: RunFolder, saves: int, between: int) -> dict[str, Any]:
         started = time.perf_counter()
         checkpoints.save(number, state)
         hold.append(time.perf_counter() - started)
+        beside.append(hold[-1] + advance())
         while number not in folder.steps():
-            seconds = advance()
-            if number not in folder.steps():  # the save lasted longer than the step
-                beside.append(seconds)
+            advance()
         complete.append(time.perf_counter() - started)
         memory.append(resident())
     checkpoints.close()
@@ -86,8 +85,8 @@ def measure(folder: RunFolder, saves: int, between: int) -> dict[str, Any]:
         "held_up_seconds": middle(hold),
         "complete_seconds": middle(complete),
         "step_seconds": middle(alone),
-        "step_seconds_beside_a_save": middle(beside) if beside else None,
-        "slower_beside_a_save": middle(beside) / middle(alone) - 1 if beside else None,
+        "step_seconds_with_a_save": middle(beside),
+        "slower_with_a_save": middle(beside) / middle(alone) - 1,
         "resident_bytes_early": max(memory[:early]),
         "resident_bytes_late": max(memory[-early:]),
     }
