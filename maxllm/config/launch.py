@@ -36,7 +36,7 @@ class LaunchConfig(Section):
     compiler_options: Annotated[dict[str, Option], Effect.COMPUTATION] = Field(
         {},
         description="Options of XLA for every program, on top of those of parallel/settings.py, as in "
-        "launch.compiler_options.xla_gpu_enable_latency_hiding_scheduler=false; null leaves one to XLA.",
+        "launch.compiler_options.xla_gpu_enable_pipelined_all_reduce=false; null leaves one to XLA.",
     )
     variables: Annotated[dict[str, str], Effect.COMPUTATION] = Field(
         {},

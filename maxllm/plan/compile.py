@@ -145,6 +145,20 @@ def check_cudnn(hardware: Hardware) -> None:
         ) from None
 
 
+def check_host_memory(hardware: Hardware, wanted: bool) -> None:
+    """JAX knows the host's memory of a TPU that is not here, and not that of a GPU: there, what is offloaded
+    would be counted on the device without a word.
+
+    Raises:
+      UserError: it is wanted.
+    """
+    if wanted and hardware.chip.platform == "gpu":
+        raise UserError(
+            f"{hardware.name}: what mesh.offload and model.keep_in_host take off a GPU cannot be planned: "
+            "JAX describes no host memory of GPUs that are not here; plan without them"
+        )
+
+
 def compiled_for(
     hardware: Hardware, lower: Callable[[], Any], launch: LaunchConfig = NO_SETTINGS
 ) -> Compiled | TooLarge:

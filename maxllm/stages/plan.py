@@ -25,7 +25,14 @@ from maxllm.model.attend import resolve
 from maxllm.parallel.mesh import AXES, check_batch_divides, check_model_divides, make_mesh, sizes_of
 from maxllm.parallel.pipeline import bubble
 from maxllm.plan import search
-from maxllm.plan.compile import Compiled, TooLarge, check_cudnn, compiled_for, topology_devices
+from maxllm.plan.compile import (
+    Compiled,
+    TooLarge,
+    check_cudnn,
+    check_host_memory,
+    compiled_for,
+    topology_devices,
+)
 from maxllm.plan.flops import matmul_parameters, train_flops_per_token
 from maxllm.plan.hardware import Hardware, hardware_of
 from maxllm.plan.layout import layout
@@ -159,6 +166,7 @@ def prepare(config: Config, hardware: Hardware) -> Plan:
     mesh = make_mesh(config.mesh, topology_devices(hardware))
     if attention == "cudnn":
         check_cudnn(hardware)
+    check_host_memory(hardware, config.mesh.offload != "none" or bool(model.keep_in_host))
     check_model_divides(mesh, model)
     check_batch_divides(mesh, config.batch, model)
     check_replies_fit(config)

@@ -18,7 +18,7 @@ from maxllm.parallel.settings import (
     set_variables,
 )
 
-HIDING = "xla_gpu_enable_latency_hiding_scheduler"
+PIPELINED = "xla_gpu_enable_pipelined_all_reduce"
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +29,23 @@ def nothing_said(monkeypatch):
 
 def test_a_recipe_goes_on_top_of_the_table():
     assert compiler_options("gpu", NO_SETTINGS) == SETTINGS["gpu"].compiler_options
-    words = [f"launch.compiler_options.{HIDING}=null", "launch.compiler_options.xla_gpu_triton_gemm_any=true"]
+    words = [
+        f"launch.compiler_options.{PIPELINED}=null",
+        "launch.compiler_options.xla_gpu_triton_gemm_any=true",
+    ]
     launch = recipe.load_recipe("pretrain/tiny_slice_cpu", words).launch
-    assert compiler_options("gpu", launch) == {"xla_gpu_triton_gemm_any": True}
+    named = {"xla_gpu_triton_gemm_any": True}
+    table = dict(SETTINGS["gpu"].compiler_options)
+    del table[PIPELINED]
+    assert compiler_options("gpu", launch) == table | named
     assert compiler_options("another", NO_SETTINGS) == {}
 
 
 def test_the_environment_goes_on_top_of_both(monkeypatch):
     variables = {"NCCL_DEBUG": "INFO", "NCCL_ALGO": "Ring"}
-    launch = LaunchConfig(compiler_options={HIDING: True}, variables=variables)
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/tmp/x --{HIDING}=false")
-    assert HIDING not in compiler_options("gpu", launch), "left to XLA_FLAGS"
+    launch = LaunchConfig(compiler_options={PIPELINED: True}, variables=variables)
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/tmp/x --{PIPELINED}=false")
+    assert PIPELINED not in compiler_options("gpu", launch), "left to XLA_FLAGS"
     monkeypatch.setenv("NCCL_ALGO", "Tree")
     monkeypatch.setattr(settings.os, "environ", dict(settings.os.environ))
     set_variables("gpu", launch)
