@@ -17,6 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 KINDS = ("gs", "s3")
+SECRET = "not-to-be-seen-anywhere"
+"""S3's key, which no log and no file may show."""
+
 BUCKET = "bucket"
 
 REFUSALS = {
@@ -111,7 +114,7 @@ class Gate:
                 "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             }
         names = {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1"}
-        return names | {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        return names | {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": SECRET}
 
 
 def start(kind: str, log: Path, port: int) -> subprocess.Popen:
