@@ -109,9 +109,8 @@ class Phases:
 
     def restart(self) -> None:
         """Begins the ledger anew: what follows is another run's."""
-        self._seconds = dict.fromkeys(Phase, 0.0)
         self.enter(Phase.PREPARING, 0)
-        self._seconds[self.phase] = 0.0
+        self._seconds = dict.fromkeys(Phase, 0.0)
 
     @property
     def supervised(self) -> bool:

@@ -71,6 +71,15 @@ def test_a_line_that_a_kill_cut_short_is_left_out(build):
         list(session.folder.sittings())
 
 
+def test_a_ledger_begun_anew_has_nothing_of_the_former_run():
+    """Not even what passed since its last phase began."""
+    phases = Phases()
+    phases.enter(Phase.ENDING, 7)
+    time.sleep(0.01)
+    phases.restart()
+    assert sum(phases.seconds().values()) < 0.01 and phases.step == 0
+
+
 def test_phases_follow_each_other_and_within_each_other():
     memory = shared_memory()
     phases = Phases(memory)
