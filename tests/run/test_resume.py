@@ -103,6 +103,7 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("no checkpoint came")
 
 
+@pytest.mark.slow
 def test_a_warm_cache_is_read_and_changes_nothing(corpus: Path, uninterrupted: Path) -> None:
     """Two fresh processes with a cache of their own: the second compiles nothing that the first had kept,
     and both end as the run that had none."""

@@ -143,6 +143,7 @@ def test_over_positions_keys_and_values_are_gathered_and_nothing_wider(plan):
     assert 0 <= figures["collectives"]["all-gather"]["bytes"] - expected <= 16 * 8 * 256
 
 
+@pytest.mark.slow
 def test_what_lies_in_the_hosts_memory_is_counted_there(plan):
     """Of four chips each has a quarter of the moments and of the layers' matrices, the norms' moments, and
     gate and up of its two rows; on the device embedding, head and batch are left of the arguments."""
