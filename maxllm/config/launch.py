@@ -5,14 +5,22 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from maxllm.config.section import NO_SECRETS, Effect, Section
 
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 """In the names of variables whose values nobody else may read."""
 
-Option = str | bool | int | float | None
+
+def one_value(value: object) -> object:
+    """Refuses lists and mappings by a sentence of its own; pydantic would name the last type it tried."""
+    if isinstance(value, list | dict):
+        raise ValueError(f"an option of XLA is text, a number, true, false or null; given was {value!r}")
+    return value
+
+
+Option = Annotated[str | bool | int | float | None, BeforeValidator(one_value)]
 """Value of an option of XLA's; None: it is left to XLA."""
 
 

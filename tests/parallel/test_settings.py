@@ -41,6 +41,11 @@ def test_a_recipe_goes_on_top_of_the_table():
     assert compiler_options("another", NO_SETTINGS) == {}
 
 
+def test_a_list_is_no_value_of_an_option():
+    with pytest.raises(UserError, match=r"^launch.compiler_options.a: an option of XLA is text, a number"):
+        recipe.load_recipe("pretrain/tiny_slice_cpu", ["launch.compiler_options={a: [1]}"])
+
+
 def test_the_environment_goes_on_top_of_both(monkeypatch):
     variables = {"NCCL_DEBUG": "INFO", "NCCL_ALGO": "Ring"}
     launch = LaunchConfig(compiler_options={PIPELINED: True}, variables=variables)
