@@ -2,7 +2,7 @@
 
     python tools/chaos.py --kills 50
     python tools/chaos.py --kills 5 --stage ppo --json
-    python tools/chaos.py --kills 4 --stage processes     two processes, of which one is killed or stopped
+    python tools/chaos.py --kills 12 --stage processes    two processes, of which one is lost or stuck
 
 First the whole fast road is taken once, undisturbed: prepare, pretrain, sft, reward, ppo, dpo, export (to
 Hugging Face) and import (back). Each disturbed run begins from what the road left before its stage; it is
@@ -10,8 +10,9 @@ killed at up to three moments, drawn from the seed over the time that the undist
 end. Its last checkpoint, files and figures must be those of the undisturbed run, bit for bit; a command that
 takes five times as long as the undisturbed one, and a minute, has hung.
 
-The stage `processes` asks instead how many seconds pass until all processes of a run have ended, once one of
-them is killed (SIGKILL) or stopped (SIGSTOP, with run.hang_seconds=15), and whether the run then continues.
+The stage `processes` trains with two, of which one is killed, aborted, stopped (SIGSTOP) or made to spin at a
+random step, with run.hang_seconds=15. All must end by themselves, which takes the seconds that are printed as
+seconds_to_detect, the longest of each kind; and the same command must then come to the undisturbed end.
 
 Ends with 1 if anything was lost, differed or hung; the folders of such runs are kept, and named.
 """
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,26 @@ TIMES = {"seconds", "steps_per_second", "tokens_per_second", "data_seconds", "mf
 
 ROAD = ("prepare", "pretrain", "sft", "reward", "ppo", "dpo", "export", "import")
 HANG_SECONDS = 15
+SPIN = signal.SIGRTMIN
+KINDS = {
+    "killed": signal.SIGKILL,
+    "stopped": signal.SIGSTOP,
+    "aborted": signal.SIGABRT,
+    "spinning": SPIN,
+}
+"""What befalls a process -> the signal that does it. No signal makes a program spin, hence SPINNING."""
+
+SPINNING = f"""
+import signal
+
+def spin(number, frame):
+    while True:
+        pass
+
+signal.signal({SPIN:d}, spin)
+"""
+"""A sitecustomize.py that makes every Python program spin, in its main thread, once it is asked to."""
+
 PATIENCE = 5
 """A command has hung that takes so many times as long as the undisturbed one, and a minute."""
 
@@ -90,13 +112,17 @@ def command_of(stage: str, home: Path) -> list[str]:
 def run(command: list[str], log: Path, seconds: float) -> int | None:
     """The exit code of a command; None for one that was killed after so many seconds."""
     with log.open("a") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
-        try:
-            return process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return None
+        return patiently(subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True), seconds)
+
+
+def patiently(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code of a process that leads a session; None where that was killed after so many seconds."""
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
 
 
 def traces(stage: str, home: Path) -> dict[str, Any]:
@@ -125,6 +151,10 @@ class Chaos:
         self.undisturbed.mkdir(parents=True)
         self.took: dict[str, float] = {}
         self.number = 0
+        (home / "sitecustomize.py").write_text(SPINNING)
+        paths = filter(None, (str(home), os.environ.get("PYTHONPATH")))
+        launcher = str(Path(sys.executable).parent / "maxllm")
+        self.environment = os.environ | {"MAXLLM": launcher, "PYTHONPATH": os.pathsep.join(paths)}
 
     def take_road(self, until: str, progress: Progress) -> None:
         """Takes the road once, as far as the stage `until` needs it."""
@@ -140,24 +170,41 @@ class Chaos:
 
     def disturb(self, stage: str, kills: int) -> None:
         """Runs a stage, killed so many times, to its end, and compares."""
-        self.number += 1
-        home = self.home / f"{self.number:03d}-{stage}"
-        home.mkdir()
-        for name in self.before(stage):
-            copy = shutil.copytree if (self.undisturbed / name).is_dir() else shutil.copy
-            copy(self.undisturbed / name, home / name)
+        home = self.begin(stage)
         command, limit = command_of(stage, home), PATIENCE * self.took[stage] + 60
         done = 0
         while done < kills and run(command, home / "log", self.moment(stage)) is None:
             done += 1  # else it was complete before
         self.outcome.kills += done
         code = run(command, home / "log", limit)
+        self.end(home, stage, self.undisturbed, code, done)
+
+    def begin(self, stage: str) -> Path:
+        """A folder with what a stage finds."""
+        self.number += 1
+        home = self.home / f"{self.number:03d}-{stage}"
+        home.mkdir()
+        for name in self.before(stage):
+            copy = shutil.copytree if (self.undisturbed / name).is_dir() else shutil.copy
+            copy(self.undisturbed / name, home / name)
+        return home
+
+    def end(self, home: Path, stage: str, like: Path, code: int | None, kills: int) -> None:
+        """Compares what a stage left in a folder with what it left in another.
+
+        Args:
+          home: the folder, which goes unless there is something to look at.
+          stage: the stage.
+          like: the folder of the undisturbed run.
+          code: the command's, None for one that hung.
+          kills: how many it has survived.
+        """
         if code is None:
             self.outcome.hung.append(str(home))
-        elif code != 0 or traces(stage, home) != traces(stage, self.undisturbed):
+        elif code != 0 or traces(stage, home) != traces(stage, like):
             self.outcome.different.append(str(home))
         else:
-            self.outcome.recovered += done
+            self.outcome.recovered += kills
             shutil.rmtree(home)
 
     def moment(self, stage: str) -> float:
@@ -170,41 +217,39 @@ class Chaos:
         there |= {"prepare": [], "export": ["ppo", "sft", "reward"], "ppo": ["sft", "reward"]}
         return there.get(stage, ["sft"])
 
-    def lose_a_process(self, kind: str) -> None:
-        """Two processes, of which one is killed or stopped at a random step; then all go on, to the end."""
-        self.number += 1
-        home = self.home / f"{self.number:03d}-processes"
-        home.mkdir()
+    def train(self, home: Path) -> subprocess.Popen[bytes]:
+        """Starts pretraining with two processes in a folder."""
         settings = [f"run.hang_seconds={HANG_SECONDS}", "mesh.data=2", "run.log_every=1"]
-        command = [str(LOCAL), "--grace-seconds=60", *command_of("pretrain", home)[len(MAXLLM) :], *settings]
-        for name in self.before("pretrain"):
-            copy = shutil.copytree if (self.undisturbed / name).is_dir() else shutil.copy
-            copy(self.undisturbed / name, home / name)
+        words = command_of("pretrain", home)[len(MAXLLM) :]
+        with (home / "log").open("a") as out:
+            command = [str(LOCAL), "--grace-seconds=60", *words, *settings]
+            return subprocess.Popen(
+                command, stdout=out, stderr=out, env=self.environment, start_new_session=True
+            )
+
+    @cached_property
+    def together(self) -> Path:
+        """A folder in which two processes have trained undisturbed."""
+        home = self.begin("pretrain")
+        if self.train(home).wait() != 0:
+            raise SystemExit(f"chaos: two processes fail undisturbed:\n{(home / 'log').read_text()[-2000:]}")
+        return home
+
+    def lose_a_process(self, kind: str) -> None:
+        """Sends a signal of KINDS to one of two processes at a random step; both must end, and go on."""
+        like, home = self.together, self.begin("pretrain")
         step, log = self.random.randint(2, 30), home / "log"
-        environment = os.environ | {"MAXLLM": str(Path(sys.executable).parent / "maxllm")}
-        with log.open("w") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-            while f"step {step}/" not in log.read_text() and process.poll() is None:
-                time.sleep(0.02)
-            victim = self.random.choice(trainers(home))
-            os.kill(victim, signal.SIGSTOP if kind == "stopped" else signal.SIGKILL)
-            began = time.perf_counter()
-            self.outcome.kills += 1
-            try:
-                process.wait(timeout=PATIENCE * HANG_SECONDS + 60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                self.outcome.hung.append(str(home))
-                return
+        process = self.train(home)
+        while f"step {step}/" not in log.read_text() and process.poll() is None:
+            time.sleep(0.02)
+        os.kill(self.random.choice(trainers(home)), KINDS[kind])
+        began = time.perf_counter()
+        self.outcome.kills += 1
+        code = patiently(process, PATIENCE * HANG_SECONDS + 60)
+        if code is not None:
             self.outcome.seconds_to_detect.setdefault(kind, []).append(round(time.perf_counter() - began, 2))
-        with log.open("a") as out:
-            code = subprocess.run(command, stdout=out, stderr=out, env=environment).returncode
-        complete = code == 0 and RunFolder(home / "pretrain").summary() is not None
-        if complete:
-            self.outcome.recovered += 1
-            shutil.rmtree(home)
-        else:
-            self.outcome.different.append(str(home))
+            code = patiently(self.train(home), 600)
+        self.end(home, "pretrain", like, code, 1)
 
 
 def trainers(home: Path) -> list[int]:
@@ -243,7 +288,7 @@ def main() -> None:
         while chaos.outcome.kills < options.kills:
             stage, left = stages[turn % len(stages)], options.kills - chaos.outcome.kills
             if stage == "processes":
-                chaos.lose_a_process(("killed", "stopped")[turn // len(stages) % 2])
+                chaos.lose_a_process([*KINDS][turn // len(stages) % len(KINDS)])
             else:
                 chaos.disturb(stage, min(left, chaos.random.randint(1, 3)))
             turn += 1

@@ -13,9 +13,6 @@ from maxllm.config.generation import GenerationConfig
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.hf.tokenizer_read import ids_of
 
-FOLLOWED = ("temperature", "top_k", "top_p", "max_new_tokens", "do_sample")
-"""What our decoding has too."""
-
 NO_EFFECT: dict[str, Any] = {
     "num_beams": 1,
     "repetition_penalty": 1.0,

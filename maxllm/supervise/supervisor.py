@@ -148,7 +148,8 @@ class Child:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         self.pid = os.fork()
         if self.pid:
-            self._former = {number: signal.signal(number, self._pass_on) for number in self.SIGNALS}
+            for number in self.SIGNALS:
+                signal.signal(number, self._pass_on)
         else:
             end_with_parent(parent)
             faulthandler.register(signal.SIGUSR1, all_threads=True)
