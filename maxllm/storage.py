@@ -202,7 +202,11 @@ def remove_folder(folder: Path) -> None:
 def move_folder(folder: Path, to: Path) -> None:
     """Gives a folder another name; in a bucket one object after another."""
     if is_remote(folder):
-        filesystem(folder).mv(str(folder), str(to), recursive=True)
+        files = filesystem(folder)
+        names = files.find(str(folder))  # each by its name, for s3fs would ask for folders, too
+        prefix = len(bare(folder))
+        files.copy(names, [f"{bare(to)}{name[prefix:]}" for name in names])
+        files.rm(names)
     else:
         folder.rename(to)
 

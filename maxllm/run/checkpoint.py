@@ -92,7 +92,8 @@ class Checkpoints:
                 enable_async_checkpointing=True,
                 atomicity_options=atomicity(folder.checkpoints),
             ),
-            item_handlers={"params": HashedHandler(), "rest": HashedHandler()},
+            # zstd takes 8 % off what was trained in float32, and twice the time of a restore.
+            item_handlers={name: HashedHandler(use_compression=False) for name in ("params", "rest")},
         )
 
     def is_best(self, rank: float) -> bool:

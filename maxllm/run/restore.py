@@ -50,15 +50,21 @@ def restore(checkpoint: Path, abstract_state: AnyState) -> AnyState:
 
 def read_items(checkpoint: Path, **abstract: Any) -> Any:
     """Some items of a checkpoint, each in the shardings and types of its abstract tree."""
-    # The handler, not a Checkpointer: an item of a checkpoint is not a checkpoint of its own.
-    handler = ocp.StandardCheckpointHandler()
-    for name in abstract:
-        verify(checkpoint / name)
-    with readable(checkpoint):
-        return {
-            name: handler.restore(checkpoint / name, args=ocp.args.StandardRestore(tree))
-            for name, tree in abstract.items()
-        }
+    return {name: read_item(checkpoint, name, tree) for name, tree in abstract.items()}
+
+
+def read_item(checkpoint: Path, name: str, abstract: Any) -> Any:
+    """An item of a checkpoint, read while its files are hashed."""
+    item = checkpoint / name
+    verify(item, wanted=is_description)  # first, for room is made as it says
+
+    def read(_: int) -> Any:
+        with readable(checkpoint):
+            # The handler, not a Checkpointer: an item of a checkpoint is not a checkpoint of its own.
+            return ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(abstract))
+
+    expected = read_hashes(item)
+    return verify_beside(item, [list(expected)], expected, read)[0]
 
 
 def check_params(checkpoint: Path, abstract_params: Params) -> None:

@@ -162,6 +162,27 @@ def test_corpus_and_sources_in_the_bucket_give_the_same_run(at, expected):
     assert at.shown(f"{at.url}/there") == expected
 
 
+def test_a_bit_that_changed_in_the_bucket_is_noticed_and_passed_over_by_choice(at, expected):
+    folder = f"{at.url}/damaged"
+    done = at.run("pretrain", folder)
+    assert done.returncode == 0, done.stderr
+    with at.client() as fs:
+        fs.rm_file(f"{BUCKET}/damaged/summary.json")
+        sizes = fs.find(f"{folder}/checkpoints/12/params", detail=True)
+        largest = max(sizes, key=lambda name: sizes[name]["size"])
+        content = bytearray(fs.cat_file(largest))
+        content[len(content) // 2] ^= 1
+        fs.pipe_file(largest, bytes(content))
+    done = at.run("pretrain", folder)
+    assert done.returncode == 1, done.stderr
+    [sentence] = [line for line in done.stderr.splitlines() if line.startswith("maxllm: ")]
+    assert "is not as it was written" in sentence and "run.fall_back=true continues from step" in sentence
+    done = at.run("pretrain", folder, "run.fall_back=true")
+    assert done.returncode == 0, done.stderr
+    assert "it is set aside, and the run continues from step" in done.stderr
+    assert at.shown(folder) == expected
+
+
 @pytest.mark.parametrize("trouble", ["missing", "expired", "forbidden"])
 def test_credentials_that_do_not_serve_are_one_sentence_and_nothing_begins(at, trouble):
     folder, environment = f"{at.url}/refused", dict(at.environment)
