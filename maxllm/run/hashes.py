@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 import xxhash
 
-from maxllm.errors import UserError
+from maxllm.errors import RunFailed, UserError
 from maxllm.files import file_hash, read_json, write_json
 from maxllm.folder import COMMITTED
 from maxllm.parallel import processes
@@ -141,25 +141,25 @@ def verify_beside(
       What `read` returned for each group.
 
     Raises:
-      RunFailed: naming the first array that is not as it was written; an error of `read` where all are.
+      RunFailed: naming the first array that is not as it was written; where all are, an error of `read`, of
+        whichever process.
     """
     own, values = [own_part(group) for group in groups], []
-    if size_of(item, (name for group in groups for name in group)) < THREADS_FROM:
-        for number, group in enumerate(own):
-            compare(item, hashes_of(item, group), expected)
-            values.append(read(number))
-        return values
+    small = size_of(item, (name for group in groups for name in group)) < THREADS_FROM
     with ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
-        hashing = [{name: pool.submit(hash_of, item / name) for name in group} for group in own]
-        for number, futures in enumerate(hashing):
+        hashing = [{name: pool.submit(hash_of, item / name) for name in group} for group in own if not small]
+        for number, group in enumerate(own):
             failure = None
             try:
                 values.append(read(number))
             except Exception as error:
                 failure = error
-            compare(item, {name: future.result() for name, future in futures.items()}, expected)
-            if failure is not None:
-                raise failure
+            found = (
+                hashes_of(item, group) if small else {n: one.result() for n, one in hashing[number].items()}
+            )
+            compare(item, found, expected)
+            if processes.anywhere(failure is not None):
+                raise failure or RunFailed(f"another process cannot read {item}")
     return values
 
 

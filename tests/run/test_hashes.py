@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from maxllm.errors import RunFailed
 from maxllm.folder import RunFolder
 from maxllm.run import checkpoint, restore
-from maxllm.run.hashes import COMMITTED, HASHES, STEP_METADATA, content_hash
+from maxllm.run.hashes import COMMITTED, HASHES, STEP_METADATA, content_hash, read_hashes, verify_beside
 from maxllm.steps.state import TrainState
 
 FLIPS = 60
@@ -178,3 +178,14 @@ def test_lack_of_memory_is_not_the_checkpoints_fault(trained):
         ):
             raise error
         assert "remove" not in str(caught.value)
+
+
+def test_what_another_process_cannot_read_is_used_in_none(trained, monkeypatch):
+    """All have the files as they were written, and one of them fails to read them."""
+    item = trained[0].checkpoint(4) / "params"
+    expected, answers = read_hashes(item), iter([False, True])
+    monkeypatch.setattr(checkpoint.processes, "anywhere", lambda flag: next(answers))
+    with pytest.raises(RunFailed, match=r"another process cannot read .*params"):
+        verify_beside(item, [list(expected)], expected, lambda number: None)
+    with pytest.raises(StopIteration):  # both questions were asked
+        next(answers)
