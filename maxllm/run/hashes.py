@@ -127,7 +127,7 @@ def verify_beside(
 ) -> list[T]:
     """Reads groups of an item's files, one after another, while threads hash the same files.
 
-    What the disk or the page cache gives to one is there for the other, so that hashing costs little time;
+    What the disk gives to one is in the page cache for the other, so that hashing costs little time;
     half of the processors are left to the reader. Nothing is returned before all is compared. Several
     processes share the hashing, and must all call this.
 
@@ -147,17 +147,16 @@ def verify_beside(
     own, values = [own_part(group) for group in groups], []
     small = size_of(item, (name for group in groups for name in group)) < THREADS_FROM
     with ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
-        hashing = [{name: pool.submit(hash_of, item / name) for name in group} for group in own if not small]
-        for number, group in enumerate(own):
+        # A task for each file, or for all of a group where handing out tasks would take longer than they do.
+        parts = [[group] if small else [[name] for name in group] for group in own]
+        hashing = [[pool.submit(hashes_of, item, names) for names in group] for group in parts]
+        for number, tasks in enumerate(hashing):
             failure = None
             try:
                 values.append(read(number))
             except Exception as error:
                 failure = error
-            found = (
-                hashes_of(item, group) if small else {n: one.result() for n, one in hashing[number].items()}
-            )
-            compare(item, found, expected)
+            compare(item, {name: found for task in tasks for name, found in task.result().items()}, expected)
             if processes.anywhere(failure is not None):
                 raise failure or RunFailed(f"another process cannot read {item}")
     return values

@@ -238,16 +238,8 @@ def test_a_corpus_that_cannot_be_copied_stays_here_and_is_copied_the_next_time(a
 def road(at, folder):
     """Every stage after pretraining in a folder, from the run there: what each came to, and what is read."""
     small = (
-        "run.steps=4",
-        "run.checkpoint_every=2",
-        "run.eval_every=2",
-        "batch.rows=8",
-        "generation.temperature=0",
-    )
-    small += (
-        "batch.sequence_length=160",
-        "optimizer.warmup_steps=0",
-        "data.heldout_sources=[tasks:heldout:16]",
+        *("run.steps=4", "run.checkpoint_every=2", "run.eval_every=2", "batch.rows=8"),
+        *("batch.sequence_length=160", "optimizer.warmup_steps=0", "data.heldout_sources=[tasks:heldout:16]"),
     )
 
     def run(verb, *words):
