@@ -4,7 +4,7 @@
 # make test-slow    what takes minutes of compiling: shipped recipes for TPUs, more meshes, hostile input (15 minutes)
 # make test-launch  Slurm, Open MPI and ssh for real, on this machine (Debian or Ubuntu, as root): kills, restarts
 # make test-clouds  what xpk and SkyPilot read of what they are given, by their own parsers
-# make test-storage runs in buckets, against emulators of Cloud Storage and S3: kills, credentials (5 minutes)
+# make test-storage runs in buckets, against emulators of Cloud Storage and S3: kills, credentials (half an hour)
 # make test-real    real weights from the package index, against transformers
 # make test-gpu     one NVIDIA GPU, with maxllm[cuda]: its kernels, a step, offloading and decoding against float64
 # make plans        every recipe that names its machine, compiled for it, if its compiler is installed (half an hour on 2 cores)

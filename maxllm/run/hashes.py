@@ -25,7 +25,7 @@ from maxllm.files import file_hash, read_json, write_json
 from maxllm.folder import COMMITTED
 from maxllm.parallel import processes
 from maxllm.rank import damaged
-from maxllm.storage import files_below, name_below, path_of
+from maxllm.storage import files_below, is_remote, name_below, path_of
 from maxllm.storage import size_of as file_size
 
 T = TypeVar("T")
@@ -36,6 +36,9 @@ STEP_METADATA = "_CHECKPOINT_METADATA"
 
 THREADS_FROM = 1 << 25
 """Bytes from which threads gain more than they cost each other."""
+
+FETCHES = 32
+"""Files that are fetched from a bucket at a time: each takes its service longer than it takes us."""
 
 
 class HashedHandler(ocp.PyTreeCheckpointHandler):
@@ -73,10 +76,20 @@ def files_of(item: Path) -> list[str]:
 def hashes_of(item: Path, names: Iterable[str]) -> dict[str, str | None]:
     """{file name: hash} of some files of an item; None for one that cannot be read."""
     names = list(names)
-    if size_of(item, names) < THREADS_FROM:
+    if are_small(item, names):
         return {name: hash_of(item / name) for name in names}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads_for(item, 8)) as pool:
         return dict(zip(names, pool.map(hash_of, (item / name for name in names)), strict=True))
+
+
+def are_small(item: Path, names: Iterable[str]) -> bool:
+    """Whether an item's files are hashed sooner than threads for them are started."""
+    return not is_remote(item) and size_of(item, names) < THREADS_FROM
+
+
+def threads_for(item: Path, most: int) -> int:
+    """How many threads hash files of an item: `most`, or the processors there are; more in a bucket."""
+    return FETCHES if is_remote(item) else max(1, min(most, os.cpu_count() or 1))
 
 
 def hash_of(file: Path) -> str | None:
@@ -145,8 +158,8 @@ def verify_beside(
         whichever process.
     """
     own, values = [own_part(group) for group in groups], []
-    small = size_of(item, (name for group in groups for name in group)) < THREADS_FROM
-    with ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
+    small = are_small(item, (name for group in groups for name in group))
+    with ThreadPoolExecutor(threads_for(item, min(8, (os.cpu_count() or 1) // 2))) as pool:
         # A task for each file, or for all of a group where handing out tasks would take longer than they do.
         parts = [[group] if small else [[name] for name in group] for group in own]
         hashing = [[pool.submit(hashes_of, item, names) for names in group] for group in parts]
