@@ -12,7 +12,8 @@ takes five times as long as the undisturbed one, and a minute, has hung.
 
 The stage `processes` trains with two, of which one is killed, aborted, stopped (SIGSTOP) or made to spin at a
 random step, with run.hang_seconds=15. All must end by themselves, which takes the seconds that are printed as
-seconds_to_detect, the longest of each kind; and the same command must then come to the undisturbed end.
+seconds_to_detect, the longest of each kind (a save may take twelve times as long before it counts as a hang);
+and the same command must then come to the undisturbed end.
 
 Ends with 1 if anything was lost, differed or hung; the folders of such runs are kept, and named.
 """
@@ -39,6 +40,7 @@ from rich.progress import Progress
 from maxllm.files import file_hash, read_json
 from maxllm.folder import RunFolder
 from maxllm.report.table import print_table
+from maxllm.supervise.verdict import LONG
 
 MAXLLM = (sys.executable, "-m", "maxllm.cli")
 LOCAL = Path(__file__).parents[1] / "launch" / "local.sh"
@@ -245,8 +247,9 @@ class Chaos:
         os.kill(self.random.choice(trainers(home)), KINDS[kind])
         began = time.perf_counter()
         self.outcome.kills += 1
-        code = patiently(process, PATIENCE * HANG_SECONDS + 60)
+        code = patiently(process, LONG * HANG_SECONDS + 60)
         if code is not None:
+            kind += " while saving" * ("saving a checkpoint (run.hang_seconds)" in log.read_text())
             self.outcome.seconds_to_detect.setdefault(kind, []).append(round(time.perf_counter() - began, 2))
             code = patiently(self.train(home), 600)
         self.end(home, "pretrain", like, code, 1)
