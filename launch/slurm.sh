@@ -104,18 +104,7 @@ live='^(PENDING|CONFIGURING|RUNNING|COMPLETING|REQUEUED|REQUEUE_FED|REQUEUE_HOLD
 goes_on() {
   state=$(job_field JobState) && [[ $state =~ $live ]]
 }
-# Whether it does after all, where its own script has just queued it again: a busy controller takes its time.
-comes_again() {
-  local look
-  for ((look = 0; look < 24; look++)); do
-    [ "$state" = FAILED ] || return 1
-    [[ $(grep -a '^slurm_job: ' "$log" 2>/dev/null | tail -n 1) == *': queued again' ]] || return 1
-    sleep 5
-    if goes_on; then return 0; fi
-  done
-  return 1
-}
-while goes_on || { sleep 5 && goes_on; } || comes_again; do sleep 2; done
+while goes_on || { sleep 5 && goes_on; }; do sleep 2; done
 sleep 1
 kill "$tail" 2>/dev/null || true
 wait "$tail" 2>/dev/null || true
