@@ -76,7 +76,7 @@ def files_of(item: Path) -> list[str]:
 def hashes_of(item: Path, names: Iterable[str]) -> dict[str, str | None]:
     """{file name: hash} of some files of an item; None for one that cannot be read."""
     names = list(names)
-    if are_small(item, names):
+    if len(names) < 2 or are_small(item, names):
         return {name: hash_of(item / name) for name in names}
     with ThreadPoolExecutor(threads_for(item, 8)) as pool:
         return dict(zip(names, pool.map(hash_of, (item / name for name in names)), strict=True))
