@@ -80,9 +80,14 @@ class Slurm:
         raise AssertionError(self.ask("sinfo", "--Node", "--long") + self.ask("scontrol", "show", "nodes"))
 
     def release(self, job: str) -> None:
-        """Lets a job that is queued again start at once, not after Slurm's two minutes."""
+        """Lets a job that is queued again start soon, not after Slurm's two minutes.
+
+        In the second of its end it may not: a node takes no credential of a job as old as the last one that
+        it has revoked, in whole seconds, and the controller ends the job as failed.
+        """
         for _ in range(600):
             if "JobState=PENDING" in self.ask("scontrol", "show", "job", job):
+                time.sleep(2)
                 self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
                 return
             time.sleep(0.2)
