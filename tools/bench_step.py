@@ -67,24 +67,25 @@ def seconds_of(works: Sequence[Callable[[], object]], turns: int) -> list[float]
     return [statistics.median(own) for own in seconds]
 
 
-def random_tokens() -> np.ndarray:
-    """Rows and one token more of each, [ROWS, LENGTH + 1]."""
-    return np.random.default_rng(0).integers(0, MODEL.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
+def random_tokens(rows: int = ROWS) -> np.ndarray:
+    """Rows and one token more of each, [rows, LENGTH + 1]."""
+    return np.random.default_rng(0).integers(0, MODEL.vocab_size, (rows, LENGTH + 1)).astype(np.int32)
 
 
 def training(tokens: np.ndarray) -> tuple[Callable[..., Any], LmBatch, TrainState]:
     """A step as `pretrain` compiles it, its batch and its first state."""
+    rows = len(tokens)
     config = Config.model_construct(
         stage="pretrain",
         run=RunConfig(dir="unused", steps=1000),
-        batch=BatchConfig(rows=ROWS, sequence_length=LENGTH),
+        batch=BatchConfig(rows=rows, sequence_length=LENGTH),
         optimizer=OPTIMIZER,
         lora=None,
     )
     mesh = make_mesh(MeshConfig())
     program = language_program(config, MODEL, mesh)
-    ones = np.ones((ROWS, LENGTH), np.int32)
-    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    ones = np.ones((rows, LENGTH), np.int32)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (rows, 1))
     batch = LmBatch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
     step, _ = compile_program(mesh, program)
     placed = processes.to_global(batch, sharding.batch_sharding(mesh))
