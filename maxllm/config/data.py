@@ -73,6 +73,14 @@ class DataConfig(Section):
         description="Gigabytes of a corpus in a bucket that each process keeps on the disk of its machine.",
     )
     clean: CleanConfig = Field(default_factory=CleanConfig, description="Document filters (pretrain).")
+    turns: Literal["all", "each", "last"] = Field(
+        "all",
+        description="What SFT trains on in a conversation: all replies in one sample, each in a sample of "
+        "its own, or the last alone. The loss on a reply is the same in all three.",
+    )
+    strict: Annotated[bool, Effect.RECORD] = Field(
+        False, description="Whether a field of a row that nothing here reads is an error, not a remark."
+    )
     max_bad_share: float = Field(
         0.01, ge=0, le=1, description="Largest share of unusable rows before the run refuses to start."
     )

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from maxllm.config.data import TokenizerConfig
 from maxllm.data import control, template
-from maxllm.data.chat import RowError
+from maxllm.data.fields import RowError
 from maxllm.data.tokenizer import (
     BOS,
     CHAT_TEMPLATE,
@@ -28,6 +28,7 @@ from maxllm.data.tokenizer import (
     FAST_FILE,
     IM_END,
     PAD,
+    PLAIN_CHAT_TEMPLATE,
     SPECIAL_TOKENS,
     UNK,
     fingerprint_of,
@@ -170,7 +171,8 @@ class FastTokenizer:
     def speaks_chatml(self) -> bool:
         """Whether conversations are laid out as by the models we train, with the same ids."""
         ids = [self.reader.token_to_id(token) for token in SPECIAL_TOKENS]
-        return self.chat_template == CHAT_TEMPLATE and ids == list(range(len(SPECIAL_TOKENS)))
+        ours = self.chat_template in (CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE)
+        return ours and ids == list(range(len(SPECIAL_TOKENS)))
 
     @cached_property
     def flagged(self) -> tuple[str, ...]:

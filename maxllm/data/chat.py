@@ -1,148 +1,174 @@
-"""Conversations, preferences and prompts in the rows that users bring."""
+"""Turns of a conversation, in the shapes that users bring, as the messages that chat templates take."""
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
 
-from maxllm.errors import UserError
+from maxllm.data.fields import Fields, RowError
 
-ROLES = ("system", "user", "assistant")
-ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
+ROLE_NAMES = {
+    "system": "system",
+    "developer": "developer",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response"), "tool"),
+}
+"""What the roles of OpenAI's, ShareGPT's, LLaMA-Factory's and Llama's conversations are called here."""
 
-
-UNREAD_FIELDS = ("system", "history", "tools", "functions")
-"""What rows have beside their conversation and nothing here reads: turns before it, functions to call."""
-
-UNREAD_TURN_FIELDS = ("tool_calls", "function_call")
+CALLING_ROLES = ("function_call", "tool_call")
+"""Roles whose text is a call as JSON."""
 
 
 class Message(TypedDict):
     """One turn."""
 
     role: str
+    """`system`, `developer`, `user`, `assistant` or `tool` (what a call came to)."""
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """The functions that an assistant calls: {"type": "function", "function": {"name", "arguments": {…}}}."""
+    name: NotRequired[str]
+    """Of the function whose result this is."""
+    tool_call_id: NotRequired[str]
+    tools: NotRequired[list[dict[str, Any]]]
+    """In a conversation's first turn: the functions that may be called in all of it, as JSON schemas."""
+    untrained: NotRequired[bool]
+    """Whether an assistant's turn is left out of the loss."""
 
 
-class RowError(UserError):
-    """A row that cannot be used; the text says which field and why. Where rows are many, they are counted."""
+def in_loss(message: Message) -> bool:
+    """Whether the model is trained to say a turn."""
+    return message["role"] == "assistant" and not message.get("untrained", False)
 
 
-def messages_of(row: dict[str, Any]) -> list[Message]:
-    """The conversation in a row of any of the forms users bring.
-
-    `{"messages": [{"role", "content"}]}`, `{"conversations": [{"from", "value"}]}` (ShareGPT),
-    `{"instruction", "input", "output"}` (Alpaca; `input` may be absent or empty).
-
-    Raises:
-      RowError: naming the field, also for one that would change what the row means and is not read.
-    """
-    refuse_unread(row)
-    if "messages" in row or "conversations" in row:
-        turns = row.get("messages", row.get("conversations"))
-        messages = read_turns(turns, "messages" if "messages" in row else "conversations")
-    elif "instruction" in row or "output" in row:
-        question, answer = text_field(row, "instruction"), text_field(row, "output")
-        extra = row.get("input") or ""
-        if not isinstance(extra, str):
-            raise RowError("field 'input' is not text")
-        question = f"{question}\n{extra}" if extra else question
-        messages = [Message(role="user", content=question), Message(role="assistant", content=answer)]
-    else:
-        raise RowError("none of the fields 'messages', 'conversations', 'instruction' is there")
-    if messages[-1]["role"] != "assistant":
-        raise RowError("the last turn is not the assistant's")
-    return messages
+def left_out(message: Message) -> Message:
+    """A turn that is no part of the loss."""
+    return {**message, "untrained": True} if message["role"] == "assistant" else message
 
 
-def preference_of(row: dict[str, Any]) -> tuple[list[Message], str, str]:
-    """(prompt, chosen reply, rejected reply) of a `{"prompt", "chosen", "rejected"}` row.
+def read_turns(turns: Any, name: str, row: Fields) -> list[Message]:
+    """Messages from role/content or from/value turns.
 
-    The prompt is text (one user turn) or a list of messages; `question` is accepted for it. A reply is text,
-    or a list of messages that ends with it. What stands before it there is the prompt: all of it, where
-    `prompt` repeats one of its turns or its beginning.
+    Args:
+      turns: what the row has.
+      name: of the field it stands in.
+      row: is told which fields of the turns are read.
 
     Raises:
-      RowError: naming the field; also for two equal replies, or for two that answer different turns.
+      RowError: naming the field and what is wrong.
     """
-    refuse_unread(row)
-    before, chosen = reply_of(row, "chosen")
-    other, rejected = reply_of(row, "rejected")
-    if before != other:
-        raise RowError("'chosen' and 'rejected' begin with different turns")
-    if chosen == rejected:
-        raise RowError("'chosen' and 'rejected' are equal")
-    if "prompt" not in row and "question" not in row:
-        if not before:
-            raise RowError("field 'prompt' is missing")
-        return before, chosen, rejected
-    prompt = prompt_of(row)
-    if before and before[: len(prompt)] != prompt and not (len(prompt) == 1 and prompt[0] in before):
-        raise RowError("'chosen' begins with other turns than 'prompt'")
-    return before or prompt, chosen, rejected
-
-
-def reply_of(row: dict[str, Any], name: str) -> tuple[list[Message], str]:
-    """(turns before it, text) of the field `chosen` or `rejected`.
-
-    Raises:
-      RowError: naming the field.
-    """
-    if not isinstance(row.get(name), list):
-        return [], text_field(row, name)
-    *before, last = read_turns(row[name], name)
-    if last["role"] != "assistant":
-        raise RowError(f"field {name!r} does not end with the assistant's turn")
-    return before, last["content"]
-
-
-def prompt_of(row: dict[str, Any]) -> list[Message]:
-    """The prompt of a row: field `prompt` or `question`, as text or messages.
-
-    Raises:
-      RowError: naming the field.
-    """
-    name = "question" if "question" in row and "prompt" not in row else "prompt"
-    if isinstance(row.get(name), list):
-        return read_turns(row[name], name)
-    return [Message(role="user", content=text_field(row, name))]
-
-
-def text_field(row: dict[str, Any], name: str) -> str:
-    """A field that must hold non-empty text."""
-    if name not in row:
-        raise RowError(f"field {name!r} is missing")
-    value = row[name]
-    if not isinstance(value, str) or not value.strip():
-        raise RowError(f"field {name!r} is not text or is empty")
-    return value
-
-
-def refuse_unread(row: dict[str, Any]) -> None:
-    """Fields of a row that say more than what is read of it; empty ones say nothing.
-
-    Raises:
-      RowError: naming the first.
-    """
-    for name in UNREAD_FIELDS:
-        if row.get(name):
-            raise RowError(f"field {name!r} would change what the row means, and is not read yet")
-
-
-def read_turns(turns: Any, name: str) -> list[Message]:
-    """Messages from role/content or from/value turns."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise RowError(f"field {name!r} is not a list of turns")
-    messages = []
-    for turn in turns:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or role not in ROLE_NAMES:
-            raise RowError(f"field {name!r} has the unknown role {role!r}")
-        if turn.get("weight", 1) != 1:
-            raise RowError(f"field {name!r} has a turn with a weight, which is not read yet")
-        for unread in UNREAD_TURN_FIELDS:
-            if turn.get(unread):
-                raise RowError(f"field {name!r} has a turn with {unread!r}, which is not read yet")
-        if not isinstance(content, str) or not content.strip():
-            raise RowError(f"field {name!r} has a turn without text")
-        messages.append(Message(role=ROLE_NAMES[role], content=content))
-    return messages
+    return [read_turn(row.below(name, turn), name) for turn in turns]
+
+
+def read_turn(turn: Fields, name: str) -> Message:
+    """One of them."""
+    said = turn.get("role", turn.get("from"))
+    if not isinstance(said, str) or said not in ROLE_NAMES:
+        raise RowError(f"field {name!r} has the unknown role {said!r}")
+    content = text_of(turn.get("content", turn.get("value")), name)
+    message = Message(role=ROLE_NAMES[said], content=content)
+    if said in CALLING_ROLES:
+        message = Message(role="assistant", content="", tool_calls=read_calls(content, name))
+    if message["role"] == "assistant":
+        calls = turn.get("tool_calls") or turn.get("function_call")
+        if calls:
+            message["tool_calls"] = read_calls(calls, name)
+        if not read_weight(turn.get("weight"), name):
+            message["untrained"] = True
+    if message["role"] == "tool":
+        for key in ("name", "tool_call_id"):
+            if isinstance(turn.get(key), str):
+                message[key] = turn[key]
+    may_be_empty = message["role"] in ("system", "developer", "tool") or "tool_calls" in message
+    if not (message["content"].strip() or may_be_empty):
+        raise RowError(f"field {name!r} has a turn without text")
+    return message
+
+
+def text_of(content: Any, name: str) -> str:
+    """A turn's text: as it is, in parts (`{"type": "text", "text"}`), or absent.
+
+    Raises:
+      RowError: it is something else.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowError(f"field {name!r} has a turn whose content is neither text nor parts")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise RowError(f"field {name!r} has a part that is no text but {kind!r}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def read_weight(weight: Any, name: str) -> bool:
+    """Whether a turn is in the loss, by OpenAI's `weight` of 0 or 1; it is where there is none."""
+    if weight not in (None, 0, 1):
+        raise RowError(f"field {name!r} has a turn whose weight is neither 0 nor 1")
+    return weight is None or weight == 1
+
+
+def read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
+    """Calls of functions, one or several, as objects or as JSON, with arguments as objects or as JSON.
+
+    Raises:
+      RowError: one is not a call.
+    """
+    calls = parsed(calls, f"field {name!r} has a call")
+    return [read_call(call, name) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def read_call(call: Any, name: str) -> dict[str, Any]:
+    """One of them."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError(f"field {name!r} has a call without a name")
+    arguments = parsed(function.get("arguments") or {}, f"field {name!r} has arguments of a call")
+    if not isinstance(arguments, dict):
+        raise RowError(f"field {name!r} has arguments of a call that are no object")
+    read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {"id": call["id"], **read} if isinstance(call.get("id"), str) else read
+
+
+def read_tools(tools: Any, name: str) -> list[dict[str, Any]]:
+    """The functions of a row: a list, one alone, or either as JSON; bare schemas are wrapped as OpenAI's are.
+
+    Raises:
+      RowError: one has no name.
+    """
+    tools = parsed(tools, f"field {name!r}")
+    read = []
+    for tool in tools if isinstance(tools, list) else [tools]:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f"field {name!r} has a function without a name")
+        read.append(tool if "function" in tool else {"type": "function", "function": function})
+    return read
+
+
+def parsed(value: Any, what: str) -> Any:
+    """A value that may be JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowError(f"{what} that is not JSON") from None
+
+
+def names_called(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of all functions that a conversation may call and does."""
+    tools = [tool for message in messages for tool in message.get("tools", ())]
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    return [each["function"]["name"] for each in (*tools, *calls)]

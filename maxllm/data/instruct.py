@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from maxllm.config.data import DataConfig
-from maxllm.data import chat, render, tasks
-from maxllm.data.pack import Piece
+from maxllm.data import render, tasks
+from maxllm.data.chat import Message
+from maxllm.data.conversation import fits
+from maxllm.data.fields import Fields, RowError
+from maxllm.data.rows import messages_of, preference_of, prompt_of
 from maxllm.data.sources import Tally, place, read_rows
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
@@ -36,7 +39,7 @@ TASK_ROWS = {
 class Question:
     """A prompt whose right answer may be known."""
 
-    messages: list[chat.Message]
+    messages: list[Message]
     answer: str | None
     ids: list[int]
     """Token ids up to where the assistant is to speak."""
@@ -45,7 +48,7 @@ class Question:
 class ReplyPair(NamedTuple):
     """A row of preferences as the policy reads it."""
 
-    prompt: list[chat.Message]
+    prompt: list[Message]
     ids: tuple[list[int], list[int]]
     """Prompt + chosen and prompt + rejected, each ending with the end of the turn."""
     starts: tuple[int, int]
@@ -82,12 +85,10 @@ class RowReader(Generic[Parsed]):
     """What `tasks:` sources give."""
     seed: int
     """Of `tasks:` sources."""
-    tokenizer: Tokenizer
-    """Renders prompts."""
-    parse: Callable[[dict[str, Any]], Parsed]
-    """Makes of a row what is trained on, or raises `chat.RowError` for one that cannot be used."""
-    prompt: Callable[[Parsed], Sequence[chat.Message]]
-    """The messages before the first reply that is trained on or measured."""
+    parse: Callable[[Fields], Parsed]
+    """Makes of a row what is trained on, or raises `RowError` for one that cannot be used."""
+    prompt: Callable[[Parsed], Sequence[int]]
+    """The token ids before the first reply that is trained on or measured; may raise `RowError`."""
 
     def split(self, training: bool = True) -> tuple[list[Parsed], list[Parsed], list[Tally]]:
         """(training rows, held-out rows, counts by source).
@@ -133,19 +134,28 @@ class RowReader(Generic[Parsed]):
         """The rows of sources, each after the hash of its prompt, but for those in `held`; counts by source.
 
         Raises:
-          UserError: a source is missing or empty, or too large a share of it is unusable.
+          UserError: a source is missing or empty, too large a share of it is unusable, or a field is not
+            read and data.strict is set.
         """
         rows: list[tuple[int, Parsed]] = []
         tallies = []
         for source in sources:
             tally = Tally(source)
             for where, row in rows_of(source, self.kind, self.seed, tally):
+                fields = Fields(row)
                 try:
-                    parsed = self.parse(row)
-                    key = prompt_hash(self.tokenizer, self.prompt(parsed))
-                except chat.RowError as error:
+                    parsed = self.parse(fields)
+                    key = prompt_hash(self.prompt(parsed))
+                except RowError as error:
                     tally.drop(str(error), f"{where}: {error}")
                     continue
+                unread = fields.unread()
+                if unread and self.data.strict:
+                    raise UserError(
+                        f"{where}: nothing here reads the field {min(unread)!r}; data.strict=false "
+                        "passes it over"
+                    )
+                tally.unread.update(unread)
                 if key in held:
                     tally.drop("its prompt is held out")
                 else:
@@ -155,40 +165,17 @@ class RowReader(Generic[Parsed]):
         return rows, tallies
 
 
-def prompt_hash(tokenizer: Tokenizer, messages: Sequence[chat.Message]) -> int:
-    """64 bits of a prompt as the model reads it.
-
-    Raises:
-      RowError: it cannot be rendered.
-    """
-    ids = np.array(render.render_prompt(tokenizer, messages), np.int32)
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "big")
+def prompt_hash(ids: Sequence[int]) -> int:
+    """64 bits of a prompt as the model reads it."""
+    content = np.array(ids, np.int32).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
-def before_first_reply(messages: Sequence[chat.Message]) -> Sequence[chat.Message]:
-    """The turns of a conversation before the assistant first speaks."""
-    first = next(number for number, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:first]
-
-
-def fits(length: int, limit: int, what: str) -> None:
-    """Refuses a row that is too long."""
-    if length > limit:
-        raise chat.RowError(f"{what} is longer than {limit} tokens")
-
-
-def conversation_piece(tokenizer: Tokenizer, messages: Sequence[chat.Message], length: int) -> Piece:
-    """A conversation and its loss mask, 1 on the assistants' tokens; it must fit into one row."""
-    ids, mask = render.render(tokenizer, messages)
-    fits(len(ids) - 1, length, "the conversation")
-    return Piece(ids, mask)
-
-
-def reply_pair(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> ReplyPair:
+def reply_pair(tokenizer: Tokenizer, row: Mapping[str, Any], length: int) -> ReplyPair:
     """Both replies after their prompt, each in at most `length` tokens."""
-    prompt, *replies = chat.preference_of(row)
+    prompt, *replies = preference_of(row)
     (chosen, first), (rejected, second) = (
-        render.render_reply(tokenizer, [*prompt, chat.Message(role="assistant", content=reply)])
+        render.render_reply(tokenizer, [*prompt, Message(role="assistant", content=reply)])
         for reply in replies
     )
     fits(max(len(chosen), len(rejected)), length, "prompt and reply")
@@ -211,26 +198,26 @@ def pad_reply_pairs(pairs: Sequence[ReplyPair], length: int, pad: int) -> ReplyP
     return ReplyPairBatch(pad_pairs([pair.ids for pair in pairs], length, pad), starts)
 
 
-def question_of(tokenizer: Tokenizer, row: dict[str, Any], length: int) -> Question:
+def question_of(tokenizer: Tokenizer, row: Mapping[str, Any], length: int) -> Question:
     """The question in a prompt row (`prompt`, optional `answer`) or in an instruction row (its last reply).
 
     The prompt takes at most `length` tokens.
     """
     if "prompt" in row or "question" in row:
-        messages, answer = chat.prompt_of(row), answer_of(row)
+        messages, answer = prompt_of(row), answer_of(row)
     else:
-        *messages, last = chat.messages_of(row)
+        *messages, last = messages_of(row)
         answer = last["content"]
     ids = render.render_prompt(tokenizer, messages)
     fits(len(ids), length, "the prompt")
     return Question(messages, answer, ids)
 
 
-def answer_of(row: dict[str, Any]) -> str | None:
+def answer_of(row: Mapping[str, Any]) -> str | None:
     """The right answer to a row's prompt, if the row has one."""
     answer = row.get("answer")
     if answer is not None and not isinstance(answer, str):
-        raise chat.RowError("field 'answer' is not text")
+        raise RowError("field 'answer' is not text")
     return answer
 
 

@@ -11,14 +11,33 @@ the token that ends its turn: what the model must learn to produce.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from maxllm.data import control, template
 from maxllm.data.bpe import FastTokenizer
-from maxllm.data.chat import Message, RowError
+from maxllm.data.chat import Message, in_loss, left_out, names_called
+from maxllm.data.fields import RowError
 from maxllm.data.template import Span
-from maxllm.data.tokenizer import BOS, CHAT_TEMPLATE, IM_END, IM_START, Tokenizer
+from maxllm.data.tokenizer import (
+    BOS,
+    CHAT_TEMPLATE,
+    IM_END,
+    IM_START,
+    PLAIN_CHAT_TEMPLATE,
+    TOOLS_FOOT,
+    TOOLS_HEAD,
+    Tokenizer,
+)
 from maxllm.errors import UserError
+
+
+class TurnsDiffer(RowError):
+    """A chat template renders a turn differently once the conversation goes on (Qwen3's drops thoughts)."""
+
+    def __init__(self) -> None:
+        super().__init__("the chat template renders a turn differently once the conversation goes on")
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
@@ -65,20 +84,47 @@ def speaks_chatml(tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer lays out conversations as those we train do."""
     if isinstance(tokenizer, FastTokenizer):
         return tokenizer.speaks_chatml
-    return tokenizer.chat_template == CHAT_TEMPLATE
+    return tokenizer.chat_template in (CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE)
 
 
 def render_chatml(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """`render` for the tokenizers we train."""
+    if tokenizer.chat_template == PLAIN_CHAT_TEMPLATE and names_called(messages):
+        raise RowError("this tokenizer's chat template, of an earlier version, knows no functions")
     ids, mask = [BOS], [0]
-    for message in messages:
+    for message in with_functions(messages):
         header = [IM_START, *tokenizer.encode(message["role"] + "\n")]
         body = [*tokenizer.encode(message["content"]), IM_END]
         newline = tokenizer.encode("\n")
         ids += header + body + newline
-        trained = int(message["role"] == "assistant")
-        mask += [0] * len(header) + [trained] * len(body) + [0] * len(newline)
+        mask += [0] * len(header) + [int(in_loss(message))] * len(body) + [0] * len(newline)
     return ids, mask
+
+
+def with_functions(messages: Sequence[Message]) -> list[Message]:
+    """Messages whose content says all: functions and calls are text, and a developer is the system."""
+    turns = []
+    tools = messages[0].get("tools")
+    if tools:
+        leads = messages[0]["role"] in ("system", "developer") and bool(messages[0]["content"])
+        schemas = "".join(json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools)
+        head = messages[0]["content"] + "\n\n" if leads else ""
+        turns.append(Message(role="system", content=head + TOOLS_HEAD + schemas + TOOLS_FOOT))
+    for number, message in enumerate(messages):
+        system = message["role"] in ("system", "developer")
+        if system and tools and number == 0:
+            continue
+        calls = [call_text(call["function"]) for call in message.get("tool_calls", ())]
+        said = [message["content"]] if message["content"] else []
+        turn = Message(role="system" if system else message["role"], content="\n".join(said + calls))
+        turns.append(turn if in_loss(message) else left_out(turn))
+    return turns
+
+
+def call_text(function: Mapping[str, Any]) -> str:
+    """A call of a function as our models say it."""
+    name, arguments = (json.dumps(function[key], ensure_ascii=False) for key in ("name", "arguments"))
+    return f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
 
 
 # --- Jinja chat templates ----------------------------------------------------------------------------------
@@ -106,7 +152,7 @@ def render_template(tokenizer: FastTokenizer, messages: Sequence[Message]) -> tu
     ids, offsets = encode_filled(tokenizer, text)
     mask = [0] * len(ids)
     if template.marks_generation(tokenizer.chat_template or ""):
-        for first, last in generated:
+        for first, last in in_loss_of(generated, messages):
             inside = [i for i, (start, end) in enumerate(offsets) if start < last and end > first]
             if not any(ids[i] in tokenizer.stop_tokens for i in inside):
                 raise RowError("what the chat template marks as generated has no stop token in it")
@@ -124,21 +170,35 @@ def render_template(tokenizer: FastTokenizer, messages: Sequence[Message]) -> tu
     return ids, mask
 
 
+def in_loss_of(generated: Sequence[Span], messages: Sequence[Message]) -> list[Span]:
+    """What a template marks as generated, without the turns that are no part of the loss.
+
+    Raises:
+      RowError: there are such turns, and which marks are theirs cannot be told.
+    """
+    replies = [message for message in messages if message["role"] == "assistant"]
+    if all(map(in_loss, replies)):
+        return list(generated)
+    if len(generated) != len(replies):
+        raise RowError("a turn is left out of the loss, and the chat template marks no span for each turn")
+    return [span for span, reply in zip(generated, replies, strict=True) if in_loss(reply)]
+
+
 def assistant_spans(
     tokenizer: FastTokenizer, messages: Sequence[Message], text: str
 ) -> list[tuple[int, int, int]]:
     """Where in a conversation's text each reply begins, where its content ends, and where its turn ends.
 
     Raises:
-      RowError: a turn is not rendered alike with and without those after it.
+      TurnsDiffer: a turn is not rendered alike with and without those after it.
     """
     spans = []
     for number, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if in_loss(message):
             head, _ = filled(tokenizer, messages[:number], True)
             turn, _ = filled(tokenizer, messages[: number + 1], False)
             if not (turn.startswith(head) and text.startswith(turn)):
-                raise RowError("the chat template renders a turn differently once the conversation goes on")
+                raise TurnsDiffer
             content = quoted(tokenizer, message)["content"].strip()
             at = turn.find(content, len(head))
             # A template that rewrites the content is trusted to write no stop token into it.
@@ -147,11 +207,27 @@ def assistant_spans(
 
 
 def quoted(tokenizer: FastTokenizer, message: Message) -> Message:
-    """A message whose content spells no control token; a reply may spell what the template looks for."""
+    """What a template is given of a message: nothing in it spells a control token, but that a reply may spell
+    what the template looks for. A template that knows no developer is given a system."""
     tokens = tokenizer.control_tokens
     if message["role"] == "assistant":
         tokens = tuple(token for token in tokens if token not in tokenizer.sayable)
-    return {**message, "content": control.quote(message["content"], tokens)}
+    given = {key: value for key, value in message.items() if key not in ("tools", "untrained")}
+    given = quoted_deep(given, tokens)
+    if message["role"] == "developer" and "developer" not in (tokenizer.chat_template or ""):
+        given["role"] = "system"
+    return given
+
+
+def quoted_deep(value: Any, tokens: Sequence[str]) -> Any:
+    """Plain data in which no text spells a control token."""
+    if isinstance(value, str):
+        return control.quote(value, tokens)
+    if isinstance(value, list):
+        return [quoted_deep(each, tokens) for each in value]
+    if isinstance(value, dict):
+        return {quoted_deep(key, tokens): quoted_deep(each, tokens) for key, each in value.items()}
+    return value
 
 
 def filled(
@@ -161,9 +237,30 @@ def filled(
     generated."""
     assert tokenizer.chat_template is not None, "with_template looked"
     plain = [quoted(tokenizer, message) for message in messages]
-    return template.fill(
-        tokenizer.chat_template, tokenizer.named, plain, add_generation_prompt, tokenizer.day
+    tools = quoted_deep(messages[0].get("tools"), tokenizer.control_tokens) if messages else None
+    text, generated = template.fill(
+        tokenizer.chat_template, tokenizer.named, plain, add_generation_prompt, tokenizer.day, tools
     )
+    check_functions(tokenizer, messages, plain, text)
+    return text, generated
+
+
+def check_functions(
+    tokenizer: FastTokenizer, messages: Sequence[Message], plain: Sequence[Message], text: str
+) -> None:
+    """Looks for every function, call and result in a filled template, which may pass over what it does not
+    know.
+
+    Raises:
+      RowError: one is not there.
+    """
+    for name in names_called(messages):
+        if control.quote(name, tokenizer.control_tokens) not in text:
+            raise RowError("the chat template leaves out a function or a call of one")
+    for message in plain:
+        result = message["content"].strip() if message["role"] == "tool" else ""
+        if result not in text and json.dumps(result, ensure_ascii=False)[1:-1] not in text:
+            raise RowError("the chat template leaves out what a function gave")
 
 
 def encode_filled(tokenizer: FastTokenizer, text: str) -> tuple[list[int], list[Span]]:

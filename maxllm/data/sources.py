@@ -45,6 +45,8 @@ class Tally:
     """Rows that could not be read: those dropped with a place."""
     dropped: Counter[str] = field(default_factory=Counter)
     """How many rows went, by reason; bad rows are among them."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """How many rows had a field that nobody read, by name."""
     first_bad: str | None = None
     """The first bad row: its file, line and what is wrong, a sentence without its full stop."""
 
@@ -62,12 +64,15 @@ class Tally:
 
     def report(self) -> dict[str, Any]:
         """The counts as plain data."""
-        return {"source": self.source, "rows": self.rows, "kept": self.kept, "dropped": dict(self.dropped)}
+        counts = {"source": self.source, "rows": self.rows, "kept": self.kept, "dropped": dict(self.dropped)}
+        return counts | ({"unread": dict(self.unread)} if self.unread else {})
 
     def line(self) -> str:
         """The counts as a line for the console."""
         reasons = "".join(f"; {count:,} dropped: {reason}" for reason, count in self.dropped.most_common())
-        return f"{self.source}: {self.rows:,} rows, {self.kept:,} kept{reasons}"
+        fields = ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(self.unread.items()))
+        unread = f"; fields that are not read: {fields}" if fields else ""
+        return f"{self.source}: {self.rows:,} rows, {self.kept:,} kept{reasons}{unread}"
 
     def check(self, max_bad_share: float) -> None:
         """Raise UserError when the source is empty, more than `max_bad_share` (0..1) bad, or none kept."""

@@ -20,7 +20,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from maxllm.data.chat import Message, RowError
+from maxllm.data.chat import Message
+from maxllm.data.fields import RowError
 from maxllm.errors import UserError
 
 Span = tuple[int, int]
@@ -106,6 +107,7 @@ def fill(
     messages: Sequence[Message],
     add_generation_prompt: bool,
     day: datetime.date | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[str, list[Span]]:
     """A template's text for some messages, and the spans of it that it generates.
 
@@ -115,6 +117,7 @@ def fill(
       messages: the conversation.
       add_generation_prompt: whether the text shall go on to where the assistant speaks.
       day: what `strftime_now` tells; now, when absent.
+      tools: the functions that may be called, as JSON schemas.
 
     Raises:
       RowError: the template refuses the messages, or fails on them.
@@ -124,7 +127,7 @@ def fill(
         text = compiled(template).render(
             messages=messages,
             add_generation_prompt=add_generation_prompt,
-            tools=None,
+            tools=tools,
             documents=None,
             strftime_now=now.strftime,
             **special,

@@ -15,12 +15,38 @@ UNK, BOS, EOS, IM_START, IM_END, PAD = range(6)
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>")
 """Ids 0..5 of the tokenizers we train; the first five are those of the happy-llm tutorial."""
 
-CHAT_TEMPLATE = (
+TOOLS_HEAD = "Functions that you may call, a JSON schema on each line:\n"
+TOOLS_FOOT = 'A call of one is <tool_call>{"name": …, "arguments": {…}}</tool_call>.'
+"""Around the functions in a conversation's system turn."""
+
+PLAIN_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""The layout of conversations in the models we train (ChatML), in Hugging Face's form."""
+"""That of runs of before functions could be called."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% set leads = messages[0]['role'] in ['system', 'developer'] %}"
+    "{% if tools %}{{ '<|im_start|>system\n' }}"
+    "{% if leads and messages[0]['content'] %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    f"{{{{ '{TOOLS_HEAD}' }}}}"
+    "{% for tool in tools %}{{ (tool | tojson) + '\n' }}{% endfor %}"
+    f"{{{{ '{TOOLS_FOOT}' + '<|im_end|>\n' }}}}"
+    "{% endif %}{% for message in messages %}{% if not (tools and leads and loop.first) %}"
+    "{{ '<|im_start|>' + ('system' if message['role'] == 'developer' else message['role']) + '\n' }}"
+    "{{ message['content'] or '' }}{% for call in message['tool_calls'] or [] %}"
+    "{% if message['content'] or not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ '<tool_call>{\"name\": ' + (call['function']['name'] | tojson) }}"
+    "{{ ', \"arguments\": ' + (call['function']['arguments'] | tojson) + '}</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The layout of conversations in the models we train (ChatML), in Hugging Face's form.
+
+Functions stand in the system's turn, calls in the assistant's (as Hermes and Qwen lay them out), what they
+come to in turns of `tool`.
+"""
 
 SPM_FILE, FAST_FILE, FAST_CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from maxllm.data.bpe import FastTokenizer
-from maxllm.data.chat import Message, RowError
+from maxllm.data.chat import Message
+from maxllm.data.fields import RowError
 from maxllm.data.render import render, render_prompt, speaks_chatml
 from maxllm.data.spm import WORD_BOUNDARY, SpmTokenizer
 from maxllm.data.tokenizer import SPECIAL_TOKENS, Tokenizer

@@ -5,7 +5,7 @@ maxllm dpo configs/dpo/tiny_tasks_cpu.yaml
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
 from maxllm.data import loader
 from maxllm.data.instruct import Question, ReplyPair, RowReader, answer_of, pad_reply_pairs, reply_pair
+from maxllm.data.render import render_prompt
 from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
 from maxllm.model.llama import Llama
@@ -117,9 +118,8 @@ def read_preferences(
         session.config.data,
         "preference",
         session.config.run.seed,
-        session.tokenizer,
         partial(pair_and_question, session),
-        lambda row: row[0].prompt,
+        lambda row: render_prompt(session.tokenizer, row[0].prompt),
     ).split(training)
 
 
@@ -138,7 +138,7 @@ def heldout_of(session: Session, rows: Sequence[Preference]) -> Heldout:
     return Heldout(padded(session, rows), [answer for _, answer in answered], prompts)
 
 
-def pair_and_question(session: Session, row: dict[str, Any]) -> Preference:
+def pair_and_question(session: Session, row: Mapping[str, Any]) -> Preference:
     """A row of preferences: its two replies, and its prompt with the right answer, if the row has one."""
     pair = reply_pair(session.tokenizer, row, session.config.batch.sequence_length)
     return pair, Question(pair.prompt, answer_of(row), pair.ids[0][: pair.starts[0]])

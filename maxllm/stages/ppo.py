@@ -122,9 +122,8 @@ def read_questions(
         session.config.data,
         "prompt",
         session.config.run.seed,
-        session.tokenizer,
         lambda row: question_of(session.tokenizer, row, length),
-        lambda question: question.messages,
+        lambda question: question.ids,
     ).split(training)
 
 

@@ -16,6 +16,7 @@ from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
 from maxllm.data import loader
 from maxllm.data.instruct import ReplyPair, RowReader, pad_pairs, reply_pair
+from maxllm.data.render import render_prompt
 from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
 from maxllm.model.heads import ScalarModel
@@ -77,9 +78,8 @@ def read_pairs(
         session.config.data,
         "preference",
         session.config.run.seed,
-        session.tokenizer,
         lambda row: reply_pair(session.tokenizer, row, session.config.batch.sequence_length),
-        lambda pair: pair.prompt,
+        lambda pair: render_prompt(session.tokenizer, pair.prompt),
     ).split(training)
 
 

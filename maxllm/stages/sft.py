@@ -7,21 +7,14 @@ maxllm sft configs/sft/tiny_tasks_cpu.yaml lora.rank=8 run.dir=runs/tiny/sft-lor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 from flax import struct
 
-from maxllm.data.chat import Message, messages_of
-from maxllm.data.instruct import (
-    Question,
-    RowReader,
-    before_first_reply,
-    conversation_piece,
-)
-from maxllm.data.pack import Piece, pack
+from maxllm.data.conversation import Conversation, read_conversation
+from maxllm.data.instruct import Question, RowReader
+from maxllm.data.pack import pack
 from maxllm.data.render import render_prompt
 from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
@@ -109,7 +102,7 @@ def heldout_of(session: Session, conversations: Sequence[Conversation]) -> Heldo
 def packed(session: Session, conversations: Sequence[Conversation]) -> LmBatch:
     """Conversations as rows with their loss masks."""
     length, pad = session.config.batch.sequence_length, session.tokenizer.pad
-    return pack([conversation.piece for conversation in conversations], length, pad)
+    return pack([piece for each in conversations for piece in each.pieces], length, pad)
 
 
 def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
@@ -125,7 +118,7 @@ def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params]
 def figures_of(
     session: Session, heldout: Heldout, frozen: tuple[Weights, ...]
 ) -> Callable[[Params], dict[str, float]]:
-    """Loss on the replies, and greedy exact match."""
+    """Loss on the replies, and greedy exact match where answers are known."""
     config = session.config
     partition, merged = partition_of(Llama(session.model, config.lora)), merging(config.lora)
     loss_of = heldout_language(session, heldout.rows)
@@ -133,61 +126,61 @@ def figures_of(
 
     def evaluate(params: Params) -> dict[str, float]:
         weights = merged(partition.joined(params, *frozen))
+        if not heldout.answers:
+            return loss_of(weights)
         texts = replies(respond, session.tokenizer, weights, heldout.prompts, config.batch.rows)
         return loss_of(weights) | {"exact_match": exact_match(texts, heldout.answers)}
 
     return evaluate
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """A conversation, as it is said and as it is packed."""
-
-    messages: list[Message]
-    piece: Piece
-
-
 def read_conversations(
     session: Session, training: bool = True
 ) -> tuple[list[Conversation], list[Conversation], list[Tally]]:
     """(training conversations, held-out ones, counts by source)."""
-    length = session.config.batch.sequence_length
-
-    def parse(row: dict[str, Any]) -> Conversation:
-        messages = messages_of(row)
-        return Conversation(messages, conversation_piece(session.tokenizer, messages, length))
-
-    return RowReader(
-        session.config.data,
+    data, length = session.config.data, session.config.batch.sequence_length
+    train, heldout, tallies = RowReader(
+        data,
         "instruction",
         session.config.run.seed,
-        session.tokenizer,
-        parse,
-        lambda conversation: before_first_reply(conversation.messages),
+        lambda row: read_conversation(session.tokenizer, row, length, data.turns),
+        lambda conversation: conversation.prompt,
     ).split(training)
+    cut = [conversation for conversation in (*train, *heldout) if conversation.cut]
+    if cut:
+        say(
+            session,
+            f"{len(cut):,} conversations become {sum(len(each.pieces) for each in cut):,} samples, one for "
+            "each reply: the chat template renders earlier turns differently once a conversation goes on "
+            "(data.turns=last takes the last reply alone)",
+        )
+    return train, heldout, tallies
 
 
 def last_questions(session: Session, conversations: Sequence[Conversation], limit: int) -> list[Question]:
-    """Each conversation up to its last reply, which is the right answer; prompts over `limit` are left out.
+    """Each conversation up to its last reply, which is the right answer.
+
+    Texts, and conversations that end with a call of a function, have none. Prompts over `limit` are left out.
 
     Raises:
-      UserError: none is short enough.
+      UserError: there are answers, and no prompt is short enough.
     """
+    answered = [each.messages for each in conversations if each.messages and each.messages[-1]["content"]]
     questions = []
-    for conversation in conversations:
-        ids = render_prompt(session.tokenizer, conversation.messages[:-1])
+    for *messages, last in answered:
+        ids = render_prompt(session.tokenizer, messages)
         if len(ids) <= limit:
-            questions.append(Question(conversation.messages[:-1], conversation.messages[-1]["content"], ids))
+            questions.append(Question(messages, last["content"], ids))
     reply = session.config.generation.max_new_tokens
-    if not questions:
+    if answered and not questions:
         raise UserError(
             f"no held-out prompt fits into the {limit} tokens that generation.max_new_tokens={reply} leaves "
             f"of batch.sequence_length={limit + reply}"
         )
-    if len(questions) < len(conversations):
+    if len(questions) < len(answered):
         say(
             session,
-            f"exact match over {len(questions):,} of {len(conversations):,} held-out conversations: the "
+            f"exact match over {len(questions):,} of {len(answered):,} held-out conversations: the "
             f"prompts of the others leave no room for a reply of {reply} tokens",
         )
     return questions

@@ -6,7 +6,7 @@ import pytest
 
 from maxllm.config.data import TokenizerConfig
 from maxllm.data import bpe
-from maxllm.data.chat import RowError
+from maxllm.data.fields import RowError
 from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.render import render, render_prompt, render_to_reply
 from maxllm.data.tokenizer import CHAT_TEMPLATE, EOS, IM_END, PAD, SPECIAL_TOKENS

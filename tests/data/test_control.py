@@ -14,7 +14,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from maxllm.data import control, template
 from maxllm.data.bpe import STOP_KEY, FastTokenizer
-from maxllm.data.chat import Message, RowError
+from maxllm.data.chat import Message
+from maxllm.data.fields import RowError
 from maxllm.data.render import encode_filled, filled, render, render_prompt, render_reply
 from maxllm.errors import UserError
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from maxllm.config.data import DataConfig
-from maxllm.data import chat, render, tasks
+from maxllm.data import render, tasks
+from maxllm.data.conversation import before_first_reply, read_conversation
+from maxllm.data.fields import RowError
 from maxllm.data.instruct import (
     RowReader,
-    before_first_reply,
-    conversation_piece,
     pad_pairs,
     pad_prompts,
     pad_reply_pairs,
@@ -19,6 +19,7 @@ from maxllm.data.instruct import (
     reply_pair,
 )
 from maxllm.data.pack import pack
+from maxllm.data.rows import messages_of, preference_of, prompt_of
 from maxllm.data.tokenizer import BOS, IM_END, PAD
 from maxllm.errors import UserError
 
@@ -37,8 +38,8 @@ def write(path, rows):
 def asked_of(row):
     """The messages before the reply in a row of any kind."""
     if "chosen" in row:
-        return chat.preference_of(row)[0]
-    return chat.prompt_of(row) if "prompt" in row else before_first_reply(chat.messages_of(row))
+        return preference_of(row)[0]
+    return prompt_of(row) if "prompt" in row else before_first_reply(messages_of(row))
 
 
 @pytest.fixture
@@ -51,9 +52,8 @@ def split(tiny_tokenizer):
             DataConfig(sources=sources, **settings),
             kind,
             seed,
-            tiny_tokenizer,
             lambda row: (row, parse(row)),
-            lambda parsed: asked_of(parsed[0]),
+            lambda parsed: render.render_prompt(tiny_tokenizer, asked_of(parsed[0])),
         ).split()
         return [row for _, row in train], [row for _, row in heldout], tallies
 
@@ -62,7 +62,7 @@ def split(tiny_tokenizer):
 
 @pytest.fixture
 def conversation(tiny_tokenizer):
-    return lambda row: conversation_piece(tiny_tokenizer, chat.messages_of(row), 64)
+    return lambda row: read_conversation(tiny_tokenizer, row, 64).pieces[0]
 
 
 @pytest.fixture
@@ -79,9 +79,9 @@ BAD = {
     "not an object": ("[1, 2]", "is not"),
     "missing field": ({"instruction": "Reverse."}, "field 'output' is missing"),
     "empty field": ({"instruction": "Reverse.", "output": " "}, "field 'output' is not text or is empty"),
-    "unknown role": ({"messages": [{"role": "tool", "content": "x"}]}, "has the unknown role 'tool'"),
+    "unknown role": ({"messages": [{"role": "narrator", "content": "x"}]}, "has the unknown role 'narrator'"),
     "too long": ({"instruction": "Repeat.", "output": LONG}, "the conversation is longer than 64 tokens"),
-    "no form": ({"text": "x"}, "none of the fields 'messages', 'conversations', 'instruction' is there"),
+    "no form": ({"title": "x"}, "none of the fields 'messages', 'conversations', 'instruction', 'prompt'"),
 }
 
 
@@ -259,7 +259,7 @@ def prompts_read(tokenizer, rows):
     """Every prefix of the rows' conversations that ends where a reply begins, as the model reads it."""
     return {
         tuple(render.render_prompt(tokenizer, talk[:n]))
-        for talk in map(chat.messages_of, rows)
+        for talk in map(messages_of, rows)
         for n, message in enumerate(talk)
         if message["role"] == "assistant"
     }
@@ -319,12 +319,11 @@ def test_tasks_are_a_source(split, kind):
 
 def test_a_conversation_just_fits_or_does_not(tiny_tokenizer):
     """T inputs hold T + 1 ids. Nothing is cut."""
-    messages = chat.messages_of(GOOD[0])
-    ids, _ = render.render(tiny_tokenizer, messages)
-    piece = conversation_piece(tiny_tokenizer, messages, len(ids) - 1)
+    ids, _ = render.render(tiny_tokenizer, messages_of(GOOD[0]))
+    (piece,) = read_conversation(tiny_tokenizer, GOOD[0], len(ids) - 1).pieces
     assert list(piece.ids) == ids
-    with pytest.raises(chat.RowError, match=f"longer than {len(ids) - 2} tokens"):
-        conversation_piece(tiny_tokenizer, messages, len(ids) - 2)
+    with pytest.raises(RowError, match=f"longer than {len(ids) - 2} tokens"):
+        read_conversation(tiny_tokenizer, GOOD[0], len(ids) - 2)
 
 
 def test_packed_conversations_train_replies_alone(tiny_tokenizer, conversation):
@@ -386,7 +385,7 @@ def test_questions_of_prompt_and_instruction_rows(tiny_tokenizer):
     same = question_of(tiny_tokenizer, {"instruction": "Sort.", "input": "21", "output": "12"}, 64)
     assert (same.messages, same.answer) == ([{"role": "user", "content": "Sort.\n21"}], "12")
     assert question_of(tiny_tokenizer, {"question": "Why?"}, 64).answer is None
-    with pytest.raises(chat.RowError, match="field 'answer' is not text"):
+    with pytest.raises(RowError, match="field 'answer' is not text"):
         question_of(tiny_tokenizer, {"prompt": "1 + 1", "answer": 2}, 64)
-    with pytest.raises(chat.RowError, match="the prompt is longer than 8 tokens"):
+    with pytest.raises(RowError, match="the prompt is longer than 8 tokens"):
         question_of(tiny_tokenizer, row, 8)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from maxllm.data import chat
-from maxllm.data.chat import RowError
+from maxllm.data.fields import RowError
 from maxllm.data.render import render, render_prompt, render_to_reply
+from maxllm.data.rows import messages_of, preference_of
 from maxllm.data.tokenizer import BOS, CHAT_TEMPLATE, EOS, IM_END, IM_START, PAD, SPECIAL_TOKENS, UNK
 
 CONVERSATION = [
@@ -143,17 +143,20 @@ def turn(role, content):
     ],
 )
 def test_row_forms(row, messages):
-    assert chat.messages_of(row) == messages
+    assert messages_of(row) == messages
 
 
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"text": "x"}, "none of the fields 'messages', 'conversations', 'instruction' is there"),
+        (
+            {"text": "x"},
+            "none of the fields 'messages', 'conversations', 'instruction', 'prompt', 'question' is there",
+        ),
         ({"messages": []}, "field 'messages' is not a list of turns"),
         ({"messages": "hello"}, "field 'messages' is not a list of turns"),
         ({"conversations": ["hello"]}, "field 'conversations' is not a list of turns"),
-        ({"messages": [turn("tool", "x")]}, "field 'messages' has the unknown role 'tool'"),
+        ({"messages": [turn("narrator", "x")]}, "field 'messages' has the unknown role 'narrator'"),
         ({"messages": [{"content": "x"}]}, "field 'messages' has the unknown role None"),
         ({"messages": [turn("user", None)]}, "field 'messages' has a turn without text"),
         ({"messages": [turn("user", " \n")]}, "field 'messages' has a turn without text"),
@@ -167,7 +170,7 @@ def test_row_forms(row, messages):
 )
 def test_unusable_rows_name_the_field(row, sentence):
     with pytest.raises(RowError) as error:
-        chat.messages_of(row)
+        messages_of(row)
     assert str(error.value) == sentence
 
 
@@ -175,21 +178,21 @@ def test_unusable_rows_name_the_field(row, sentence):
 def test_a_role_of_another_type_is_a_row_error(role):
     """JSON can hold anything where a role should stand: still a counted row, never a crash."""
     with pytest.raises(RowError, match="unknown role"):
-        chat.messages_of({"messages": [{"role": role, "content": "x"}]})
+        messages_of({"messages": [{"role": role, "content": "x"}]})
 
 
 def test_null_messages_are_a_row_error():
     """A column that is null for this row (Arrow fills it in) beside a good one of another form."""
     with pytest.raises(RowError):
-        chat.messages_of({"messages": None})
+        messages_of({"messages": None})
 
 
 def test_preference_rows():
     prompt = [turn("user", "q")]
-    assert chat.preference_of({"prompt": "q", "chosen": "a", "rejected": "b"}) == (prompt, "a", "b")
-    assert chat.preference_of({"question": "q", "chosen": "a", "rejected": "b"}) == (prompt, "a", "b")
+    assert preference_of({"prompt": "q", "chosen": "a", "rejected": "b"}) == (prompt, "a", "b")
+    assert preference_of({"question": "q", "chosen": "a", "rejected": "b"}) == (prompt, "a", "b")
     listed = {"prompt": CONVERSATION[:2], "chosen": "a", "rejected": "b"}
-    assert chat.preference_of(listed) == (CONVERSATION[:2], "a", "b")
+    assert preference_of(listed) == (CONVERSATION[:2], "a", "b")
 
 
 @pytest.mark.parametrize(
@@ -205,5 +208,5 @@ def test_preference_rows():
 )
 def test_unusable_preferences_name_the_field(row, sentence):
     with pytest.raises(RowError) as error:
-        chat.preference_of(row)
+        preference_of(row)
     assert str(error.value) == sentence

@@ -1,14 +1,24 @@
-"""Rows that say more than is read of them are refused, and rows that say the same are the same."""
+"""What users bring: every form says what it means, what is not read is named, what is wrong is a reason."""
+
+import json
 
 import pytest
 
-from maxllm.data.chat import RowError, messages_of, preference_of
+from maxllm.data.fields import Fields, RowError
+from maxllm.data.rows import messages_of, preference_of, prompt_of, whole_text
 
 TALK = [
     {"role": "user", "content": "one"},
     {"role": "assistant", "content": "two"},
     {"role": "user", "content": "three"},
 ]
+ASKED = {"role": "user", "content": "q"}
+SAID = {"role": "assistant", "content": "a"}
+SCHEMA = {"name": "add", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+TOOL = {"type": "function", "function": SCHEMA}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "2"}
 
 
 def ending(content):
@@ -16,33 +26,147 @@ def ending(content):
 
 
 @pytest.mark.parametrize(
-    ("row", "what"),
+    ("row", "messages"),
     [
-        ({"instruction": "a", "output": "b", "system": "Be rude."}, "field 'system'"),
-        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "field 'history'"),
-        ({"conversations": [{"from": "human", "value": "a"}], "system": "Be rude."}, "field 'system'"),
-        ({"messages": ending("x"), "tools": [{"name": "f"}]}, "field 'tools'"),
-        ({"messages": [*TALK, {"role": "assistant", "content": "x", "weight": 0}]}, "a turn with a weight"),
-        ({"messages": [*TALK, {"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "'tool_calls'"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "Be rude."}, "field 'system'"),
+        ({"prompt": "q", "completion": "a"}, [ASKED, SAID]),
+        ({"question": "q", "answer": "a"}, [ASKED, SAID]),
+        ({"instruction": "q", "context": "about", "response": "a"}, [ASKED | {"content": "q\nabout"}, SAID]),
+        ({"prompt": [ASKED], "completion": [SAID]}, [ASKED, SAID]),
+        ({"prompt": [ASKED], "completion": "a"}, [ASKED, SAID]),
+        (
+            {"prompt": TALK, "completion": [SAID]},
+            [TALK[0], TALK[1] | {"untrained": True}, TALK[2], SAID],
+        ),
+        (
+            {"messages": [ASKED | {"content": [{"type": "text", "text": "q"}]}, SAID | {"content": ["a"]}]},
+            [ASKED, SAID],
+        ),
+        (
+            {"instruction": "q", "output": "a", "system": "Be brief.", "history": [["one", "two"]]},
+            [{"role": "system", "content": "Be brief."}, *TALK[:2], ASKED, SAID],
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "q"}, {"from": "bard", "value": "a"}],
+                "system": "s",
+            },
+            [{"role": "system", "content": "s"}, ASKED, SAID],
+        ),
+        (
+            {"messages": [{"role": "system", "content": ""}, ASKED, SAID]},
+            [{"role": "system", "content": ""}, ASKED, SAID],
+        ),
+        (
+            {"messages": [{"role": "developer", "content": "d"}, ASKED, SAID]},
+            [{"role": "developer", "content": "d"}, ASKED, SAID],
+        ),
+        (
+            {"messages": [*TALK[:1], TALK[1] | {"weight": 0}, ASKED, SAID]},
+            [*TALK[:1], TALK[1] | {"untrained": True}, ASKED, SAID],
+        ),
+        ({"messages": [ASKED, SAID | {"weight": 1}]}, [ASKED, SAID]),
     ],
 )
-def test_a_field_that_changes_the_meaning_is_a_reason(row, what):
+def test_forms(row, messages):
+    assert messages_of(row) == messages
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "observation", "ipython"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"x": 1}'}}]},
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"x": 1}'}},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'},
+    ],
+)
+@pytest.mark.parametrize("tools", [[TOOL], [SCHEMA], SCHEMA, json.dumps([TOOL])])
+def test_calls_of_functions_are_one_thing_in_all_forms(role, call, tools):
+    row = {"messages": [ASKED, call, {"role": role, "content": "2"}, SAID], "tools": tools}
+    assert messages_of(row) == [ASKED | {"tools": [TOOL]}, CALLING, RESULT, SAID]
+
+
+def test_a_name_and_an_id_of_a_call_stay():
+    call = CALL | {"id": "c1"}
+    result = RESULT | {"name": "add", "tool_call_id": "c1"}
+    row = {"messages": [ASKED, CALLING | {"tool_calls": [call]}, result, SAID]}
+    assert messages_of(row) == row["messages"]
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"messages": [ASKED, SAID | {"weight": 0}]}, "no turn of the assistant's is in the loss"),
+        ({"messages": [ASKED, SAID | {"weight": 0.5}]}, "a turn whose weight is neither 0 nor 1"),
+        ({"messages": [ASKED | {"content": [{"type": "image_url"}]}, SAID]}, "no text but 'image_url'"),
+        ({"messages": [ASKED | {"content": [{"type": "text"}]}, SAID]}, "no text but 'text'"),
+        ({"messages": [ASKED | {"content": 7}, SAID]}, "neither text nor parts"),
+        ({"messages": [ASKED, SAID | {"content": None}]}, "a turn without text"),
+        ({"messages": [ASKED, CALLING | {"tool_calls": [{"function": {}}]}]}, "a call without a name"),
+        ({"messages": [ASKED, {"role": "function_call", "content": "add(1)"}]}, "a call that is not JSON"),
+        (
+            {"messages": [ASKED, CALLING | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+            "arguments of a call that are no object",
+        ),
+        ({"messages": [ASKED, SAID], "tools": [{"type": "function"}]}, "a function without a name"),
+        ({"messages": [ASKED, SAID], "tools": "add"}, "field 'tools' that is not JSON"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, ASKED, SAID], "system": "t"},
+            "two different systems",
+        ),
+        ({"instruction": "q", "output": "a", "system": ["s"]}, "field 'system' is not text"),
+        ({"instruction": "q", "output": "a", "history": ["one"]}, "not a list of pairs of texts"),
+        ({"instruction": "q", "output": "a", "history": 7}, "not a list of pairs of texts"),
+        ({"prompt": "q"}, "field 'completion' is missing"),
+    ],
+)
+def test_what_is_wrong_is_a_reason(row, what):
     with pytest.raises(RowError, match=what):
-        preference_of(row) if "chosen" in row else messages_of(row)
+        messages_of(row)
 
 
-def test_empty_fields_and_whole_weights_change_nothing():
-    row = {"instruction": "a", "output": "b", "system": "", "history": [], "tools": None}
-    assert messages_of(row) == messages_of({"instruction": "a", "output": "b"})
-    weighted = [*TALK, {"role": "assistant", "content": "x", "weight": 1}]
-    assert messages_of({"messages": weighted}) == ending("x")
+def test_a_text_is_no_conversation():
+    assert whole_text({"text": "Once."}) == "Once." and whole_text({"instruction": "q", "text": "x"}) is None
+    with pytest.raises(RowError, match="field 'text' is not text or is empty"):
+        whole_text({"text": " "})
+
+
+def test_empty_fields_change_nothing():
+    row = {"instruction": "q", "output": "a", "system": "", "history": [], "tools": None}
+    assert messages_of(row) == [ASKED, SAID] and not Fields.of(row).unread() - set(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"messages": [ASKED, SAID]}, set()),
+        ({"messages": [ASKED, SAID], "id": 7, "note": "", "tags": []}, {"id"}),
+        (
+            {"messages": [ASKED, SAID | {"train": False}], "conversations": [ASKED]},
+            {"messages.train", "conversations"},
+        ),
+        ({"instruction": "q", "input": "", "output": "a", "text": "q a"}, {"text"}),
+        ({"prompt": "q", "completion": "a", "input": "about"}, {"input"}),
+    ],
+)
+def test_what_nobody_reads_is_known(row, unread):
+    fields = Fields(row)
+    messages_of(fields)
+    assert fields.unread() == unread
 
 
 @pytest.mark.parametrize("prompt", ["three", "one", TALK, TALK[:2], None])
 def test_a_prompt_beside_whole_conversations_drops_no_turn(prompt):
     row = {"chosen": ending("good"), "rejected": ending("bad")} | ({"prompt": prompt} if prompt else {})
     assert preference_of(row) == (TALK, "good", "bad")
+
+
+def test_a_preference_and_a_prompt_have_a_system_and_earlier_turns():
+    lead = {"system": "s", "history": [["one", "two"]]}
+    turns = [{"role": "system", "content": "s"}, *TALK[:2], ASKED]
+    assert preference_of({"prompt": "q", "chosen": "b", "rejected": "c"} | lead) == (turns, "b", "c")
+    assert prompt_of({"prompt": "q"} | lead) == turns
 
 
 @pytest.mark.parametrize(
@@ -57,6 +181,7 @@ def test_a_prompt_beside_whole_conversations_drops_no_turn(prompt):
             "begin with different turns",
         ),
         ({"chosen": "good", "rejected": "bad"}, "field 'prompt' is missing"),
+        ({"chosen": [ASKED, CALLING], "rejected": [ASKED, SAID]}, "ends with a call of a function"),
     ],
 )
 def test_conversations_that_contradict_are_refused(row, what):

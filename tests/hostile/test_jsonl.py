@@ -6,8 +6,8 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxllm.data import chat
-from maxllm.data.chat import RowError
+from maxllm.data import rows
+from maxllm.data.fields import RowError
 from maxllm.data.sources import Tally, read_rows
 from maxllm.errors import UserError
 
@@ -58,7 +58,7 @@ def test_compressed_and_damaged(tmp_path_factory, content, cut, flip):
 @given(row=st.dictionaries(NAMES, VALUES, max_size=5))
 def test_any_row(row):
     """Conversations, preferences and prompts: read, or a reason to count."""
-    for of in (chat.messages_of, chat.preference_of, chat.prompt_of):
+    for of in (rows.messages_of, rows.preference_of, rows.prompt_of):
         try:
             of(row)
         except RowError as error:

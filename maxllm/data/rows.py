@@ -1,0 +1,182 @@
+"""Conversations, preferences, prompts and texts in the rows that users bring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from maxllm.data.chat import Message, in_loss, left_out, read_tools, read_turns
+from maxllm.data.fields import Fields, RowError
+
+QUESTIONS = ("instruction", "prompt", "question")
+INPUTS = ("input", "context")
+"""What an instruction is about, where it stands apart."""
+REPLIES = ("output", "completion", "response", "answer")
+TURNS = ("messages", "conversations")
+
+
+def first_of(row: Fields, names: tuple[str, ...]) -> str | None:
+    """The first of some fields that a row has."""
+    return next((name for name in names if name in row), None)
+
+
+def whole_text(row: Mapping[str, Any]) -> str | None:
+    """The text of a `{"text"}` row, which is no conversation: all of it is in the loss.
+
+    Raises:
+      RowError: it is empty or no text.
+    """
+    fields = Fields.of(row)
+    if "text" not in fields or first_of(fields, (*TURNS, *QUESTIONS, *REPLIES)):
+        return None
+    return text_field(fields, "text")
+
+
+def messages_of(row: Mapping[str, Any]) -> list[Message]:
+    """The conversation in a row of any of the forms users bring.
+
+    `{"messages": [{"role", "content"}]}`, `{"conversations": [{"from", "value"}]}` (ShareGPT),
+    `{"instruction", "input", "output"}` (Alpaca, BELLE), `{"prompt", "completion"}` as text or as turns,
+    `{"question", "answer"}`; with `system`, `history` (pairs of earlier turns) and `tools` beside them.
+    A prompt's own turns of the assistant's are not in the loss.
+
+    Raises:
+      RowError: naming the field.
+    """
+    row = Fields.of(row)
+    turns, reply = first_of(row, TURNS), first_of(row, REPLIES)
+    if turns is not None:
+        messages = with_lead(row, read_turns(row[turns], turns, row))
+    elif reply is not None and isinstance(row[reply], list):
+        messages = [*map(left_out, prompt_of(row)), *read_turns(row[reply], reply, row)]
+    elif reply is not None or "instruction" in row:
+        prompt = prompt_of(row)
+        if isinstance(row.get(first_of(row, QUESTIONS) or ""), list):
+            prompt = list(map(left_out, prompt))
+        messages = [*prompt, Message(role="assistant", content=text_field(row, reply or "output"))]
+    elif first_of(row, QUESTIONS) is not None:
+        raise RowError("field 'completion' is missing")
+    else:
+        raise RowError(f"none of the fields {', '.join(map(repr, (*TURNS, *QUESTIONS)))} is there")
+    if messages[-1]["role"] != "assistant":
+        raise RowError("the last turn is not the assistant's")
+    if not any(map(in_loss, messages)):
+        raise RowError("no turn of the assistant's is in the loss")
+    return messages
+
+
+def preference_of(row: Mapping[str, Any]) -> tuple[list[Message], str, str]:
+    """(prompt, chosen reply, rejected reply) of a `{"prompt", "chosen", "rejected"}` row.
+
+    The prompt is text (one user turn) or a list of messages; `question` or `instruction` is accepted for it,
+    with `system`, `history` and `tools` beside them. A reply is text, or a list of messages that ends with
+    it. What stands before it there is the prompt: all of it, where `prompt` repeats one of its turns or its
+    beginning.
+
+    Raises:
+      RowError: naming the field; also for two equal replies, or for two that answer different turns.
+    """
+    row = Fields.of(row)
+    before, chosen = reply_of(row, "chosen")
+    other, rejected = reply_of(row, "rejected")
+    if before != other:
+        raise RowError("'chosen' and 'rejected' begin with different turns")
+    if chosen == rejected:
+        raise RowError("'chosen' and 'rejected' are equal")
+    if first_of(row, QUESTIONS) is None:
+        if not before:
+            raise RowError("field 'prompt' is missing")
+        return with_lead(row, before), chosen, rejected
+    prompt = question_turns(row)
+    if before and before[: len(prompt)] != prompt and not (len(prompt) == 1 and prompt[0] in before):
+        raise RowError("'chosen' begins with other turns than 'prompt'")
+    return with_lead(row, before or prompt), chosen, rejected
+
+
+def reply_of(row: Fields, name: str) -> tuple[list[Message], str]:
+    """(turns before it, text) of the field `chosen` or `rejected`.
+
+    Raises:
+      RowError: naming the field.
+    """
+    if not isinstance(row.get(name), list):
+        return [], text_field(row, name)
+    *before, last = read_turns(row[name], name, row)
+    if last["role"] != "assistant":
+        raise RowError(f"field {name!r} does not end with the assistant's turn")
+    if "tool_calls" in last:
+        raise RowError(f"field {name!r} ends with a call of a function, which is no reply")
+    return before, last["content"]
+
+
+def prompt_of(row: Mapping[str, Any]) -> list[Message]:
+    """The prompt of a row: field `prompt`, `question` or `instruction`, as text or messages, after what
+    `system` and `history` say.
+
+    Raises:
+      RowError: naming the field.
+    """
+    row = Fields.of(row)
+    return with_lead(row, question_turns(row))
+
+
+def question_turns(row: Fields) -> list[Message]:
+    """The prompt without what `system` and `history` say."""
+    name = first_of(row, QUESTIONS) or ("instruction" if "output" in row else "prompt")
+    if isinstance(row.get(name), list):
+        return read_turns(row[name], name, row)
+    question = text_field(row, name)
+    about = first_of(row, INPUTS) if name == "instruction" else None
+    extra = row[about] if about else ""
+    if extra is not None and not isinstance(extra, str):
+        raise RowError(f"field {about!r} is not text")
+    return [Message(role="user", content=f"{question}\n{extra}" if extra else question)]
+
+
+def with_lead(row: Fields, messages: list[Message]) -> list[Message]:
+    """Turns after a row's `system` and `history`, the first of them with the row's functions.
+
+    Raises:
+      RowError: there are two different systems, or a field is not what it should be.
+    """
+    lead = history_of(row)
+    system = row.get("system")
+    if system:
+        turn = Message(role="system", content=system)
+        if not isinstance(system, str):
+            raise RowError("field 'system' is not text")
+        if messages[0]["role"] == "system" and messages[0] != turn:
+            raise RowError("field 'system' and the first turn are two different systems")
+        lead = lead if messages[0]["role"] == "system" else [turn, *lead]
+    messages = [*lead, *messages]
+    for name in ("tools", "functions"):
+        if row.get(name):
+            first = messages[0].copy()
+            first["tools"] = read_tools(row[name], name)
+            return [first, *messages[1:]]
+    return messages
+
+
+def history_of(row: Fields) -> list[Message]:
+    """The turns in LLaMA-Factory's `history`, which are in the loss.
+
+    Raises:
+      RowError: it is not a list of pairs of texts.
+    """
+    turns: list[Message] = []
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise RowError("field 'history' is not a list of pairs of texts")
+        turns += [Message(role="user", content=pair[0]), Message(role="assistant", content=pair[1])]
+    return turns
+
+
+def text_field(row: Fields, name: str) -> str:
+    """A field that must hold non-empty text."""
+    if name not in row:
+        raise RowError(f"field {name!r} is missing")
+    value = row[name]
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"field {name!r} is not text or is empty")
+    return value
