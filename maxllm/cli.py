@@ -168,6 +168,20 @@ def train(options: argparse.Namespace) -> None:
     show(options, run(config), f"maxllm {options.verb}")
 
 
+def data(options: argparse.Namespace) -> None:
+    """maxllm data show"""
+    from maxllm import recipe
+    from maxllm.stages import data as stage
+
+    rows = stage.rows(recipe.load_recipe(options.recipe, options.overrides), options.rows)
+    if options.json:
+        print(json.dumps(stage.as_json(rows), ensure_ascii=False))
+        return
+    from maxllm.report.rows import print_rows
+
+    print_rows(rows)
+
+
 def plan(options: argparse.Namespace) -> None:
     """maxllm plan"""
     os.environ["JAX_PLATFORMS"] = "cpu"  # the machine that is planned for is not here
@@ -364,6 +378,7 @@ def show(options: argparse.Namespace, figures: dict[str, Any], title: str) -> No
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "quickstart": quickstart,
     **dict.fromkeys(RECIPE_VERBS, train),
+    "data": data,
     "plan": plan,
     "convert": convert,
     "generate": generate,

@@ -23,6 +23,7 @@ the whole road in one command:
 stage by stage:
   maxllm prepare  pretrain/tiny_slice_cpu
   maxllm pretrain pretrain/tiny_slice_cpu
+  maxllm data show sft/tiny_tasks_cpu         what is trained on, token by token
   maxllm sft      sft/tiny_tasks_cpu
   maxllm reward   reward/tiny_tasks_cpu
   maxllm ppo      ppo/tiny_tasks_cpu
@@ -86,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_quickstart(verbs)
     for verb in RECIPE_VERBS:
         add_trainer(verbs, verb, described(verb))
+    add_data(verbs)
     add_plan(verbs)
     add_convert(verbs)
     add_readers(verbs)
@@ -153,6 +155,17 @@ def times(word: str) -> int:
     raise argparse.ArgumentTypeError(f"{word} is not a whole number of 0 or more")
 
 
+def positive(word: str) -> int:
+    """A number of things that are wanted.
+
+    Raises:
+      ArgumentTypeError: it is no whole number of 1 or more.
+    """
+    if times(word) == 0:
+        raise argparse.ArgumentTypeError("0 is not a whole number of 1 or more")
+    return int(word)
+
+
 def add_quickstart(verbs: Any) -> None:
     """quickstart."""
     verb = add_verb(
@@ -202,6 +215,16 @@ def add_plan(verbs: Any) -> None:
     )
     verb.add_argument("--tokens", type=float, metavar="COUNT", help="length of the training, as in 2e12")
     verb.add_argument("--price", type=float, metavar="AMOUNT", help="of a chip for an hour, any currency")
+    add_json(verb)
+
+
+def add_data(verbs: Any) -> None:
+    """data."""
+    verb = add_verb(verbs, "data", "show rows as they are trained on: tokens, documents, what is in the loss")
+    verb.add_argument("what", choices=("show",), help="show: print the first rows of a recipe")
+    verb.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of one under configs/")
+    add_overrides(verb, "'data.sources=[\"mine.jsonl\"]'")
+    verb.add_argument("--rows", type=positive, default=4, metavar="N", help="so many (default %(default)s)")
     add_json(verb)
 
 

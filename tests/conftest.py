@@ -94,10 +94,10 @@ def params_of() -> Callable[..., Params]:
 
 @pytest.fixture(scope="session")
 def policy_at(tiny_model, tiny_tokenizer, params_of) -> Callable[..., Path]:
-    """policy_at(folder): the run folder of a converted tiny model, for stages to start from."""
+    """policy_at(folder, **changes of the model): a converted tiny model's run folder, to start from."""
 
-    def make(folder: Path) -> Path:
-        model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
+    def make(folder: Path, **changes: Any) -> Path:
+        model = tiny_model(vocab_size=tiny_tokenizer.vocab_size, **changes)
         tree = {
             "stage": "convert",
             "run": {"dir": str(folder), "steps": 1},

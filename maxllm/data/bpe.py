@@ -196,6 +196,11 @@ class FastTokenizer:
             control |= written - self.sayable
         return tuple(sorted(control, key=lambda token: (-len(token), token)))
 
+    def control_name(self, token: int) -> str | None:
+        """How a control token is spelled; None for every other id."""
+        name = self.reader.id_to_token(token)
+        return name if name in self.control_tokens else None
+
     @cached_property
     def control_ids(self) -> frozenset[int]:
         """The ids of the control tokens but <unk>, which text may become."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from maxllm.data.fields import Fields, RowError
@@ -165,10 +164,3 @@ def parsed(value: Any, what: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         raise RowError(f"{what} that is not JSON") from None
-
-
-def names_called(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of all functions that a conversation may call and does."""
-    tools = [tool for message in messages for tool in message.get("tools", ())]
-    calls = [call for message in messages for call in message.get("tool_calls", ())]
-    return [each["function"]["name"] for each in (*tools, *calls)]

@@ -17,7 +17,7 @@ from typing import Any
 
 from maxllm.data import control, template
 from maxllm.data.bpe import FastTokenizer
-from maxllm.data.chat import Message, in_loss, left_out, names_called
+from maxllm.data.chat import Message, in_loss, left_out
 from maxllm.data.fields import RowError
 from maxllm.data.template import Span
 from maxllm.data.tokenizer import (
@@ -57,7 +57,9 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
         ids, _ = render_chatml(tokenizer, messages)
         return [*ids, IM_START, *tokenizer.encode("assistant\n")]
     tokenizer = with_template(tokenizer)
-    return encode_filled(tokenizer, filled(tokenizer, messages, True)[0])[0]
+    text, _ = filled(tokenizer, messages, True)
+    check_functions(tokenizer, messages, True, text)
+    return encode_filled(tokenizer, text)[0]
 
 
 def render_to_reply(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
@@ -89,7 +91,9 @@ def speaks_chatml(tokenizer: Tokenizer) -> bool:
 
 def render_chatml(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """`render` for the tokenizers we train."""
-    if tokenizer.chat_template == PLAIN_CHAT_TEMPLATE and names_called(messages):
+    if tokenizer.chat_template == PLAIN_CHAT_TEMPLATE and any(
+        "tools" in each or "tool_calls" in each for each in messages
+    ):
         raise RowError("this tokenizer's chat template, of an earlier version, knows no functions")
     ids, mask = [BOS], [0]
     for message in with_functions(messages):
@@ -149,6 +153,7 @@ def render_template(tokenizer: FastTokenizer, messages: Sequence[Message]) -> tu
     asked for every prefix of the conversation, so the spans are its own.
     """
     text, generated = filled(tokenizer, messages, False)
+    check_functions(tokenizer, messages, False, text)
     ids, offsets = encode_filled(tokenizer, text)
     mask = [0] * len(ids)
     if template.marks_generation(tokenizer.chat_template or ""):
@@ -238,29 +243,41 @@ def filled(
     assert tokenizer.chat_template is not None, "with_template looked"
     plain = [quoted(tokenizer, message) for message in messages]
     tools = quoted_deep(messages[0].get("tools"), tokenizer.control_tokens) if messages else None
-    text, generated = template.fill(
+    return template.fill(
         tokenizer.chat_template, tokenizer.named, plain, add_generation_prompt, tokenizer.day, tools
     )
-    check_functions(tokenizer, messages, plain, text)
-    return text, generated
 
 
 def check_functions(
-    tokenizer: FastTokenizer, messages: Sequence[Message], plain: Sequence[Message], text: str
+    tokenizer: FastTokenizer, messages: Sequence[Message], add_generation_prompt: bool, text: str
 ) -> None:
-    """Looks for every function, call and result in a filled template, which may pass over what it does not
-    know.
+    """Looks whether a template writes the functions of a conversation, its calls and what they gave: many
+    pass over what they do not know.
 
     Raises:
-      RowError: one is not there.
+      RowError: it writes the same text without them.
     """
-    for name in names_called(messages):
-        if control.quote(name, tokenizer.control_tokens) not in text:
-            raise RowError("the chat template leaves out a function or a call of one")
-    for message in plain:
-        result = message["content"].strip() if message["role"] == "tool" else ""
-        if result not in text and json.dumps(result, ensure_ascii=False)[1:-1] not in text:
-            raise RowError("the chat template leaves out what a function gave")
+    fewer: dict[str, list[Message]] = {
+        "the functions": [left_without(message, "tools") for message in messages],
+        "calls of functions": [left_without(message, "tool_calls") for message in messages],
+        "what functions gave": [
+            {**message, "content": ""} if message["role"] == "tool" else message for message in messages
+        ],
+    }
+    for what, others in fewer.items():
+        if others == list(messages):
+            continue
+        try:
+            same = filled(tokenizer, others, add_generation_prompt)[0] == text
+        except RowError:  # it misses them
+            continue
+        if same:
+            raise RowError(f"the chat template leaves out {what}")
+
+
+def left_without(message: Message, name: str) -> Message:
+    """A message without one of its fields."""
+    return {key: value for key, value in message.items() if key != name}  # type: ignore[return-value]
 
 
 def encode_filled(tokenizer: FastTokenizer, text: str) -> tuple[list[int], list[Span]]:

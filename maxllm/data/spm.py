@@ -92,6 +92,10 @@ class SpmTokenizer:
         """ChatML."""
         return CHAT_TEMPLATE
 
+    def control_name(self, token: int) -> str | None:
+        """How a control token is spelled; None for every other id."""
+        return SPECIAL_TOKENS[token] if 0 <= token < len(SPECIAL_TOKENS) else None
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS or EOS."""
         # A literal U+2581 would come back as a space; its three UTF-8 bytes as byte pieces come back exactly.

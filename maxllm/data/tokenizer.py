@@ -94,6 +94,9 @@ class Tokenizer(Protocol):
     def chat_template(self) -> str | None:
         """Jinja layout of a conversation; None where the model has not learned to chat."""
 
+    def control_name(self, token: int) -> str | None:
+        """How a control token is spelled; None for every other id."""
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS or EOS."""
 

@@ -20,6 +20,7 @@ from maxllm.config.root import Config
 from maxllm.data import loader
 from maxllm.data.instruct import Question, ReplyPair, RowReader, answer_of, pad_reply_pairs, reply_pair
 from maxllm.data.render import render_prompt
+from maxllm.data.shown import ShownRow, shown_row
 from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
 from maxllm.model.llama import Llama
@@ -144,6 +145,16 @@ def pair_and_question(session: Session, row: Mapping[str, Any]) -> Preference:
     return pair, Question(pair.prompt, answer_of(row), pair.ids[0][: pair.starts[0]])
 
 
+def shown_rows(session: Session, count: int) -> list[ShownRow]:
+    """Both replies of a pair as a row each, the better one first."""
+    pairs = [pair for pair, _ in read_preferences(session)[0][:count]]
+    return [
+        shown_row(session.tokenizer, ids, [0] * start + [1] * (len(ids) - start))
+        for pair in pairs
+        for ids, start in zip(pair.ids, pair.starts, strict=True)
+    ]
+
+
 def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
     """Held-out figures over stored rows, or over those of the data."""
     if stored is None:
@@ -208,6 +219,7 @@ def charts(run: Run, facts: Facts) -> list[Chart]:
 STAGE = Stage(
     program=program,
     job=job,
+    shown=shown_rows,
     evaluator=evaluator,
     replies=lambda session: "turns",
     report=StageReport(

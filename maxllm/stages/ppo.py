@@ -20,6 +20,7 @@ from flax import struct
 from maxllm.data import loader
 from maxllm.data.instruct import Question, RowReader, question_of
 from maxllm.data.load_tokenizer import load_tokenizer
+from maxllm.data.shown import ShownRow, shown_row
 from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
 from maxllm.errors import UserError
@@ -182,6 +183,12 @@ def check_reward_fits(session: Session) -> None:
     check_same_model(session.model, reward)
 
 
+def shown_rows(session: Session, count: int) -> list[ShownRow]:
+    """Prompts; the replies that are trained on are sampled."""
+    questions = read_questions(session)[0][:count]
+    return [shown_row(session.tokenizer, each.ids, [0] * len(each.ids)) for each in questions]
+
+
 def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
     """Held-out figures over stored rows, or over those of the data."""
     read_frozen = frozen_models(session)
@@ -243,6 +250,7 @@ def figures_of(
 STAGE = Stage(
     program=program,
     job=job,
+    shown=shown_rows,
     evaluator=evaluator,
     replies=lambda session: "turns",
     report=REPORT,

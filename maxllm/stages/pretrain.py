@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from maxllm.data.corpus import check_settings, read_manifest, read_rows
+from maxllm.data.shown import ShownRow, shown_packed
 from maxllm.errors import UserError
 from maxllm.records import LmBatch, Params
 from maxllm.report.charts import Chart, Level, Line, training_and_heldout
@@ -69,6 +70,12 @@ def job(session: Session) -> Job:
             "heldout_documents": manifest["heldout"]["documents"],
         },
     )
+
+
+def shown_rows(session: Session, count: int) -> list[ShownRow]:
+    """Packed rows of the corpus."""
+    rows = read_rows(open_corpus(session)[0], "train", session.config.data.cache_gb)
+    return [shown_packed(session.tokenizer, rows, n) for n in range(min(count, len(rows.tokens_BT)))]
 
 
 def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
@@ -181,6 +188,7 @@ def remarks(verdicts: Verdicts) -> list[str]:
 STAGE = Stage(
     program=language_program,
     job=job,
+    shown=shown_rows,
     evaluator=evaluator,
     replies=lambda session: "text",
     heldout="data.prepared_dir",

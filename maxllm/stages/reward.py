@@ -17,6 +17,7 @@ from maxllm.config.root import Config
 from maxllm.data import loader
 from maxllm.data.instruct import ReplyPair, RowReader, pad_pairs, reply_pair
 from maxllm.data.render import render_prompt
+from maxllm.data.shown import ShownRow, shown_row
 from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
 from maxllm.model.heads import ScalarModel
@@ -89,6 +90,14 @@ def padded(session: Session, pairs: Sequence[ReplyPair]) -> PairBatch:
     return pad_pairs([pair.ids for pair in pairs], length, pad)
 
 
+def shown_rows(session: Session, count: int) -> list[ShownRow]:
+    """Both replies of a pair as a row each, the better one first; the score is read at the last token."""
+    pairs = read_pairs(session)[0][:count]
+    return [
+        shown_row(session.tokenizer, ids, [0] * (len(ids) - 1) + [1]) for pair in pairs for ids in pair.ids
+    ]
+
+
 def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
     """Held-out figures over stored rows, or over those of the data."""
     if stored is not None:
@@ -145,6 +154,7 @@ def remarks(verdicts: Verdicts) -> list[str]:
 STAGE = Stage(
     program=program,
     job=job,
+    shown=shown_rows,
     evaluator=evaluator,
     replies=lambda session: "score",
     report=StageReport(

@@ -16,6 +16,7 @@ from maxllm.data.conversation import Conversation, read_conversation
 from maxllm.data.instruct import Question, RowReader
 from maxllm.data.pack import pack
 from maxllm.data.render import render_prompt
+from maxllm.data.shown import ShownRow, shown_packed
 from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
 from maxllm.errors import UserError
@@ -77,6 +78,12 @@ def job(session: Session) -> Job:
             "sources": say_sources(session, tallies),
         },
     )
+
+
+def shown_rows(session: Session, count: int) -> list[ShownRow]:
+    """Packed conversations."""
+    rows = packed(session, read_conversations(session)[0])
+    return [shown_packed(session.tokenizer, rows, n) for n in range(min(count, len(rows.tokens_BT)))]
 
 
 class Heldout(struct.PyTreeNode):
@@ -213,6 +220,7 @@ def charts(run: Run, facts: Facts) -> list[Chart]:
 STAGE = Stage(
     program=language_program,
     job=job,
+    shown=shown_rows,
     evaluator=evaluator,
     replies=lambda session: "turns",
     report=StageReport(

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
+from maxllm.data.shown import ShownRow
 from maxllm.records import Params
 from maxllm.report.stage import StageReport
 from maxllm.run.loop import Job, finished, train
@@ -37,6 +38,8 @@ class Stage:
     """What the model that it makes does with a prompt."""
     report: StageReport
     """What a report says and draws of a run."""
+    shown: Callable[[Session, int], list[ShownRow]] | None = None
+    """So many of the rows that are trained on, for people to look at."""
     evaluator: Callable[[Session, Path | None], Callable[[Params], dict[str, float]]] | None = None
     """Held-out figures of exported parameters, as training computes them: over the rows stored in a folder,
     or, without one, over those of the session's data. Nothing that is only trained on is read; without such a

@@ -314,6 +314,16 @@ def test_tasks_are_a_source(split, kind):
     assert (len(train), len(heldout), first.rows, second.rows) == (50, 20, 50, 20)
 
 
+def test_fields_that_nobody_reads_are_named_once_and_counted(split, tmp_path, conversation):
+    rows = [row | {"id": n, "note": "" if n else "x"} for n, row in enumerate(GOOD)]
+    source = write(tmp_path / "rows.jsonl", rows)
+    _, _, (tally,) = split(source, conversation)
+    assert tally.unread == {"id": len(GOOD), "note": 1} == tally.report()["unread"]
+    assert tally.line().endswith("; fields that are not read: id (60 rows), note (1 rows)")
+    with pytest.raises(UserError, match=r"rows.jsonl line 1: nothing here reads the field 'id'"):
+        split(source, conversation, strict=True)
+
+
 # Arrays
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -184,13 +185,46 @@ CONVERSATIONS: list[list[Message]] = [
 ]
 
 
-@pytest.mark.parametrize("messages", CONVERSATIONS, ids=["short", "long"])
+ADD: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "add", "description": 'x + y, "说" <b>', "parameters": {"type": "object"}},
+}
+
+
+def calling(content: str, *arguments: dict[str, Any]) -> Message:
+    calls = [{"type": "function", "function": {"name": "add", "arguments": each}} for each in arguments]
+    return {"role": "assistant", "content": content, "tool_calls": calls}
+
+
+CONVERSATIONS += [
+    [
+        {"role": "developer", "content": "Be brief.", "tools": [ADD, ADD]},
+        {"role": "user", "content": "1 + 2? 3 + 4?"},
+        calling("Let me see.", {"x": 1, "y": [2, None, "é"]}, {}),
+        {"role": "tool", "content": "3", "name": "add"},
+        {"role": "tool", "content": ""},
+        {"role": "assistant", "content": "3 and 7."},
+    ],
+    [
+        {"role": "user", "content": "1 + 2?", "tools": [ADD]},
+        calling("", {"x": 1}),
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "3"},
+    ],
+    [{"role": "system", "content": "", "tools": [ADD]}, {"role": "user", "content": "1?"}, calling("", {})],
+]
+
+
+@pytest.mark.parametrize(
+    "messages", CONVERSATIONS, ids=["short", "long", "functions", "call", "empty system"]
+)
 def test_chat_template_gives_our_ids(both: tuple[SpmTokenizer, Any], messages: list[Message]) -> None:
     ours, theirs = both
-    whole = theirs.apply_chat_template(messages)["input_ids"]
+    theirs = functools.partial(theirs.apply_chat_template, tools=messages[0].get("tools"))
+    whole = theirs(messages)["input_ids"]
     assert whole == render(ours, messages)[0]
-    assert whole == theirs(theirs.apply_chat_template(messages, tokenize=False))["input_ids"]
-    prompt = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    assert whole == both[1](theirs(messages, tokenize=False))["input_ids"]
+    prompt = theirs(messages[:-1], add_generation_prompt=True)["input_ids"]
     assert prompt == render_prompt(ours, messages[:-1])
     assert whole[: len(prompt)] == prompt
 
