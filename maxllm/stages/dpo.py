@@ -147,10 +147,11 @@ def pair_and_question(session: Session, row: Mapping[str, Any]) -> Preference:
 
 def shown_rows(session: Session, count: int) -> list[ShownRow]:
     """Both replies of a pair as a row each, the better one first."""
-    pairs = [pair for pair, _ in read_preferences(session)[0][:count]]
+    rows, _, tallies = read_preferences(session)
+    say_sources(session, tallies)
     return [
         shown_row(session.tokenizer, ids, [0] * start + [1] * (len(ids) - start))
-        for pair in pairs
+        for pair, _ in rows[:count]
         for ids, start in zip(pair.ids, pair.starts, strict=True)
     ]
 

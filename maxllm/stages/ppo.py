@@ -185,8 +185,9 @@ def check_reward_fits(session: Session) -> None:
 
 def shown_rows(session: Session, count: int) -> list[ShownRow]:
     """Prompts; the replies that are trained on are sampled."""
-    questions = read_questions(session)[0][:count]
-    return [shown_row(session.tokenizer, each.ids, [0] * len(each.ids)) for each in questions]
+    questions, _, tallies = read_questions(session)
+    say_sources(session, tallies)
+    return [shown_row(session.tokenizer, each.ids, [0] * len(each.ids)) for each in questions[:count]]
 
 
 def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:

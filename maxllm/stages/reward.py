@@ -92,9 +92,12 @@ def padded(session: Session, pairs: Sequence[ReplyPair]) -> PairBatch:
 
 def shown_rows(session: Session, count: int) -> list[ShownRow]:
     """Both replies of a pair as a row each, the better one first; the score is read at the last token."""
-    pairs = read_pairs(session)[0][:count]
+    pairs, _, tallies = read_pairs(session)
+    say_sources(session, tallies)
     return [
-        shown_row(session.tokenizer, ids, [0] * (len(ids) - 1) + [1]) for pair in pairs for ids in pair.ids
+        shown_row(session.tokenizer, ids, [0] * (len(ids) - 1) + [1])
+        for pair in pairs[:count]
+        for ids in pair.ids
     ]
 
 

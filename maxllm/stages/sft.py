@@ -82,7 +82,9 @@ def job(session: Session) -> Job:
 
 def shown_rows(session: Session, count: int) -> list[ShownRow]:
     """Packed conversations."""
-    rows = packed(session, read_conversations(session)[0])
+    conversations, _, tallies = read_conversations(session)
+    say_sources(session, tallies)
+    rows = packed(session, conversations)
     return [shown_packed(session.tokenizer, rows, n) for n in range(min(count, len(rows.tokens_BT)))]
 
 
