@@ -91,13 +91,14 @@ def speaks_chatml(tokenizer: Tokenizer) -> bool:
 
 def render_chatml(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """`render` for the tokenizers we train."""
-    if tokenizer.chat_template == PLAIN_CHAT_TEMPLATE and any(
-        "tools" in each or "tool_calls" in each for each in messages
-    ):
-        raise RowError("this tokenizer's chat template, of an earlier version, knows no functions")
+    if any("tools" in message or "tool_calls" in message for message in messages):
+        if tokenizer.chat_template == PLAIN_CHAT_TEMPLATE:
+            raise RowError("this tokenizer's chat template, of an earlier version, knows no functions")
+        messages = functions_as_text(messages)
     ids, mask = [BOS], [0]
-    for message in with_functions(messages):
-        header = [IM_START, *tokenizer.encode(message["role"] + "\n")]
+    for message in messages:
+        role = "system" if message["role"] == "developer" else message["role"]
+        header = [IM_START, *tokenizer.encode(role + "\n")]
         body = [*tokenizer.encode(message["content"]), IM_END]
         newline = tokenizer.encode("\n")
         ids += header + body + newline
@@ -105,22 +106,19 @@ def render_chatml(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[li
     return ids, mask
 
 
-def with_functions(messages: Sequence[Message]) -> list[Message]:
-    """Messages whose content says all: functions and calls are text, and a developer is the system."""
+def functions_as_text(messages: Sequence[Message]) -> list[Message]:
+    """A conversation in which functions are text of the system's turn, and calls text of the assistant's."""
     turns = []
-    tools = messages[0].get("tools")
+    tools = messages[0].get("tools", [])
+    leads = messages[0]["role"] in ("system", "developer")
     if tools:
-        leads = messages[0]["role"] in ("system", "developer") and bool(messages[0]["content"])
         schemas = "".join(json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools)
-        head = messages[0]["content"] + "\n\n" if leads else ""
+        head = messages[0]["content"] + "\n\n" if leads and messages[0]["content"] else ""
         turns.append(Message(role="system", content=head + TOOLS_HEAD + schemas + TOOLS_FOOT))
-    for number, message in enumerate(messages):
-        system = message["role"] in ("system", "developer")
-        if system and tools and number == 0:
-            continue
+    for message in messages[1:] if tools and leads else messages:
         calls = [call_text(call["function"]) for call in message.get("tool_calls", ())]
         said = [message["content"]] if message["content"] else []
-        turn = Message(role="system" if system else message["role"], content="\n".join(said + calls))
+        turn = Message(role=message["role"], content="\n".join(said + calls))
         turns.append(turn if in_loss(message) else left_out(turn))
     return turns
 
@@ -200,8 +198,9 @@ def assistant_spans(
     spans = []
     for number, message in enumerate(messages):
         if in_loss(message):
-            head, _ = filled(tokenizer, messages[:number], True)
-            turn, _ = filled(tokenizer, messages[: number + 1], False)
+            tools = messages[0].get("tools")  # also where the assistant speaks first
+            head, _ = filled(tokenizer, messages[:number], True, tools)
+            turn, _ = filled(tokenizer, messages[: number + 1], False, tools)
             if not (turn.startswith(head) and text.startswith(turn)):
                 raise TurnsDiffer
             content = quoted(tokenizer, message)["content"].strip()
@@ -236,15 +235,23 @@ def quoted_deep(value: Any, tokens: Sequence[str]) -> Any:
 
 
 def filled(
-    tokenizer: FastTokenizer, messages: Sequence[Message], add_generation_prompt: bool
+    tokenizer: FastTokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[str, list[Span]]:
     """The template's text for some messages, in which marks tell text from control tokens, and what of it is
-    generated."""
+    generated. The functions are those of the first message, where none are given."""
     assert tokenizer.chat_template is not None, "with_template looked"
     plain = [quoted(tokenizer, message) for message in messages]
-    tools = quoted_deep(messages[0].get("tools"), tokenizer.control_tokens) if messages else None
+    tools = tools or (messages[0].get("tools") if messages else None)
     return template.fill(
-        tokenizer.chat_template, tokenizer.named, plain, add_generation_prompt, tokenizer.day, tools
+        tokenizer.chat_template,
+        tokenizer.named,
+        plain,
+        add_generation_prompt,
+        tokenizer.day,
+        quoted_deep(tools, tokenizer.control_tokens),
     )
 
 

@@ -142,6 +142,18 @@ def test_a_turn_of_weight_0_has_no_loss(make, tiny_tokenizer, marked):
     assert trained(tokenizer, row) == trained(tiny_tokenizer, row) == ["<think>ah</think>four"]
 
 
+def test_a_conversation_that_the_assistant_begins(make, tiny_tokenizer):
+    """ShareGPT has such; there is no prompt then but how every conversation begins."""
+    row = {
+        "conversations": [{"from": "gpt", "value": "Hi."}, {"from": "human", "value": "q"}],
+        "tools": TOOLS,
+    }
+    row["conversations"].append({"from": "gpt", "value": "a"})
+    for tokenizer in (tiny_tokenizer, make(HERMES)):
+        assert trained(tokenizer, row) == ["Hi.a"]
+    assert read_conversation(tiny_tokenizer, row, 999).prompt[0] == BOS
+
+
 def test_every_token_of_a_text_is_in_the_loss(tiny_tokenizer):
     (piece,) = read_conversation(tiny_tokenizer, {"text": "Once upon <|im_end|>"}, 999).pieces
     assert list(piece.ids) == [BOS, *tiny_tokenizer.encode("Once upon <|im_end|>"), EOS]
