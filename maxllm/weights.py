@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -29,7 +29,11 @@ class Weights(struct.PyTreeNode):
     base: Params
     """The model's own parameters."""
     adapters: Params | None = None
-    """LoRA's matrices; None switches them off, which leaves the model that they were trained beside."""
+    """What model/adapters.py puts beside them; None switches it off, which leaves the model that it was
+    trained beside."""
+    upper: Params | None = None
+    """Trained weights of the last layers, [L - k, ...], where the first k are frozen; the `base` then has the
+    first k layers, or more, which are not read."""
     slots: Params | None = None
     """Zeros for some parameters of `base`, whose gradients are the parameters', in a type of their own.
 
@@ -40,7 +44,7 @@ class Weights(struct.PyTreeNode):
 
     def collections(self) -> dict[str, Params]:
         """The collections of variables that `model.apply` reads."""
-        named = {"params": self.base, "lora": self.adapters, "slots": self.slots}
+        named = {"params": self.base, "adapters": self.adapters, "upper": self.upper, "slots": self.slots}
         return {name: tree for name, tree in named.items() if tree is not None}
 
 
@@ -110,48 +114,79 @@ def declarations(boxed: Any) -> Any:
 # --- what is trained ---------------------------------------------------------------------------------------
 
 
+Path = tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Partition:
-    """What of a model's weights a stage trains: all of them, or adapters and new heads beside a frozen base.
+    """What of a model's weights a stage trains: all of them, those that are not frozen, or adapters and new
+    heads beside a base that stays.
 
     The trained part is one tree of parameters: gradients, optimizer and checkpoints have its structure.
     """
 
     declared: Any = None
     """Declarations of the trained part; None where nobody asks what its weights are."""
-    heads: frozenset[tuple[str, ...]] | None = None
-    """Paths of what is trained of the base beside adapters; None where there are no adapters."""
+    base: frozenset[Path] | None = None
+    """Paths of what is trained of the base; None for all of it."""
+    layers: frozenset[Path] = frozenset()
+    """Those of them that are stacked layers of which the first `frozen` stay."""
+    frozen: int = 0
 
     @classmethod
-    def of(cls, declared: Weights) -> Partition:
-        """Decides it for the declarations of a model's weights: where there are adapters, the base stays."""
-        if declared.adapters is None:
+    def of(cls, declared: Weights, frozen_layers: int = 0, frozen_table: bool = False) -> Partition:
+        """Decides it for the declarations of a model's weights: where there are adapters, the base stays.
+
+        Args:
+          declared: a `Declaration` of each weight.
+          frozen_layers: the first so many layers stay.
+          frozen_table: the embedding table stays.
+        """
+        flat = flatten_dict(declared.base)
+        if declared.adapters is not None:
+            partition = cls(base=frozenset(path for path, leaf in flat.items() if leaf.kind is Kind.HEAD))
+        elif frozen_layers or frozen_table:
+            layers = {path for path, leaf in flat.items() if leaf.stacked} if frozen_layers else set()
+            base = flat.keys() - ({("decoder", "embedding")} if frozen_table else set())
+            partition = cls(None, frozenset(base), frozenset(layers), frozen_layers)
+        else:
             return cls(declared.base)
-        heads = {path for path, leaf in flatten_dict(declared.base).items() if leaf.kind is Kind.HEAD}
-        partition = cls(heads=frozenset(heads))
-        return cls(partition.split(declared)[0], partition.heads)
+        return replace(partition, declared=partition.split(declared)[0])
 
     @property
     def keeps(self) -> bool:
         """Whether some of the weights stay."""
-        return self.heads is not None
+        return self.base is not None
 
     def split(self, weights: Weights) -> tuple[Params, Weights | None]:
         """(what is trained, what stays)."""
-        if self.heads is None:
+        if self.base is None:
             return weights.base, None
-        base, trained = flatten_dict(weights.base), flatten_dict(weights.adapters)
-        trained |= {path: base.pop(path) for path in self.heads}
+        base, trained = flatten_dict(weights.base), flatten_dict(weights.adapters or {})
+        for path in self.base - self.layers:
+            trained[path] = base.pop(path)
+        for path in self.layers:
+            base[path], trained[path] = (
+                layers_of(base[path], part) for part in (slice(self.frozen), slice(self.frozen, None))
+            )
         return unflatten_dict(trained), Weights(unflatten_dict(base))
 
     def joined(self, trained: Params, kept: Weights | None = None) -> Weights:
-        """All weights again, from what is trained and what stays."""
-        if self.heads is None:
+        """All weights again, from what is trained and what stays, or all weights that training began from:
+        what is trained takes their place."""
+        if self.base is None:
             return Weights(trained)
-        assert kept is not None, "adapters are trained beside weights that stay"
-        base, adapters = flatten_dict(kept.base), flatten_dict(trained)
-        base |= {path: adapters.pop(path) for path in self.heads}
-        return Weights(unflatten_dict(base), unflatten_dict(adapters))
+        assert kept is not None, "a part is trained beside weights that stay"
+        base, left = flatten_dict(kept.base), flatten_dict(trained)
+        upper = {path: left.pop(path) for path in self.layers}
+        base |= {path: left.pop(path) for path in self.base - self.layers}
+        adapters, layers = (unflatten_dict(tree) if tree else None for tree in (left, upper))
+        return Weights(unflatten_dict(base), adapters, layers)
+
+
+def layers_of(leaf: Any, part: slice) -> Any:
+    """Some layers of a stacked weight, in its box if it has one; what a weight is does not change."""
+    return leaf if isinstance(leaf, Declaration) else jax.tree.map(lambda stacked: stacked[part], leaf)
 
 
 EVERYTHING = Partition()

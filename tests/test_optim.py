@@ -9,8 +9,8 @@ import pytest
 import rounding
 import torch
 
-from maxllm.config.lora import LoraConfig
 from maxllm.config.optimizer import OptimizerConfig
+from maxllm.config.tuning import LoraConfig, Tuning
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer, schedule
 from maxllm.steps.state import init_params, partition_of
@@ -316,7 +316,7 @@ def test_muon_orthogonalizes_as_torch_does():
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_adapters_have_every_optimizer(name, tiny_model):
     """LoRA's matrices are [L, D, R] and [L, R, O]; three steps move them all and stay finite."""
-    model = Llama(tiny_model(), LoraConfig(rank=4, targets=("wq", "wo", "w_up")))
+    model = Llama(tiny_model(), Tuning(LoraConfig(rank=4, targets=("wq", "wo", "w_up"))))
     params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
     ones = jax.tree.map(jnp.ones_like, params)
     config = OptimizerConfig(name=name, learning_rate=0.1)

@@ -44,6 +44,7 @@ def base(tmp_path):
     return write(tmp_path / "base.yaml", TREE)
 
 
+SFT = ("stage=sft", "start.policy=runs/a")
 PPO = ("stage=ppo", "start={policy: a, reward: b}", "generation={max_new_tokens: 8, temperature: 1.0}")
 
 
@@ -148,9 +149,30 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(base, override, par
             "a ppo recipe needs start.reward, the reward model's run folder",
         ),
         (["stage=dpo"], "a dpo recipe needs start.policy, the run folder it starts from"),
+        (["lora.rank=4"], "lora needs start.policy, the run whose model it leaves as it is"),
+        (["stage=convert", "lora.rank=4"], "lora: convert trains nothing"),
         (
-            ["stage=dpo", "start.policy=runs/sft", "lora.rank=4"],
-            "lora trains adapters in sft; a dpo recipe cannot have it yet",
+            [*SFT, "start.adapters=continue"],
+            "start.adapters=continue needs the settings of the adapters, as lora.rank",
+        ),
+        (
+            [*SFT, "lora.rank=4", "freeze.layers=1"],
+            "lora and freeze: with adapters all of the model is frozen; leave freeze away",
+        ),
+        ([*SFT, "freeze.layers=0"], "freeze freezes nothing: give freeze.layers or freeze.embeddings=true"),
+        (
+            [*SFT, "freeze.layers=1", "mesh.stage=2"],
+            "freeze.layers would leave stages of the pipeline idle: give mesh.stage=1",
+        ),
+        (
+            [*SFT, "prefix.length=4", "mesh.context=2"],
+            "prefix: keys that every token sees do not go around devices that split a text; give "
+            "mesh.context=1",
+        ),
+        (
+            [*SFT, "prompt.length=4", "mesh.offload=parameters"],
+            "mesh.offload=parameters is for training a whole model without a pipeline; with prompt give "
+            "mesh.offload=optimizer",
         ),
         (
             ["dpo.loss=ipo", "dpo.label_smoothing=0.1"],

@@ -27,8 +27,7 @@ from maxllm.generate.decode import decoder_of, generate
 from maxllm.hf.export import export
 from maxllm.model.llama import Llama
 from maxllm.run.session import reopen
-from maxllm.stages.shared import policy_params
-from maxllm.weights import Weights
+from maxllm.stages.start import policy_weights
 
 PROMPT = 32
 NEVER = -1
@@ -55,7 +54,7 @@ def ours(run: Path, rows: int) -> Callable[[int], Any]:
     """Our decoding as a function of the number of new tokens."""
     session = reopen(RunFolder(run), ["model.dtype=float32"], ("model.dtype",))
     model = decoder_of(Llama(session.model), jax.default_backend())
-    weights = Weights(policy_params(session, session.folder.find()))
+    weights = policy_weights(session, session.folder.find())
     prompts = pad_prompts(prompt_ids(session.model.vocab_size, rows), PROMPT, 0)
     compiled: dict[int, Any] = {}
 
@@ -122,7 +121,7 @@ def main() -> None:
     parser.add_argument("--ours-only", action="store_true")
     options = parser.parse_args()
     session = reopen(options.run)
-    params = policy_params(session, options.run)
+    params = policy_weights(session, options.run).base
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     bound = bandwidth() / size
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,6 @@ from maxllm.config.data import BatchConfig, DataConfig, TokenizerConfig
 from maxllm.config.dpo import DpoConfig
 from maxllm.config.generation import GenerationConfig
 from maxllm.config.launch import LaunchConfig
-from maxllm.config.lora import LoraConfig
 from maxllm.config.mesh import MeshConfig
 from maxllm.config.model import ModelConfig
 from maxllm.config.optimizer import OptimizerConfig
@@ -25,7 +24,15 @@ from maxllm.config.reward import RewardConfig
 from maxllm.config.rules import Rules
 from maxllm.config.run import RunConfig, StartConfig
 from maxllm.config.section import Section
-from maxllm.config.stages import Stage
+from maxllm.config.stages import TRAINED, Stage
+from maxllm.config.tuning import (
+    BottleneckConfig,
+    FreezeConfig,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+    Tuning,
+)
 
 RULES: Mapping[Stage, Rules] = {
     "pretrain": pretrain.RULES,
@@ -53,7 +60,11 @@ class Config(Section):
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="Device mesh.")
     launch: LaunchConfig = Field(default_factory=LaunchConfig, description="Several processes.")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Decoding.")
-    lora: LoraConfig | None = Field(None, description="Train adapters instead of the model (SFT).")
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of the model.")
+    bottleneck: BottleneckConfig | None = Field(None, description="Train small layers between the model's.")
+    prefix: PrefixConfig | None = Field(None, description="Train keys and values that every token sees.")
+    prompt: PromptConfig | None = Field(None, description="Train embeddings that stand before every text.")
+    freeze: FreezeConfig | None = Field(None, description="Train the model but for some of its parts.")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="Reward-model loss.")
     dpo: DpoConfig = Field(default_factory=DpoConfig, description="DPO.")
     ppo: PpoConfig = Field(default_factory=PpoConfig, description="PPO.")
@@ -61,17 +72,17 @@ class Config(Section):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         self.rules.check(self)
-        if self.lora is not None and not self.rules.adapters:
-            raise ValueError(f"lora trains adapters in sft; a {self.stage} recipe cannot have it yet")
+        self._check_tuning()
         if self.mesh.stage != 1 and self.optimizer.gradient_dtype != "float32":
             raise ValueError(
                 "the stages of a pipeline sum gradients over microbatches: mesh.stage needs "
                 "optimizer.gradient_dtype=float32"
             )
-        if self.mesh.offload == "parameters" and (self.lora is not None or self.mesh.stage != 1):
+        if self.mesh.offload == "parameters" and (self.tuning is not None or self.mesh.stage != 1):
+            with_what = "mesh.stage" if self.tuning is None else self.tuning.named()
             raise ValueError(
-                "mesh.offload=parameters is for training a whole model without a pipeline; with lora or "
-                "mesh.stage give mesh.offload=optimizer"
+                "mesh.offload=parameters is for training a whole model without a pipeline; with "
+                f"{with_what} give mesh.offload=optimizer"
             )
         if self.batch.rows % self.batch.microbatches:
             raise ValueError(
@@ -89,6 +100,39 @@ class Config(Section):
                 f"{self.updates} updates, so the peak learning rate is never reached"
             )
         return self
+
+    def _check_tuning(self) -> None:
+        """Whether what is said of adapters and frozen parts goes together.
+
+        Raises:
+          ValueError: naming the settings that do not.
+        """
+        tuning = self.tuning
+        if tuning is None:
+            if self.start.adapters == "continue":
+                raise ValueError("start.adapters=continue needs the settings of the adapters, as lora.rank")
+            return
+        if self.stage not in TRAINED:
+            raise ValueError(f"{tuning.named()}: {self.stage} trains nothing")
+        if self.start.policy is None:
+            raise ValueError(f"{tuning.named()} needs start.policy, the run whose model it leaves as it is")
+        if tuning.freeze and tuning.adapters:
+            raise ValueError(f"{tuning.named()}: with adapters all of the model is frozen; leave freeze away")
+        if tuning.freeze and not (tuning.frozen_layers or tuning.frozen_embeddings):
+            raise ValueError("freeze freezes nothing: give freeze.layers or freeze.embeddings=true")
+        if tuning.frozen_layers and self.mesh.stage != 1:
+            raise ValueError("freeze.layers would leave stages of the pipeline idle: give mesh.stage=1")
+        if tuning.before and self.mesh.context != 1:
+            raise ValueError(
+                f"{tuning.named()}: keys that every token sees do not go around devices that split a text; "
+                "give mesh.context=1"
+            )
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What is trained where it is not all of the model; None where it is."""
+        tuning = Tuning(self.lora, self.bottleneck, self.prefix, self.prompt, self.freeze)
+        return None if tuning == Tuning() else tuning
 
     @property
     def rules(self) -> Rules:

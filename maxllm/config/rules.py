@@ -61,5 +61,3 @@ class Rules:
     batch.sequence_length."""
     next_token: bool = False
     """Whether it trains next-token prediction and nothing beside it, which `plan --estimate` can add up."""
-    adapters: bool = False
-    """Whether `lora` may train adapters instead of the model."""

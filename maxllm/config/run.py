@@ -90,3 +90,8 @@ class StartConfig(Section):
         "latest",
         description="Which checkpoint of those runs: the newest, or the best by its held-out figure.",
     )
+    adapters: Literal["merge", "continue"] = Field(
+        "merge",
+        description="What becomes of the adapters that start.policy trained: merged into its model, which is "
+        "trained from there, or trained on, as they are.",
+    )

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from maxllm.config.rules import Rules, needs_policy
 
-RULES = Rules(check=needs_policy, replies=True, next_token=True, adapters=True)
+RULES = Rules(check=needs_policy, replies=True, next_token=True)

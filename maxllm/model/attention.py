@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxllm.config.lora import LoraConfig
 from maxllm.config.model import ModelConfig
+from maxllm.config.tuning import Tuning
 from maxllm.model import alibi, rope
-from maxllm.model.adapters import adapted
+from maxllm.model.adapters import adapted, prefix
 from maxllm.model.attend import attend
 from maxllm.model.layers import RMSNorm, bias, matmul, matrix
 from maxllm.model.visible import Keys
@@ -18,7 +18,7 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(K)) v over G key/value heads shared by H query heads (Ainslie et al. 2023)."""
 
     config: ModelConfig
-    lora: LoraConfig | None = None
+    tuning: Tuning | None = None
 
     @nn.compact
     def __call__(
@@ -51,13 +51,20 @@ class Attention(nn.Module):
         if cache_length is not None:
             k_BSGK = self._cached("k", k_BSGK, keys.first_slot, cache_length)
             v_BSGK = self._cached("v", v_BSGK, keys.first_slot, cache_length)
+        if (pair := prefix(self, self.tuning, (G, K))) is not None:
+            k_BSGK, v_BSGK = (
+                jnp.concatenate([jnp.broadcast_to(own.astype(a.dtype), (B, *own.shape)), a], axis=1)
+                for own, a in zip(pair, (k_BSGK, v_BSGK), strict=True)
+            )
+            keys = keys.preceded(pair[0].shape[0])
         q_BTHK, k_BSGK = checkpoint_name(q_BTHK, "q"), checkpoint_name(k_BSGK, "k")
         v_BSGK = checkpoint_name(v_BSGK, "v")
 
         dropped = c.attention_dropout > 0 and not deterministic
         dropout_key = self.make_rng("dropout") if dropped else None
         # One query against a cache is a matrix-vector product; kernels that tile queries have nothing to add.
-        tiled = cache_length is None and not self.is_initializing()
+        # Of all kernels, XLA's alone knows keys that every segment sees.
+        tiled = cache_length is None and not self.is_initializing() and not keys.shared
         backend = c.kernel if tiled else "xla"
         o_BTHK = attend(
             backend,
@@ -73,7 +80,7 @@ class Attention(nn.Module):
         )
         o_BTD = o_BTHK.reshape(B, T, H * K)
         y_BTD = matmul(o_BTD, wo_HKD.reshape(H * K, D))
-        y_BTD = self._adapted("wo", o_BTD, y_BTD, ("heads", "embed"), deterministic)
+        y_BTD = self._adapted("wo", o_BTD, y_BTD, wo_HKD, ("heads", "embed"), deterministic)
         if c.attention_bias == "qkvo":
             y_BTD += bias(self, "o_bias", (D,), ("embed",)).astype(y_BTD.dtype)
         return y_BTD
@@ -85,7 +92,7 @@ class Attention(nn.Module):
         c = self.config
         H, G, K = c.n_heads, c.n_kv_heads, c.k_dim
         q, k, v = (
-            self._adapted(name, x_BTD, matmul(x_BTD, w), ("embed", axis), deterministic)
+            self._adapted(name, x_BTD, matmul(x_BTD, w), w, ("embed", axis), deterministic)
             for name, w, axis in zip(
                 ("wq", "wk", "wv"), weights, ("heads", "kv_heads", "kv_heads"), strict=True
             )
@@ -99,10 +106,16 @@ class Attention(nn.Module):
         return q, k, v
 
     def _adapted(
-        self, name: str, x_BTD: jax.Array, y: jax.Array, axes: tuple[str, str], deterministic: bool
+        self,
+        name: str,
+        x_BTD: jax.Array,
+        y: jax.Array,
+        w: jax.Array,
+        axes: tuple[str, str],
+        deterministic: bool,
     ) -> jax.Array:
         """y with the adapter of the weight `name`, if it has one."""
-        return adapted(self, self.lora, name, x_BTD, y, axes, deterministic)
+        return adapted(self, self.tuning, name, x_BTD, y, w, axes, deterministic)
 
     def _cached(self, name: str, new_BTGK: jax.Array, first_slot: jax.Array, cache_length: int) -> jax.Array:
         """Writes new keys or values at first_slot and returns the whole cache, [B, S, G, K]."""

@@ -6,15 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from maxllm.model.adapters import COLLECTION
 from maxllm.records import Array
 from maxllm.weights import Weights, declarations
 
 
 def init_weights(model: nn.Module, key: jax.Array) -> Weights:
-    """Fresh weights, still boxed; with adapters where the model has `lora`."""
+    """Fresh weights, still boxed; with adapters where the model's `tuning` has them."""
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     variables = model.init(key, tokens_BT, jnp.ones_like(tokens_BT), tokens_BT)
-    return Weights(variables["params"], variables.get("lora"))
+    return Weights(variables["params"], variables.get(COLLECTION))
 
 
 @cache

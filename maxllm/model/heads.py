@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maxllm.config.lora import LoraConfig
 from maxllm.config.model import ModelConfig
+from maxllm.config.tuning import Tuning
 from maxllm.model.layers import weight
 from maxllm.model.llama import Decoder
 from maxllm.weights import Kind
@@ -15,12 +15,12 @@ class ScalarModel(nn.Module):
     """One float32 number per position. Its `decoder` parameters are those of `Llama`, as are its adapters."""
 
     config: ModelConfig
-    lora: LoraConfig | None = None
+    tuning: Tuning | None = None
 
     def setup(self) -> None:
         """Declares the decoder and the head, N(0, 1 / sqrt(D + 1)) (Stiennon et al. 2020)."""
         c = self.config
-        self.decoder = Decoder(c, self.lora)
+        self.decoder = Decoder(c, self.tuning)
         std = (c.d_model + 1) ** -0.5
         self.head_D1 = weight(self, "head", Kind.HEAD, (c.d_model, 1), ("table", "norm"), std)
 

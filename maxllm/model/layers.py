@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxllm.config.lora import LoraConfig
 from maxllm.config.model import ModelConfig
+from maxllm.config.tuning import Tuning
 from maxllm.model.adapters import adapted
 from maxllm.parallel import residual
 from maxllm.parallel.memory import fetched
@@ -169,7 +169,7 @@ class SwiGLU(nn.Module):
     """(silu(x w_gate) * x w_up) w_down (Shazeer 2020)."""
 
     config: ModelConfig
-    lora: LoraConfig | None = None
+    tuning: Tuning | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -180,8 +180,10 @@ class SwiGLU(nn.Module):
         up_DF = matrix(self, c, "w_up", (D, F), ("embed", "mlp"))
         down_FD = matrix(self, c, "w_down", (F, D), ("mlp", "embed"), residual=True)
         gate_BTF, up_BTF = matmul(x_BTD, gate_DF), matmul(x_BTD, up_DF)
-        gate_BTF = adapted(self, self.lora, "w_gate", x_BTD, gate_BTF, ("embed", "mlp"), deterministic)
-        up_BTF = adapted(self, self.lora, "w_up", x_BTD, up_BTF, ("embed", "mlp"), deterministic)
+        gate_BTF = adapted(
+            self, self.tuning, "w_gate", x_BTD, gate_BTF, gate_DF, ("embed", "mlp"), deterministic
+        )
+        up_BTF = adapted(self, self.tuning, "w_up", x_BTD, up_BTF, up_DF, ("embed", "mlp"), deterministic)
         if c.mlp_bias:
             gate_BTF += bias(self, "gate_bias", (F,), ("mlp",)).astype(gate_BTF.dtype)
             up_BTF += bias(self, "up_bias", (F,), ("mlp",)).astype(up_BTF.dtype)
@@ -189,7 +191,7 @@ class SwiGLU(nn.Module):
         h_BTF = gated(gate_BTF, up_BTF)
         h_BTF = nn.with_logical_constraint(h_BTF, ("batch", "length", "act_mlp"))
         y_BTD = matmul(h_BTF, down_FD)
-        y_BTD = adapted(self, self.lora, "w_down", h_BTF, y_BTD, ("mlp", "embed"), deterministic)
+        y_BTD = adapted(self, self.tuning, "w_down", h_BTF, y_BTD, down_FD, ("mlp", "embed"), deterministic)
         if c.mlp_bias:
             y_BTD += bias(self, "down_bias", (D,), ("embed",)).astype(y_BTD.dtype)
         return y_BTD

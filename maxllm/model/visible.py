@@ -11,6 +11,9 @@ from flax import struct
 
 from maxllm.parallel import context
 
+SHARED = -1
+"""The segment of keys that stand before all others and that every segment sees."""
+
 
 class Keys(struct.PyTreeNode):
     """What decides which keys a query sees."""
@@ -21,11 +24,25 @@ class Keys(struct.PyTreeNode):
     """Index among the keys of the first query; 0 without a cache."""
     shards: int = struct.field(pytree_node=False, default=1)
     """Positions are in the order of parallel/context.py for so many devices; 1 is the order of the row."""
+    shared: bool = struct.field(pytree_node=False, default=False)
+    """Whether some keys are of the segment `SHARED`."""
+
+    def preceded(self, count: int) -> Keys:
+        """With so many shared keys in front of the others."""
+        before = jnp.full((self.key_segments_BS.shape[0], count), SHARED, self.key_segments_BS.dtype)
+        segments_BS = jnp.concatenate([before, self.key_segments_BS], axis=1)
+        return self.replace(key_segments_BS=segments_BS, first_slot=self.first_slot + count, shared=True)
 
 
 def visible(keys: Keys, window: int | None) -> jax.Array:
     """[B, T, S] bool, at the places of all queries and keys."""
-    return seen(*slots_of(keys), keys.query_segments_BT, keys.key_segments_BS, window)
+    segments = keys.query_segments_BT, keys.key_segments_BS
+    seen_BTS = seen(*slots_of(keys), *segments, window)
+    if not keys.shared:
+        return seen_BTS
+    query_slots_T, key_slots_S = slots_of(keys)
+    shared_B1S = (keys.key_segments_BS == SHARED)[:, None]
+    return seen_BTS | (shared_B1S & (key_slots_S <= query_slots_T[:, None]) & (segments[0] != 0)[:, :, None])
 
 
 def distances(keys: Keys) -> jax.Array:

@@ -119,9 +119,11 @@ attention.defvjp(attention_forward, attention_backward)
 
 
 def blocks(q: jax.Array, k: jax.Array, keys: Keys, window: int | None) -> list[Block]:
-    """The queries in blocks; all in one where they are few, or look at a cache, or lie in balanced order."""
+    """The queries in blocks; all in one where they are few, or look at a cache, or beyond their
+    window, or lie in balanced order."""
     T, S = q.shape[3], k.shape[2]
-    if T != S or keys.shards > 1 or T % BLOCKS or T < BLOCKS * SHORTEST:
+    cut = window is not None and keys.shared
+    if T != S or keys.shards > 1 or cut or T % BLOCKS or T < BLOCKS * SHORTEST:
         return [Block(0, T, 0, S)]
     size = T // BLOCKS
     firsts = [max(0, start - window + 1) if window else 0 for start in range(0, T, size)]
@@ -139,7 +141,7 @@ def scoring(
     """What masks, biases and dropout make of one block's scores, for G x Q heads; alike in both passes."""
     start, end, first, last = block
     segments = keys.query_segments_BT[:, start:end], keys.key_segments_BS[:, first:last]
-    keys = Keys(*segments, keys.first_slot + (start - first), keys.shards)
+    keys = Keys(*segments, keys.first_slot + (start - first), keys.shards, keys.shared)
     seen_BTS = visible(keys, pattern.window)
     biases_GQTS = kept_BGQTS = None
     if slopes_H is not None:

@@ -125,8 +125,8 @@ def model_of(config: Config) -> ModelConfig:
     Raises:
       UserError: it trains more than one, or part of one, or says none; or XLA's kernel attends.
     """
-    if not config.rules.next_token or config.lora is not None:
-        what = "adapters" if config.lora is not None else f"the stage {config.stage}"
+    if not config.rules.next_token or config.tuning is not None:
+        what = config.tuning.named() if config.tuning is not None else f"the stage {config.stage}"
         raise UserError(f"there is no estimate for {what}; `maxllm plan` alone compiles every recipe")
     if config.mesh.offload != "none":
         raise UserError("there is no estimate for mesh.offload; `maxllm plan` alone compiles every recipe")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maxllm.config.lora import LoraConfig
 from maxllm.config.model import Activation, ModelConfig
 from maxllm.config.optimizer import OptimizerConfig
+from maxllm.config.tuning import Tuning
 from maxllm.plan.flops import adapter_parameters, matmul_parameters, train_flops_per_token
 from maxllm.plan.hardware import Chip
 
@@ -67,7 +67,7 @@ def step_bound(
     idle: float = 0.0,
     references: int = 0,
     head: int | None = None,
-    lora: LoraConfig | None = None,
+    tuning: Tuning | None = None,
     update_bytes: float = ADAMW_BYTES,
 ) -> Bound:
     """The bound of a training step on one device.
@@ -86,11 +86,11 @@ def step_bound(
       idle: share of the step in which the device has nothing to do: the bubble of a pipeline.
       references: frozen models of the same shape, each with a forward pass of its own.
       head: the output's width; the vocabulary when absent.
-      lora: the adapters that are trained in place of the model.
+      tuning: what is trained, where that is not all of the model.
       update_bytes: moved per parameter by the optimizer.
     """
     frozen = references * train_flops_per_token(model, sequence_length) / 3
-    trained = hardware_flops_per_token(model, sequence_length, head, lora)
+    trained = hardware_flops_per_token(model, sequence_length, head, tuning)
     flops = (trained + frozen) * tokens_per_device
     memory = parameter_shard * update_bytes + gathered_parameters * 2 * (passes + references)
     links = sent_bytes / chip.link_bandwidth
@@ -100,20 +100,27 @@ def step_bound(
 
 
 def hardware_flops_per_token(
-    model: ModelConfig, sequence_length: int, head: int | None = None, lora: LoraConfig | None = None
+    model: ModelConfig, sequence_length: int, head: int | None = None, tuning: Tuning | None = None
 ) -> float:
     """Forward, backward, and what `remat` computes again: each layer's forward but its last matmul (w_down,
     and the second of its adapter), whose result the backward pass does not read, and matmuls whose results
     `keep` and `keep_in_host` name; and attention once more."""
-    flops = train_flops_per_token(model, sequence_length, head, lora=lora)
+    flops = train_flops_per_token(model, sequence_length, head, tuning=tuning)
     if model.remat in ("none", "dots"):
         return flops
     kept = model.d_ff + sum(widths_of(model)[name] for name in (*model.keep, *model.keep_in_host))
     layers = matmul_parameters(model, 0) - model.n_layers * model.d_model * kept
-    if lora is not None:
-        layers += adapter_parameters(model, lora)
-        layers -= model.n_layers * model.d_model * lora.rank * ("w_down" in lora.targets)
-    attention = 2 * model.n_layers * model.n_heads * model.k_dim * sequence_length
+    attended = model.n_layers
+    if tuning is not None:
+        layers += adapter_parameters(model, tuning)
+        if tuning.lora is not None:
+            layers -= model.n_layers * model.d_model * tuning.lora.rank * ("w_down" in tuning.lora.targets)
+        if tuning.bottleneck is not None:  # the last of each layer is not read by what comes after it
+            layers -= model.n_layers * model.d_model * tuning.bottleneck.width
+        if tuning.frozen_embeddings:  # no backward pass through what is below
+            layers -= layers * tuning.frozen_layers // model.n_layers
+            attended -= tuning.frozen_layers
+    attention = 2 * attended * model.n_heads * model.k_dim * sequence_length
     return flops + 2 * layers + attention
 
 

@@ -12,8 +12,10 @@ def print_plan(figures: dict[str, Any]) -> None:
     """Memory, collectives and the bound on speed, as tables."""
     terminal = Console()
     verdict = "fits" if figures["fits"] else "DOES NOT FIT"
+    trained = figures["trained_parameters"]
+    part = "" if trained == figures["parameters"] else f" ({trained / 1e6:,.2f} M of them trained)"
     terminal.print(
-        f"{figures['parameters'] / 1e9:.2f} B parameters on {figures['hardware']} "
+        f"{figures['parameters'] / 1e9:.2f} B parameters{part} on {figures['hardware']} "
         f"({machine(figures)}, {mesh_name(figures['mesh'])}, attention {figures['attention']}): {verdict}",
         markup=False,
         highlight=False,

@@ -281,7 +281,7 @@ class _Loop:
         """Says how large the work is."""
         steps, tokens = self.session.config.run.steps, self.job.program.tokens_per_step
         self.observers.say(
-            f"{self.parameters():,} parameters; {steps:,} steps of {tokens:,} tokens, "
+            f"{self.job.program.told_parameters()}; {steps:,} steps of {tokens:,} tokens, "
             f"{steps * self.job.program.flops_per_step:.3g} FLOPs in all"
         )
 
@@ -290,10 +290,6 @@ class _Loop:
         platform, launch = platform_of(self.session.mesh), self.session.config.launch
         of_recipe = launch.compiler_options or launch.variables
         return f", with {described(platform, launch)}" if platform != "cpu" or of_recipe else ""
-
-    def parameters(self) -> int:
-        """Parameters of the exported model."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.job.program.abstract_state.detach()[0]))
 
     def seconds(self) -> float:
         """Seconds this run has taken so far, earlier sittings included."""
@@ -369,7 +365,8 @@ class _Loop:
         return {
             "stage": self.session.config.stage,
             "steps": self.session.config.run.steps,
-            "parameters": self.parameters(),
+            "parameters": self.job.program.parameters,
+            "trained_parameters": self.job.program.trained_parameters,
             "tokens": self.session.config.run.steps * self.job.program.tokens_per_step,
             "seconds": self.seconds(),
             "compile_seconds": round(compile_seconds, 2),

@@ -65,6 +65,8 @@ class Program:
     """Model FLOPs of an iteration: what MFU counts."""
     declared: Any = None
     """What each exported parameter is to the model: a tree of `Declaration`."""
+    kept_parameters: int = 0
+    """Parameters of the model that are not trained."""
     trained: int = 1
     """Models with an optimizer."""
     references: int = 0
@@ -73,6 +75,27 @@ class Program:
     """Width of the trained model's output; None for the vocabulary."""
     decodes: bool = False
     """Whether an iteration writes text, whose time no bound of this project covers."""
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that a step changes of the model that is exported."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.detach()[0]))
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of that model, adapters included."""
+        return self.trained_parameters + self.kept_parameters
+
+    def told_parameters(self) -> str:
+        """How many they are, and what is trained, if that is not all of them."""
+        if not self.kept_parameters:
+            return f"{self.parameters:,} parameters"
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract_state))
+        share = self.trained_parameters / self.parameters
+        return (
+            f"{self.parameters:,} parameters, of which {self.trained_parameters:,} are trained ({share:.2%}; "
+            f"{size / 1e6:,.1f} MB with the optimizer's state)"
+        )
 
 
 def step_alone(

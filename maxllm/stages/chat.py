@@ -25,8 +25,8 @@ from maxllm.parallel.sharding import row_shards
 from maxllm.run import session as sessions
 from maxllm.run.session import Session, reopen
 from maxllm.stages.registry import stage_of
-from maxllm.stages.shared import policy_params, reply_text, responder, response_ids
-from maxllm.weights import Weights
+from maxllm.stages.shared import reply_text, responder, response_ids
+from maxllm.stages.start import policy_weights
 
 MAY_SET = ("generation", "run.seed", "run.day", "model.dtype")
 """What may be set otherwise than when the run was trained."""
@@ -49,7 +49,7 @@ class Policy:
         if reply == "score":
             raise UserError(f"{folder} holds a reward model, which gives scores and no text")
         self.check_context()
-        self.weights = Weights(policy_params(self.session, folder.find(which)))
+        self.weights = policy_weights(self.session, folder.find(which))
         self.chats = reply == "turns"
         self._respond = cache(lambda: responder(self.session, self.session.config.generation))
         self._turn = 0

@@ -54,8 +54,8 @@ from maxllm.run.restore import load_params, open_array, stored_dtypes
 from maxllm.run.session import Session, reopen
 from maxllm.stages.export import CHECK_PROMPTS, export_scorer
 from maxllm.stages.registry import stage_of
-from maxllm.stages.shared import abstract_params, policy_params
 from maxllm.stages.stage import Reply, Stage
+from maxllm.stages.start import abstract_params, whole_params
 from maxllm.steps.state import abstract, init_params
 
 Direction = Literal["from-hf", "from-gguf", "to-hf"]
@@ -215,13 +215,13 @@ def to_hf(run: RunFolder, target: Path, verify: bool, dtype: str | None) -> dict
         }
         return {name: written[name] for name in COUNTS} | (logits if verify else {})
     checkpoint = run.find()
-    if session.config.lora is not None:
-        params = policy_params(session, checkpoint)
+    if session.config.tuning is not None:
+        params = whole_params(session, checkpoint)
 
         def read(path: str, leaf: Any) -> Any:
             return leaf
 
-        whole: Callable[[], Params] = partial(policy_params, session, checkpoint)
+        whole: Callable[[], Params] = partial(whole_params, session, checkpoint)
     else:
         params = stored_dtypes(checkpoint, abstract_params(session, Llama(session.model)))
 

@@ -31,7 +31,7 @@ from maxllm.report.runs import Run, number
 from maxllm.report.stage import StageReport
 from maxllm.run.loop import Job
 from maxllm.run.session import Session
-from maxllm.stages.program import Trainer, abstract_base, pair_batch, trainer
+from maxllm.stages.program import Trainer, pair_batch, trainer
 from maxllm.stages.shared import (
     exact_match,
     heldout_loss,
@@ -39,37 +39,20 @@ from maxllm.stages.shared import (
     replies,
     responder,
     say_sources,
-    start_from,
-    start_policy,
 )
 from maxllm.stages.stage import Stage
+from maxllm.stages.start import frozen_of, plainly, start_of, start_policy
 from maxllm.steps.dpo import dpo_loss
-from maxllm.steps.update import Loss
 from maxllm.weights import Weights
 
 
 def program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
     """The policy, on pairs, beside the frozen reference."""
-    llama = Llama(model)
+    llama = Llama(model, config.tuning)
     B, T = config.batch.rows, config.batch.sequence_length
     batch = ReplyPairBatch(pair_batch(B, T), jax.ShapeDtypeStruct((B, 2), jnp.int32))
-    loss = loss_of(config, model)
-    return trainer(
-        config,
-        model,
-        mesh,
-        llama,
-        loss,
-        batch,
-        sequences=2,
-        references=1,
-        frozen=(abstract_base(llama, mesh),),
-    )
-
-
-def loss_of(config: Config, model: ModelConfig) -> Callable[..., Loss]:
-    """The loss of a recipe."""
-    return partial(dpo_loss, Llama(model), config.dpo)
+    loss = partial(dpo_loss, llama, config.dpo)
+    return trainer(config, model, mesh, llama, loss, batch, sequences=2, references=1)
 
 
 def job(session: Session) -> Job:
@@ -78,18 +61,18 @@ def job(session: Session) -> Job:
     # 1. Data: prompt + chosen and prompt + rejected, right-padded.
     train_rows, heldout_rows, tallies = read_preferences(session)
     pairs, heldout = padded(session, train_rows), heldout_of(session, heldout_rows)
-    # 2. State: the policy; where it begins is also the reference, which stays.
+    # 2. State: what is trained of the policy; where it begins is the reference, and all that is not trained.
     compiled = program(config, session.model, session.mesh)
-    reference = Weights(start_policy(session)())
+    start = start_of(session, compiled, start_policy(session))
     return Job(
         program=compiled,
-        fresh=lambda: start_from(reference.base, compiled.optimizer, compiled.abstract_state),
+        fresh=start.fresh,
         batches=loader.ArrayBatches(pairs, config.batch.rows, config.run.seed),
         heldout=heldout,
-        evaluate=figures_of(session, heldout, reference),
+        evaluate=figures_of(session, compiled, heldout, start.frozen),
         best=("loss", "min"),
         store_heldout=True,
-        frozen=(reference,),
+        frozen=start.frozen,
         facts={
             "heldout_items": len(heldout_rows),
             "heldout_questions": len(heldout.answers),
@@ -162,23 +145,25 @@ def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params]
         heldout = heldout_of(session, read_preferences(session, training=False)[1])
     else:
         heldout = read_record(stored, Heldout)
-    return figures_of(session, heldout, Weights(start_policy(session)()))
+    compiled = program(session.config, session.model, session.mesh)
+    return figures_of(session, compiled, heldout, frozen_of(compiled, start_policy(session)))
 
 
 def figures_of(
-    session: Session, heldout: Heldout, reference: Weights
+    session: Session, compiled: Trainer, heldout: Heldout, frozen: tuple[Weights, ...]
 ) -> Callable[[Params], dict[str, float]]:
     """The loss's figures (order of the pairs, implicit rewards, log-probabilities), and the share of replies
     that are the known answer, decoded as `generation` says; that one only where answers are known."""
-    figures = heldout_loss(session, loss_of(session.config, session.model), heldout.pairs, reference)
+    figures = heldout_loss(session, compiled, heldout.pairs, frozen)
     if not heldout.answers:
-        return lambda params: figures(Weights(params))
+        return figures
+    made_plain = plainly(session.config.tuning)
     respond = responder(session, session.config.generation)
 
     def evaluate(params: Params) -> dict[str, float]:
-        weights = Weights(params)
+        weights = made_plain(compiled.partition.joined(params, *frozen))
         texts = replies(respond, session.tokenizer, weights, heldout.prompts, session.config.batch.rows)
-        return figures(weights) | {"exact_match": exact_match(texts, heldout.answers)}
+        return figures(params) | {"exact_match": exact_match(texts, heldout.answers)}
 
     return evaluate
 

@@ -31,7 +31,7 @@ from maxllm.run.session import Session, reopen
 from maxllm.stages import ppo
 from maxllm.stages.chat import Policy
 from maxllm.stages.registry import stage_of
-from maxllm.stages.shared import abstract_params, policy_params
+from maxllm.stages.start import abstract_params, whole_params
 from maxllm.steps.reward import score
 from maxllm.weights import Weights
 
@@ -56,7 +56,7 @@ def run(
     a repository of the hub, puts it there.
 
     A policy is written by `export_policy`; a reward model, or with `critic` the value model of a PPO run, by
-    `export_scorer`. The adapters of a LoRA run are merged into the model, unless `base` names what PEFT shall
+    `export_scorer`. LoRA's adapters are merged into the model, unless `base` names what PEFT shall
     load them onto: then they are written alone.
 
     Returns:
@@ -71,7 +71,7 @@ def run(
         raise UserError("--base writes adapters, --critic a value model: give one of them")
     checkpoint = folder.find(which)
     if base is not None:
-        written = export_lora(session, checkpoint, out_dir, base)
+        written = export_tuned(session, checkpoint, out_dir, base)
     elif critic or stage_of(session.config.stage).replies(session) == "score":
         written = export_scorer(session, checkpoint, out_dir, prompts, verify, critic=critic)
     else:
@@ -96,7 +96,7 @@ def export_policy(
     Raises:
       RunFailed: the two do not agree; nothing is left at out_dir.
     """
-    params = policy_params(session, checkpoint)
+    params = whole_params(session, checkpoint)
     check: dict[str, Any] | None = None
 
     def compare(folder: Path) -> None:
@@ -125,17 +125,17 @@ def export_policy(
     }
 
 
-def export_lora(session: Session, checkpoint: Path, out_dir: Path, base: str) -> dict[str, Any]:
+def export_tuned(session: Session, checkpoint: Path, out_dir: Path, base: str) -> dict[str, Any]:
     """The adapters of a run as a PEFT folder.
 
     Raises:
       UserError: the run trained no adapters.
     """
-    lora = session.config.lora
-    if lora is None:
+    tuning = session.config.tuning
+    if tuning is None or not tuning.adapters:
         raise UserError(f"{session.folder} trained no adapters: leave --base away to export the model")
-    adapters = load_params(checkpoint, abstract_params(session, Llama(session.model, lora)))
-    return export_adapters(adapters, session.model, lora, base, out_dir)
+    adapters = load_params(checkpoint, abstract_params(session, Llama(session.model, tuning)))
+    return export_adapters(adapters, session.model, tuning, base, out_dir)
 
 
 def export_scorer(
@@ -161,7 +161,7 @@ def export_scorer(
     if critic:
         params, what = ppo.critic_params(session, checkpoint), "The critic (value model) of `maxllm ppo`."
     else:
-        params = load_params(checkpoint, abstract_params(session, model))
+        params = whole_params(session, checkpoint, ScalarModel)
         what = "A reward model trained with `maxllm reward`."
     difference: float | None = None
 

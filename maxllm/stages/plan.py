@@ -185,9 +185,10 @@ def machine_figures(plan: Plan) -> dict[str, Any]:
         "devices": plan.hardware.devices,
         "links": plan.hardware.links,
         "mesh": {axis: int(size) for axis, size in plan.mesh.shape.items()},
-        "parameters": parameters_of(plan),
-        "compute_optimal_tokens": optimal_tokens(parameters_of(plan)),
-        "classic_state_bytes": classic_bytes(parameters_of(plan), trained, references),
+        "parameters": plan.program.parameters,
+        "trained_parameters": plan.program.trained_parameters,
+        "compute_optimal_tokens": optimal_tokens(plan.program.parameters),
+        "classic_state_bytes": classic_bytes(plan.program.parameters, trained, references),
         "attention": plan.model.attention,
         "bubble": bubble_of(plan),
     }
@@ -260,7 +261,7 @@ def speed_figures(
         "flops_per_token_full_attention": flops + masked_flops(model, batch.sequence_length, program),
         "tokens_per_step": program.tokens_per_step,
         "tokens": total,
-        "compute_optimal_parameters": optimal_parameters(training_flops(parameters_of(plan), total)),
+        "compute_optimal_parameters": optimal_parameters(training_flops(plan.program.parameters, total)),
     }
     names = ("step_seconds_bound", "bound_by", "mfu_bound", "tokens_per_second", "days", "cost", "energy_kwh")
     compiled = parts.get(STEP)
@@ -290,9 +291,11 @@ def masked_flops(model: ModelConfig, sequence_length: int, program: Program) -> 
 def bound_of(plan: Plan, compiled: Compiled) -> Bound:
     """The floors of one device's step."""
     config, shape, program = plan.config, plan.mesh.shape, plan.program
-    trained, frozen = parameters_of(plan), parameter_count(program.frozen) if config.lora else 0
-    # Adapters are beside the layers' matrices alone.
-    matrices = 1.0 if config.lora else matmul_parameters(plan.model, 0) / trained
+    tuning, trained = config.tuning, plan.program.trained_parameters
+    frozen = parameter_count(program.frozen) if tuning else 0
+    # What a loss compares with is all that training began from, and so what stays too.
+    multiplied = frozen if tuning and program.references else trained + frozen
+    matrices = 1.0 if tuning else matmul_parameters(plan.model, 0) / trained
     shards = plan.hardware.devices // shape["data"]
     return step_bound(
         plan.hardware.chip,
@@ -300,9 +303,9 @@ def bound_of(plan: Plan, compiled: Compiled) -> Bound:
         sequence_length=plan.config.batch.sequence_length,
         tokens_per_device=program.tokens_per_step / plan.hardware.devices,
         parameter_shard=trained / shards,
-        gathered_parameters=(trained + frozen) / (shape["tensor"] * shape["stage"]),
+        gathered_parameters=multiplied / (shape["tensor"] * shape["stage"]),
         sent_bytes=sum(exchange.bytes for exchange in compiled.collectives.values()),
-        passes=(2 if config.lora else 3) + (plan.model.remat != "none"),
+        passes=(2 if tuning else 3) + (plan.model.remat != "none"),
         between_nodes_bytes=sum(exchange.between_nodes for exchange in compiled.collectives.values()),
         idle=bubble_of(plan),
         update_bytes=update_bytes(config.optimizer, matrices),
@@ -320,12 +323,7 @@ def counted(plan: Plan) -> dict[str, Any]:
     """What a training pass has beside a language model's: frozen models that it goes with, a head of another
     width, adapters."""
     program = plan.program
-    return {"references": program.references, "head": program.head, "lora": plan.config.lora}
-
-
-def parameters_of(plan: Plan) -> int:
-    """Number of parameters of the model that is trained, which is PPO's actor."""
-    return parameter_count(plan.program.abstract_state.detach()[0])
+    return {"references": program.references, "head": program.head, "tuning": plan.config.tuning}
 
 
 def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from maxllm import recipe
 from maxllm.data import loader
 from maxllm.data.instruct import Question, RowReader, question_of
 from maxllm.data.load_tokenizer import load_tokenizer
@@ -27,12 +28,13 @@ from maxllm.errors import UserError
 from maxllm.folder import RunFolder
 from maxllm.generate.decode import decoder_of
 from maxllm.losses.policy import kl_k1
+from maxllm.model.adapters import plain
 from maxllm.model.heads import ScalarModel
 from maxllm.parallel.mesh import check_batch_divides, platform_of
 from maxllm.records import Params, PromptBatch
 from maxllm.run.loop import Job
 from maxllm.run.program import compile_reader
-from maxllm.run.restore import load_params, restore
+from maxllm.run.restore import restore
 from maxllm.run.session import Session, check_same_model
 from maxllm.stages.ppo_program import (
     algorithm_with,
@@ -45,16 +47,20 @@ from maxllm.stages.ppo_program import (
 )
 from maxllm.stages.ppo_report import REPORT
 from maxllm.stages.shared import (
-    abstract_params,
-    check_start,
     exact_match,
     prompts_of,
     reply_text,
     say_sources,
-    start_from,
-    start_policy,
 )
 from maxllm.stages.stage import Stage
+from maxllm.stages.start import (
+    abstract_params,
+    check_start,
+    first_trained,
+    start_from,
+    start_policy,
+    whole_params,
+)
 from maxllm.steps import ppo as algorithm
 from maxllm.steps.ppo import Frozen, Ppo, PpoState
 from maxllm.steps.state import abstract
@@ -80,7 +86,7 @@ def job(session: Session) -> Job:
     # 3. Train; the best checkpoint is the one with the highest held-out score.
     return Job(
         program=compiled,
-        fresh=lambda: fresh_state(ppo, frozen, compiled.abstract_state),
+        fresh=lambda: fresh_state(ppo, frozen, compiled.abstract_state, config.run.seed),
         batches=loader.PromptBatches(rows, config.batch.rows, config.run.seed),
         heldout=heldout,
         evaluate=figures_of(session, ppo, frozen, heldout),
@@ -98,12 +104,11 @@ def frozen_models(session: Session) -> Callable[[], Frozen]:
     Raises:
       UserError: one of them is gone, or does not fit the policy.
     """
-    start = start_policy(session)
-    reward = abstract_params(session, ScalarModel(session.model))
-    judge = session.parent("reward")
-    check_start(session, judge, reward)
+    start, judge = start_policy(session), session.parent("reward")
+    tuning = recipe.of_run(RunFolder.of_checkpoint(judge)).tuning
+    check_start(session, judge, abstract_params(session, ScalarModel(session.model, tuning)))
     check_reward_fits(session)
-    return lambda: Frozen(reference=Weights(start()), reward=Weights(load_params(judge, reward)))
+    return lambda: Frozen(start(), Weights(whole_params(session, judge, ScalarModel)))
 
 
 class Heldout(struct.PyTreeNode):
@@ -158,16 +163,24 @@ def critic_params(session: Session, checkpoint: Path) -> Params:
         stage = session.config.stage
         raise UserError(f"{session.folder} is a {stage} run: only ppo trains a critic")
     ppo = algorithm_with(session)
-    init = partial(init_state, ppo)
-    return restore(checkpoint, abstract(init, session.mesh)).critic.params
+    params = restore(checkpoint, abstract(partial(init_state, ppo), session.mesh)).critic.params
+    tuning = session.config.tuning
+    if tuning is None:
+        return params
+    if tuning.beside is not None:
+        raise UserError(f"the critic of {session.folder} has {tuning.beside.named()}: it cannot be exported")
+    reward = Weights(whole_params(session, session.parent("reward"), ScalarModel))
+    return plain(ppo.critic.weights(params, reward), tuning).base
 
 
-def fresh_state(ppo: Ppo, frozen: Frozen, abstract_state: PpoState) -> PpoState:
-    """Step 0: the actor is a copy of the reference, the critic of the reward model."""
+def fresh_state(ppo: Ppo, frozen: Frozen, abstract_state: PpoState, seed: int) -> PpoState:
+    """Step 0: the actor begins as the reference, the critic as the reward model."""
+    actor = first_trained(ppo.actor.model, frozen.reference, seed)
+    critic = first_trained(ppo.critic.model, frozen.reward, seed)
     return PpoState(
         step=jnp.int32(0),
-        actor=start_from(frozen.reference.base, ppo.actor.optimizer, abstract_state.actor),
-        critic=start_from(frozen.reward.base, ppo.critic.optimizer, abstract_state.critic),
+        actor=start_from(actor, ppo.actor.optimizer, abstract_state.actor),
+        critic=start_from(critic, ppo.critic.optimizer, abstract_state.critic),
     )
 
 
@@ -232,7 +245,9 @@ def figures_of(
         sums = {"score": 0.0, "kl": 0.0, "finished": 0.0}
         for part, (batch, real) in enumerate(loader.in_order(heldout.prompts, config.batch.rows)):
             key = jax.random.fold_in(jax.random.key(config.run.seed), part)
-            sampled, best, scores_B, kl_B = jax.device_get(reader(Weights(params), batch, frozen, key))
+            sampled, best, scores_B, kl_B = jax.device_get(
+                reader(ppo.actor.weights(params, frozen.reference), batch, frozen, key)
+            )
             texts += [reply_text(session.tokenizer, sampled, row) for row in range(real)]
             greedy_texts += [reply_text(session.tokenizer, best, row) for row in range(real)]
             for name, values in (("score", scores_B), ("kl", kl_B), ("finished", sampled.finished_B)):

@@ -29,7 +29,7 @@ from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import Metrics, Params, PromptBatch, Rollout
 from maxllm.run.program import Compiled, Part, Program
 from maxllm.run.session import Session
-from maxllm.stages.program import abstract_base
+from maxllm.stages.program import abstract_start, kept_parameters
 from maxllm.steps import ppo as algorithm
 from maxllm.steps.ppo import Frozen, Learner, Model, Ppo, PpoState
 from maxllm.steps.state import abstract, initializer, partition_of
@@ -40,9 +40,9 @@ def iterate(
     parts: Compiled, state: PpoState, prompts: PromptBatch, frozen: Frozen
 ) -> tuple[PpoState, Metrics]:
     """One iteration of PPO: respond, judge, learn. Called on the host: what judges may be anything."""
-    rollout = parts["rollout"](state.actor.params, state.step, prompts)
+    rollout = parts["rollout"](state.actor.params, state.step, prompts, frozen.reference)
     scores_B = parts["judge"](frozen.reward, rollout)
-    return parts["learn"](state, rollout, scores_B, frozen.reference)
+    return parts["learn"](state, rollout, scores_B, frozen)
 
 
 def parts_of(
@@ -57,16 +57,17 @@ def parts_of(
         rollout_key, update_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
         return rollout_key, update_key
 
-    def rollout(policy: Params, step: jax.Array, prompts: PromptBatch) -> Rollout:
-        return respond(ppo, sampler, Weights(policy), prompts, keys(step)[0], generation)
+    def rollout(policy: Params, step: jax.Array, prompts: PromptBatch, reference: Weights) -> Rollout:
+        weights = ppo.actor.weights(policy, reference)
+        return respond(ppo, sampler, weights, prompts, keys(step)[0], generation)
 
     def judge(reward: Weights, rollout: Rollout) -> jax.Array:
         return algorithm.scores(ppo, reward, rollout)
 
     def learn(
-        state: PpoState, rollout: Rollout, scores_B: jax.Array, reference: Weights
+        state: PpoState, rollout: Rollout, scores_B: jax.Array, frozen: Frozen
     ) -> tuple[PpoState, Metrics]:
-        return algorithm.learn(ppo, state, rollout, scores_B, reference, keys(state.step)[1])
+        return algorithm.learn(ppo, state, rollout, scores_B, frozen, keys(state.step)[1])
 
     return {"rollout": rollout, "judge": judge, "learn": learn}
 
@@ -102,7 +103,9 @@ def program(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
 def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Program:
     """Rollout, judgement and learning: four models, of which each part holds those that it reads."""
     init = partial(init_state, ppo)
-    reference, reward = (abstract_base(learner.model, mesh) for learner in (ppo.actor, ppo.critic))
+    # The critic's adapters are always fresh, so that the reward model has none.
+    reference = abstract_start(config, ppo.actor.model, mesh)
+    frozen = Frozen(reference, abstract_start(config, ppo.critic.model, mesh).replace(adapters=None))
     state = abstract(init, mesh, config.mesh.zero, config.mesh.offload)
     batch = PromptBatch(
         jax.ShapeDtypeStruct((config.batch.rows, prompt_length(config)), jnp.int32),
@@ -111,20 +114,20 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
     )
     sampler = decoder_of(ppo.actor.model, platform_of(mesh))
     functions = parts_of(ppo, sampler, config.generation, config.run.seed)
-    policy = (state.actor.params, state.step, batch)
+    policy = (state.actor.params, state.step, batch, reference)
     rollout = jax.eval_shape(functions["rollout"], *policy)
     scores_B = jax.ShapeDtypeStruct((config.batch.rows,), jnp.float32)
     arguments = {
         "rollout": policy,
-        "judge": (reward, rollout),
-        "learn": (state, rollout, scores_B, reference),
+        "judge": (frozen.reward, rollout),
+        "learn": (state, rollout, scores_B, frozen),
     }
     tokens = config.batch.rows * config.batch.sequence_length
     return Program(
         init=init,
         abstract_state=state,
         abstract_batch=batch,
-        frozen=(Frozen(reference=reference, reward=reward),),
+        frozen=(frozen,),
         parts={
             name: Part(function=function, arguments=arguments[name], updates=name == "learn")
             for name, function in functions.items()
@@ -133,6 +136,7 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
         tokens_per_step=tokens,
         flops_per_step=iteration_flops(config, model, tokens),
         declared=partition_of(ppo.actor.model).declared,
+        kept_parameters=kept_parameters(ppo.actor.model),
         trained=2,
         references=2,
         decodes=True,
@@ -166,8 +170,8 @@ def algorithm_of(
     critic = config.optimizer.model_copy(update={"learning_rate": config.ppo.critic_learning_rate})
     return Ppo(
         config=config.ppo,
-        actor=learner(Llama(model), config.optimizer),
-        critic=learner(ScalarModel(model), critic),
+        actor=learner(Llama(model, config.tuning), config.optimizer),
+        critic=learner(ScalarModel(model, config.tuning), critic),
         shaping=Shaping(config.generation.temperature, never),
         stop_tokens=stop_tokens,
         pad=pad,

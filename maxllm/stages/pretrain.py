@@ -24,15 +24,14 @@ from maxllm.report.stage import StageReport, Verdicts
 from maxllm.report.wording import bits, count
 from maxllm.run.loop import Job
 from maxllm.run.session import Session
-from maxllm.stages.program import language_program
+from maxllm.stages.program import Trainer, language_program
 from maxllm.stages.shared import (
-    heldout_language,
+    heldout_loss,
     language_job,
-    start_from,
-    start_policy,
 )
 from maxllm.stages.stage import Stage
-from maxllm.steps.state import TrainState, create
+from maxllm.stages.start import Start, frozen_of, start_of, start_policy
+from maxllm.steps.state import create
 from maxllm.storage import path_of
 from maxllm.weights import Weights
 
@@ -46,22 +45,21 @@ def job(session: Session) -> Job:
     prepared, manifest = open_corpus(session)
     # 2. State: initialized, or read, straight into its shardings.
     program = language_program(config, session.model, session.mesh)
-    start = start_policy(session) if config.start.policy else None
-
-    def fresh() -> TrainState:
-        if start is None:
-            return create(program.init, program.abstract_state, jax.random.key(config.run.seed))
-        return start_from(start(), program.optimizer, program.abstract_state)
-
+    if config.start.policy:
+        start = start_of(session, program, start_policy(session))
+    else:
+        key = jax.random.key(config.run.seed)
+        start = Start((), lambda: create(program.init, program.abstract_state, key))
     heldout = read_rows(prepared, "heldout", config.data.cache_gb)
     # 3. Train; the best checkpoint is the one with the fewest held-out bits per byte.
     return language_job(
         session,
         program,
-        fresh=fresh,
+        fresh=start.fresh,
+        frozen=start.frozen,
         rows=read_rows(prepared, "train", config.data.cache_gb),
         heldout=heldout,
-        evaluate=bits_per_byte(session, heldout, manifest),
+        evaluate=bits_per_byte(session, program, heldout, manifest, start.frozen),
         best=("bits_per_byte", "min"),
         facts={
             "bits_per_byte_unigram": manifest["bits_per_byte_unigram"],
@@ -82,22 +80,29 @@ def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params]
     """Held-out figures; the rows are the corpus's, which a run does not keep a second time."""
     assert stored is None, "job stores none"
     prepared, manifest = open_corpus(session)
-    return bits_per_byte(session, read_rows(prepared, "heldout", session.config.data.cache_gb), manifest)
+    heldout = read_rows(prepared, "heldout", session.config.data.cache_gb)
+    program = language_program(session.config, session.model, session.mesh)
+    frozen = frozen_of(program, lambda: start_policy(session)())
+    return bits_per_byte(session, program, heldout, manifest, frozen)
 
 
 def bits_per_byte(
-    session: Session, rows: LmBatch, manifest: dict[str, Any]
+    session: Session,
+    program: Trainer,
+    rows: LmBatch,
+    manifest: dict[str, Any],
+    frozen: tuple[Weights, ...],
 ) -> Callable[[Params], dict[str, float]]:
     """Held-out loss, accuracy and bits per byte of text.
 
     Bits are counted over every token of every held-out document, its end-of-text token included, and divided
     by the documents' UTF-8 bytes: a figure that does not depend on the tokenizer.
     """
-    measure = heldout_language(session, rows)
+    measure = heldout_loss(session, program, rows, frozen)
     tokens, size = manifest["heldout"]["tokens"], manifest["heldout"]["bytes"]
 
     def evaluate(params: Params) -> dict[str, float]:
-        figures = measure(Weights(params))
+        figures = measure(params)
         return figures | {"bits_per_byte": figures["loss"] * tokens / math.log(2) / size}
 
     return evaluate

@@ -13,13 +13,15 @@ from jax.sharding import Mesh
 
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
+from maxllm.model.forward import init_weights
+from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.optim import Optimizer, make_optimizer
 from maxllm.plan.flops import train_flops_per_token
 from maxllm.records import LmBatch, PairBatch
 from maxllm.run.program import Program, step_alone
 from maxllm.steps.language import language_loss
-from maxllm.steps.state import abstract, init_params, initializer, partition_of
+from maxllm.steps.state import abstract, initializer, parameter_count, partition_of
 from maxllm.steps.update import Loss, train_step
 from maxllm.weights import Partition, Weights
 
@@ -30,23 +32,39 @@ class Trainer(Program):
 
     loss_fn: Callable[..., Loss]
     optimizer: Optimizer
+    model: Llama | ScalarModel
     partition: Partition
-    """What of the model's weights is in the state."""
+    """What of the model's weights is in the state. `frozen` has the others, or, where there are `references`,
+    all weights that training began from."""
 
 
 def language_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
-    """Next-token prediction by the whole model or, with `lora`, by adapters beside it."""
-    llama = Llama(model, config.lora)
+    """Next-token prediction."""
+    llama = Llama(model, config.tuning)
     B, T = config.batch.rows, config.batch.sequence_length
     ids, weights = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T), jnp.float32)
     batch = LmBatch(ids, ids, weights, ids, ids)
-    frozen = () if config.lora is None else (abstract_base(Llama(model), mesh),)
-    return trainer(config, model, mesh, llama, partial(language_loss, llama), batch, frozen=frozen)
+    return trainer(config, model, mesh, llama, partial(language_loss, llama), batch)
 
 
-def abstract_base(model: Any, mesh: Mesh) -> Weights:
-    """Shapes and shardings of a model's weights where they are frozen."""
-    return Weights(abstract(partial(init_params, model), mesh))
+def abstract_start(config: Config, model: Llama | ScalarModel, mesh: Mesh) -> Weights:
+    """Shapes and shardings of all weights that training begins from."""
+    weights: Weights = abstract(partial(init_weights, model), mesh)
+    return weights if config.start.adapters == "continue" else weights.replace(adapters=None)
+
+
+def abstract_kept(model: Llama | ScalarModel, mesh: Mesh) -> Weights:
+    """Shapes and shardings of the weights that are not trained."""
+    partition = partition_of(model)
+    kept: Weights = abstract(lambda key: partition.split(init_weights(model, key))[1], mesh)
+    return kept
+
+
+def kept_parameters(model: Llama | ScalarModel) -> int:
+    """Parameters of a model that are not trained."""
+    partition = partition_of(model)
+    kept = jax.eval_shape(lambda key: partition.split(init_weights(model, key))[1], jax.random.key(0))
+    return parameter_count(kept)
 
 
 def pair_batch(B: int, T: int) -> PairBatch:
@@ -62,14 +80,13 @@ def trainer(
     config: Config,
     shape: ModelConfig,
     mesh: Mesh,
-    model: Any,
+    model: Llama | ScalarModel,
     loss_fn: Callable[..., Loss],
     batch: Any,
     *,
     sequences: int = 1,
     head: int | None = None,
     references: int = 0,
-    frozen: tuple[Weights, ...] = (),
 ) -> Trainer:
     """One model, one optimizer, one loss.
 
@@ -78,15 +95,19 @@ def trainer(
       shape: the model's configuration.
       mesh: the device mesh.
       model: what is trained, a Flax module.
-      loss_fn: (weights, batch, dropout key, *others) -> Loss.
+      loss_fn: (weights, batch, dropout key) -> Loss; with `references`, the weights that training began from
+        are a fourth argument.
       batch: shapes and types of a batch.
       sequences: of batch.sequence_length tokens in each row of the batch.
       head: width of the model's output; None for the vocabulary.
-      references: models of the same shape that are run beside it.
-      frozen: abstract weights that stay: the part of the model that is not trained, if there is one, and then
-        what the loss reads besides.
+      references: models of the same shape that are run beside it: 1 where the loss compares with where
+        training began.
     """
     partition = partition_of(model)
+    if references:
+        frozen: tuple[Weights, ...] = (abstract_start(config, model, mesh),)
+    else:
+        frozen = (abstract_kept(model, mesh),) if partition.keeps else ()
     optimizer = make_optimizer(config.optimizer, config.updates, partition.declared)
     init = initializer(model, optimizer)
     step = partial(
@@ -97,10 +118,11 @@ def trainer(
         microbatches=config.batch.microbatches,
         gradient_dtype=jnp.dtype(config.optimizer.gradient_dtype),
         partition=partition,
+        compares=references > 0,
     )
     state = abstract(init, mesh, config.mesh.zero, config.mesh.offload)
     tokens = sequences * config.batch.rows * config.batch.sequence_length
-    per_token = train_flops_per_token(shape, config.batch.sequence_length, head, references, config.lora)
+    per_token = train_flops_per_token(shape, config.batch.sequence_length, head, references, config.tuning)
     return Trainer(
         init=init,
         abstract_state=state,
@@ -113,6 +135,8 @@ def trainer(
         head=head,
         loss_fn=loss_fn,
         optimizer=optimizer,
+        model=model,
         partition=partition,
         declared=partition.declared,
+        kept_parameters=kept_parameters(model),
     )

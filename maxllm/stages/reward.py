@@ -29,24 +29,21 @@ from maxllm.report.stage import StageReport, Verdicts
 from maxllm.run.loop import Job
 from maxllm.run.session import Session
 from maxllm.stages.program import Trainer, pair_batch, trainer
-from maxllm.stages.shared import heldout_loss, say_sources, start_from, start_policy
+from maxllm.stages.shared import heldout_loss, say_sources
 from maxllm.stages.stage import Stage
+from maxllm.stages.start import frozen_of, start_of, start_policy
 from maxllm.steps.reward import reward_loss
 from maxllm.steps.state import abstract, create, init_params
-from maxllm.steps.update import Loss
 from maxllm.weights import Weights
 
 
 def program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
     """The reward model, on pairs."""
     batch = pair_batch(config.batch.rows, config.batch.sequence_length)
-    loss = loss_of(config, model)
-    return trainer(config, model, mesh, ScalarModel(model), loss, batch, sequences=2, head=1)
-
-
-def loss_of(config: Config, model: ModelConfig) -> Callable[..., Loss]:
-    """The loss of a recipe."""
-    return partial(reward_loss, ScalarModel(model), config.reward)
+    scalar = ScalarModel(model, config.tuning)
+    return trainer(
+        config, model, mesh, scalar, partial(reward_loss, scalar, config.reward), batch, sequences=2, head=1
+    )
 
 
 def job(session: Session) -> Job:
@@ -57,16 +54,17 @@ def job(session: Session) -> Job:
     rows, heldout = (padded(session, pairs) for pairs in (train_pairs, heldout_pairs))
     # 2. State: the policy's decoder under a new head.
     compiled = program(config, session.model, session.mesh)
-    start = start_policy(session)
+    start = start_of(session, compiled, with_new_head(session))
     # 3. Train; the best checkpoint is the one that orders most held-out pairs right.
     return Job(
         program=compiled,
-        fresh=lambda: start_from(with_new_head(session, start), compiled.optimizer, compiled.abstract_state),
+        fresh=start.fresh,
         batches=loader.ArrayBatches(rows, config.batch.rows, config.run.seed),
         heldout=heldout,
-        evaluate=figures_of(session, heldout),
+        evaluate=heldout_loss(session, compiled, heldout, start.frozen),
         best=("accuracy", "max"),
         store_heldout=True,
+        frozen=start.frozen,
         facts={"heldout_items": len(heldout_pairs), "sources": say_sources(session, tallies)},
     )
 
@@ -102,23 +100,25 @@ def shown_rows(session: Session, count: int) -> list[ShownRow]:
 
 
 def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
-    """Held-out figures over stored rows, or over those of the data."""
+    """Loss, pair accuracy and mean scores over stored rows, or over those of the data."""
     if stored is not None:
-        return figures_of(session, read_record(stored, PairBatch))
-    return figures_of(session, padded(session, read_pairs(session, training=False)[1]))
+        heldout = read_record(stored, PairBatch)
+    else:
+        heldout = padded(session, read_pairs(session, training=False)[1])
+    compiled = program(session.config, session.model, session.mesh)
+    return heldout_loss(session, compiled, heldout, frozen_of(compiled, lambda: with_new_head(session)()))
 
 
-def figures_of(session: Session, heldout: PairBatch) -> Callable[[Params], dict[str, float]]:
-    """Loss, pair accuracy and mean scores."""
-    figures = heldout_loss(session, loss_of(session.config, session.model), heldout)
-    return lambda params: figures(Weights(params))
+def with_new_head(session: Session) -> Callable[[], Weights]:
+    """Reads the policy's decoder, under a new head."""
+    start, init = start_policy(session), partial(init_params, ScalarModel(session.model))
 
+    def read() -> Weights:
+        params = create(init, abstract(init, session.mesh), jax.random.key(session.config.run.seed))
+        weights = start()
+        return weights.replace(base=params | {"decoder": weights.base["decoder"]})
 
-def with_new_head(session: Session, start: Callable[[], Params]) -> Params:
-    """Scalar-model parameters whose decoder is the policy's."""
-    init = partial(init_params, ScalarModel(session.model))
-    params = create(init, abstract(init, session.mesh), jax.random.key(session.config.run.seed))
-    return params | {"decoder": start()["decoder"]}
+    return read
 
 
 # --- what a report shows -----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 from flax import struct
 
 from maxllm.data.conversation import Conversation, read_conversation
@@ -20,7 +19,6 @@ from maxllm.data.shown import ShownRow, shown_packed
 from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
 from maxllm.errors import UserError
-from maxllm.model.llama import Llama
 from maxllm.records import LmBatch, Params, PromptBatch
 from maxllm.report.charts import Chart, Line, shares, training_and_heldout
 from maxllm.report.figures import Facts, Row, both, share_row
@@ -28,21 +26,18 @@ from maxllm.report.runs import Run
 from maxllm.report.stage import StageReport
 from maxllm.run.loop import Job
 from maxllm.run.session import Session, say
-from maxllm.stages.program import language_program
+from maxllm.stages.program import Trainer, language_program
 from maxllm.stages.shared import (
     exact_match,
-    heldout_language,
+    heldout_loss,
     language_job,
-    merging,
     prompts_of,
     replies,
     responder,
     say_sources,
-    start_from,
-    start_policy,
 )
 from maxllm.stages.stage import Stage
-from maxllm.steps.state import TrainState, create, partition_of
+from maxllm.stages.start import frozen_of, plainly, start_of, start_policy
 from maxllm.weights import Weights
 
 
@@ -52,24 +47,17 @@ def job(session: Session) -> Job:
     # 1. Data: conversations packed with their loss masks.
     train_conversations, heldout_conversations, tallies = read_conversations(session)
     rows, heldout = packed(session, train_conversations), heldout_of(session, heldout_conversations)
-    # 2. State: all parameters, or adapters beside parameters that stay.
+    # 2. State: what is trained, beside what stays.
     program = language_program(config, session.model, session.mesh)
-    start = start_policy(session)
-    frozen = () if config.lora is None else (Weights(start()),)
-
-    def fresh() -> TrainState:
-        if frozen:
-            return create(program.init, program.abstract_state, jax.random.key(config.run.seed))
-        return start_from(start(), program.optimizer, program.abstract_state)
-
+    start = start_of(session, program, start_policy(session))
     return language_job(
         session,
         program,
-        fresh=fresh,
-        frozen=frozen,
+        fresh=start.fresh,
+        frozen=start.frozen,
         rows=rows,
         heldout=heldout,
-        evaluate=figures_of(session, heldout, frozen),
+        evaluate=figures_of(session, program, heldout, start.frozen),
         best=("loss", "min"),
         store_heldout=True,
         facts={
@@ -120,25 +108,24 @@ def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params]
         heldout = heldout_of(session, read_conversations(session, training=False)[1])
     else:
         heldout = read_record(stored, Heldout)
-    frozen = () if session.config.lora is None else (Weights(start_policy(session)()),)
-    return figures_of(session, heldout, frozen)
+    program = language_program(session.config, session.model, session.mesh)
+    return figures_of(session, program, heldout, frozen_of(program, lambda: start_policy(session)()))
 
 
 def figures_of(
-    session: Session, heldout: Heldout, frozen: tuple[Weights, ...]
+    session: Session, program: Trainer, heldout: Heldout, frozen: tuple[Weights, ...]
 ) -> Callable[[Params], dict[str, float]]:
     """Loss on the replies, and greedy exact match where answers are known."""
     config = session.config
-    partition, merged = partition_of(Llama(session.model, config.lora)), merging(config.lora)
-    loss_of = heldout_language(session, heldout.rows)
+    loss_of, made_plain = heldout_loss(session, program, heldout.rows, frozen), plainly(config.tuning)
     respond = responder(session, config.generation)
 
     def evaluate(params: Params) -> dict[str, float]:
-        weights = merged(partition.joined(params, *frozen))
         if not heldout.answers:
-            return loss_of(weights)
+            return loss_of(params)
+        weights = made_plain(program.partition.joined(params, *frozen))
         texts = replies(respond, session.tokenizer, weights, heldout.prompts, config.batch.rows)
-        return loss_of(weights) | {"exact_match": exact_match(texts, heldout.answers)}
+        return loss_of(params) | {"exact_match": exact_match(texts, heldout.answers)}
 
     return evaluate
 

@@ -1,43 +1,31 @@
-"""What stages share around the loop: states that start from parameters, and replies to prompts."""
+"""What stages share around the loop: jobs, held-out losses, and replies to prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from maxllm import recipe
 from maxllm.config.generation import GenerationConfig
-from maxllm.config.lora import LoraConfig
-from maxllm.config.stages import TRAINED
 from maxllm.data import loader
 from maxllm.data.ahead import Ahead
 from maxllm.data.instruct import Question, pad_prompts
 from maxllm.data.remote import RemoteArray
 from maxllm.data.sources import Tally
 from maxllm.data.tokenizer import Tokenizer, without_piece
-from maxllm.folder import RunFolder
 from maxllm.generate.decode import decoder_of, generate
-from maxllm.model.adapters import merge
-from maxllm.model.llama import Llama
-from maxllm.optim import Optimizer
-from maxllm.parallel import sharding
 from maxllm.parallel.mesh import platform_of
 from maxllm.records import LmBatch, Params, PromptBatch, Rollout
 from maxllm.run.loop import Job, mean_over
-from maxllm.run.parents import parent_of
 from maxllm.run.program import compile_reader
-from maxllm.run.restore import check_params, load_params
 from maxllm.run.session import Session, say
 from maxllm.stages.program import Trainer
-from maxllm.steps.language import language_loss
-from maxllm.steps.state import TrainState, abstract, init_params
-from maxllm.steps.update import Loss, eval_step
+from maxllm.stages.start import plain_policy
+from maxllm.steps.state import TrainState
+from maxllm.steps.update import eval_step
 from maxllm.weights import Weights
 
 
@@ -46,67 +34,6 @@ def say_sources(session: Session, tallies: Sequence[Tally]) -> list[dict[str, An
     for tally in tallies:
         say(session, tally.line())
     return [tally.report() for tally in tallies]
-
-
-def start_from(params: Params, optimizer: Optimizer, abstract_state: TrainState) -> TrainState:
-    """Step 0 with given parameters and a fresh optimizer state, in the shardings of the abstract one."""
-
-    def begin(params: Params) -> TrainState:
-        return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
-
-    return jax.jit(begin, out_shardings=sharding.shardings_of(abstract_state))(params)
-
-
-def abstract_params(session: Session, model: Any) -> Params:
-    """Shapes and shardings of what a checkpoint holds of a model: its adapters, if it has any."""
-    return abstract(partial(init_params, model), session.mesh)
-
-
-def policy_params(session: Session, checkpoint: Path) -> Params:
-    """A checkpoint's language-model parameters on this session's mesh, its adapters merged into their model.
-
-    Raises:
-      UserError: the model that adapters were trained beside is gone, or another one now.
-    """
-    folder = RunFolder.of_checkpoint(checkpoint)
-    config = recipe.of_run(folder)
-    if config.lora is None:
-        return load_params(checkpoint, abstract_params(session, Llama(session.model)))
-    base = policy_params(session, parent_of(folder, config, "policy"))
-    adapters = load_params(checkpoint, abstract_params(session, Llama(session.model, config.lora)))
-    return merging(config.lora)(Weights(base, adapters)).base
-
-
-def merging(lora: LoraConfig | None) -> Callable[[Weights], Weights]:
-    """A compiled function that gives weights without adapters that compute the same."""
-    return (lambda weights: weights) if lora is None else jax.jit(partial(merge, lora=lora))
-
-
-def start_policy(session: Session) -> Callable[[], Params]:
-    """Reads the parameters that a run starts from, when called; now their shapes are looked at, and told.
-
-    Raises:
-      UserError: there is no checkpoint, or one of another model.
-    """
-    checkpoint = session.parent("policy")
-    lora = recipe.of_run(RunFolder.of_checkpoint(checkpoint)).lora
-    check_start(session, checkpoint, abstract_params(session, Llama(session.model, lora)))
-    return partial(policy_params, session, checkpoint)
-
-
-def check_start(session: Session, checkpoint: Path, wanted: Params) -> None:
-    """Looks at a checkpoint that a run starts from, and names it on the console; nothing is read yet.
-
-    Raises:
-      UserError: it is of another model.
-      RunFailed: it is damaged.
-    """
-    check_params(checkpoint, wanted)
-    folder = RunFolder.of_checkpoint(checkpoint)
-    parent = recipe.of_run(folder)
-    unfinished = parent.stage in TRAINED and folder.summary() is None
-    more = f" of {parent.run.steps}: that run is not finished" if unfinished else ""
-    say(session, f"starts from {folder.shown()}, step {checkpoint.name}{more}")
 
 
 def language_job(
@@ -138,23 +65,25 @@ def language_job(
     )
 
 
-def heldout_language(session: Session, rows: LmBatch) -> Callable[[Weights], dict[str, float]]:
-    """Loss (nats per weighted target) and next-token accuracy over held-out rows."""
-    return heldout_loss(session, partial(language_loss, Llama(session.model)), rows)
-
-
 def heldout_loss(
-    session: Session, loss_fn: Callable[..., Loss], rows: Any, *frozen: Weights
-) -> Callable[[Weights], dict[str, float]]:
-    """A loss over held-out rows, and the metrics that come with it; `frozen` is what it reads besides."""
-    reader = compile_reader(session.mesh, partial(eval_step, loss_fn=loss_fn))
+    session: Session, program: Trainer, rows: Any, frozen: tuple[Weights, ...]
+) -> Callable[[Params], dict[str, float]]:
+    """The program's loss over held-out rows, without dropout, and the metrics that come with it, of trained
+    parameters; `frozen` is what it keeps beside them."""
+    reader = compile_reader(session.mesh, partial(eval_step, loss_fn=program.loss_fn))
     batches = partial(loader.in_order, rows, session.config.batch.rows)
-    return lambda weights: mean_over(batches(), lambda batch: reader(weights, batch, *frozen))
+    others = frozen if program.references else ()
+
+    def figures(params: Params) -> dict[str, float]:
+        weights = program.partition.joined(params, *frozen)
+        return mean_over(batches(), lambda batch: reader(weights, batch, *others))
+
+    return figures
 
 
 def responder(session: Session, config: GenerationConfig) -> Callable[..., Rollout]:
-    """Compiled `(weights, PromptBatch, key) -> Rollout` for this session's policy."""
-    model = decoder_of(Llama(session.model), platform_of(session.mesh))
+    """Compiled `(plain weights, PromptBatch, key) -> Rollout` for this session's policy."""
+    model = decoder_of(plain_policy(session), platform_of(session.mesh))
     stop_tokens, pad = session.tokenizer.stop_tokens, session.tokenizer.pad
     never = without_piece(session.tokenizer, session.model.vocab_size)
 

@@ -63,9 +63,10 @@ class Frozen(struct.PyTreeNode):
     """What PPO reads and never changes."""
 
     reference: Weights
-    """The SFT policy that the KL is measured against."""
+    """The SFT policy that the KL is measured against. The actor began as it, and has all that is not trained
+    from it."""
     reward: Weights
-    """The reward model."""
+    """The reward model, which is the same to the critic."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,12 @@ class Learner(Generic[Model]):
     gradient_dtype: jnp.dtype = FLOAT32
     """Type of the gradients of the layers' matrices; see `accumulate`."""
 
+    def weights(self, params: Params, start: Weights) -> Weights:
+        """All weights, from those that are trained and those that training began from."""
+        return partition_of(self.model).joined(params, start)
+
     def update(
-        self, state: TrainState, batch: Experience, key: jax.Array, loss_fn: LossFn
+        self, state: TrainState, batch: Experience, key: jax.Array, loss_fn: LossFn, start: Weights
     ) -> tuple[TrainState, Metrics]:
         """One update; see `update` for what it returns."""
         return update(
@@ -92,6 +97,7 @@ class Learner(Generic[Model]):
             partition=partition_of(self.model),
             microbatches=self.microbatches,
             gradient_dtype=self.gradient_dtype,
+            kept=start,
         )
 
 
@@ -201,16 +207,16 @@ def scores(ppo: Ppo, reward: Weights, rollout: Rollout) -> jax.Array:
 
 
 def learn(
-    ppo: Ppo, state: PpoState, rollout: Rollout, scores_B: jax.Array, reference: Weights, key: jax.Array
+    ppo: Ppo, state: PpoState, rollout: Rollout, scores_B: jax.Array, frozen: Frozen, key: jax.Array
 ) -> tuple[PpoState, Metrics]:
     """The state after all updates on one batch of rollouts and their scores."""
-    batch, metrics = experience(ppo, state, reference, rollout, scores_B)
-    state, update_metrics = update_epochs(ppo, state, batch, key)
+    batch, metrics = experience(ppo, state, frozen, rollout, scores_B)
+    state, update_metrics = update_epochs(ppo, state, frozen, batch, key)
     return state.replace(step=state.step + 1), metrics | update_metrics
 
 
 def experience(
-    ppo: Ppo, state: PpoState, reference: Weights, rollout: Rollout, raw_scores_B: jax.Array
+    ppo: Ppo, state: PpoState, frozen: Frozen, rollout: Rollout, raw_scores_B: jax.Array
 ) -> tuple[Experience, Metrics]:
     """Log-probabilities of a scored rollout, its shaped rewards, returns and whitened advantages."""
     config, mask_BR = ppo.config, rollout.mask_BR
@@ -219,10 +225,11 @@ def experience(
     scores_B = scores_B - config.missing_eos_penalty * unfinished_B
 
     def passes(rollout: Rollout) -> tuple[jax.Array, ...]:
-        policy_model, actor = ppo.actor.model, Weights(state.actor.params)
+        policy_model, actor = ppo.actor.model, ppo.actor.weights(state.actor.params, frozen.reference)
         logps_BR, entropy_BR = response_logps_and_entropy(policy_model, ppo.shaping, actor, rollout)
-        ref_logps_BR = response_logps(policy_model, ppo.shaping, reference, rollout)
-        values_BR = at_responses(ppo.critic.model, Weights(state.critic.params), rollout)
+        ref_logps_BR = response_logps(policy_model, ppo.shaping, frozen.reference, rollout)
+        critic = ppo.critic.weights(state.critic.params, frozen.reward)
+        values_BR = at_responses(ppo.critic.model, critic, rollout)
         return logps_BR, entropy_BR, ref_logps_BR, values_BR
 
     logps_BR, entropy_BR, ref_logps_BR, values_BR = in_parts(passes, rollout, ppo.parts)
@@ -273,11 +280,12 @@ def critic_loss(ppo: Ppo, weights: Weights, batch: Experience, key: jax.Array | 
 
 
 def update_minibatch(
-    ppo: Ppo, state: PpoState, batch: Experience, key: jax.Array
+    ppo: Ppo, state: PpoState, frozen: Frozen, batch: Experience, key: jax.Array
 ) -> tuple[PpoState, Metrics]:
     """One update of the actor and one of the critic, on the same minibatch."""
-    actor, actor_metrics = ppo.actor.update(state.actor, batch, key, partial(actor_loss, ppo))
-    critic, critic_metrics = ppo.critic.update(state.critic, batch, key, partial(critic_loss, ppo))
+    losses = partial(actor_loss, ppo), partial(critic_loss, ppo)
+    actor, actor_metrics = ppo.actor.update(state.actor, batch, key, losses[0], frozen.reference)
+    critic, critic_metrics = ppo.critic.update(state.critic, batch, key, losses[1], frozen.reward)
     skipped = tuple(
         jnp.maximum(a, c) for a, c in zip(actor_metrics["skipped"], critic_metrics["skipped"], strict=True)
     )
@@ -285,14 +293,16 @@ def update_minibatch(
     return PpoState(state.step, actor, critic), metrics
 
 
-def update_epochs(ppo: Ppo, state: PpoState, batch: Experience, key: jax.Array) -> tuple[PpoState, Metrics]:
+def update_epochs(
+    ppo: Ppo, state: PpoState, frozen: Frozen, batch: Experience, key: jax.Array
+) -> tuple[PpoState, Metrics]:
     """All epochs over one batch of experience; rows are reshuffled into minibatches each epoch."""
     rows, parts = batch.returns_BR.shape[0], ppo.config.minibatches
 
     def epoch(state: PpoState, key: jax.Array) -> tuple[PpoState, Metrics]:
         order_B = jax.random.permutation(key, rows)
         minibatches = jax.tree.map(lambda x: x[order_B].reshape(parts, rows // parts, *x.shape[1:]), batch)
-        return jax.lax.scan(lambda s, part: update_minibatch(ppo, s, part, key), state, minibatches)
+        return jax.lax.scan(lambda s, part: update_minibatch(ppo, s, frozen, part, key), state, minibatches)
 
     state, metrics = jax.lax.scan(epoch, state, jax.random.split(key, ppo.config.epochs))
     return state, jax.tree.map(jnp.sum, metrics)

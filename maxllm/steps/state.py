@@ -14,7 +14,11 @@ from flax import struct
 from jax.sharding import Mesh
 
 from maxllm.config.mesh import Offload
+from maxllm.config.tuning import Tuning
+from maxllm.errors import UserError
 from maxllm.model.forward import declarations_of, init_weights
+from maxllm.model.heads import ScalarModel
+from maxllm.model.llama import Llama
 from maxllm.optim import Optimizer
 from maxllm.parallel import sharding
 from maxllm.records import Params
@@ -40,9 +44,18 @@ class TrainState(struct.PyTreeNode):
 
 
 @cache
-def partition_of(model: nn.Module) -> Partition:
-    """What of a model is trained, from its weights' own declarations."""
-    return Partition.of(declarations_of(model))
+def partition_of(model: Llama | ScalarModel) -> Partition:
+    """What of a model is trained, from its weights' own declarations.
+
+    Raises:
+      UserError: every layer is frozen.
+    """
+    tuning, layers = model.tuning or Tuning(), model.config.n_layers
+    if tuning.frozen_layers >= layers:
+        raise UserError(
+            f"freeze.layers={tuning.frozen_layers} leaves none of the model's {layers} layers to train"
+        )
+    return Partition.of(declarations_of(model), tuning.frozen_layers, tuning.frozen_embeddings)
 
 
 def init_params(model: nn.Module, key: jax.Array) -> Params:

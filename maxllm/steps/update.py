@@ -186,22 +186,24 @@ def train_step(
     microbatches: int,
     gradient_dtype: jnp.dtype = FLOAT32,
     partition: Partition = EVERYTHING,
+    compares: bool = False,
 ) -> tuple[TrainState, Metrics]:
-    """The step of every stage that trains one model on a batch: pretrain, SFT (LoRA too), reward, DPO.
+    """The step of every stage that trains one model on a batch: pretrain, SFT, reward, DPO.
 
     Args:
       state: what is trained.
       batch: arrays [B, …].
-      *frozen: weights that nobody changes: the part that `partition` keeps, if it keeps one, and then what
-        the loss reads besides.
-      loss_fn: (weights, batch, dropout key, *others) -> Loss.
+      *frozen: weights that nobody changes, in one tree: those that `partition` keeps, or, where the loss
+        compares with them, all that training began from.
+      loss_fn: (weights, batch, dropout key, *frozen if it compares) -> Loss.
       optimizer: its state is in `state`.
       seed: the dropout key is a function of it and of the step.
       microbatches: the batch is split into as many.
       gradient_dtype: of the layers' matrices; see `accumulate`.
       partition: what of the weights is in `state`.
+      compares: whether the loss reads the weights that training began from.
     """
-    kept, others = (frozen[0], frozen[1:]) if partition.keeps else (None, frozen)
+    others = frozen if compares else ()
     return update(
         state,
         batch,
@@ -211,7 +213,7 @@ def train_step(
         microbatches=microbatches,
         gradient_dtype=gradient_dtype,
         partition=partition,
-        kept=kept,
+        kept=frozen[0] if frozen else None,
     )
 
 

@@ -11,8 +11,8 @@ import pytest
 import rounding
 
 from maxllm.config.generation import GenerationConfig
-from maxllm.config.lora import LoraConfig
 from maxllm.config.mesh import MeshConfig
+from maxllm.config.tuning import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig, Tuning
 from maxllm.generate.decode import decoder_of, generate, laid_out, prefill, step
 from maxllm.model.llama import Llama, unstack
 from maxllm.parallel import sharding
@@ -103,15 +103,25 @@ def size_of(results):
     return max((math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes), default=0)
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["plain", "adapters"])
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        None,
+        Tuning(LoraConfig(rank=2)),
+        Tuning(LoraConfig(rank=2, dora=True), BottleneckConfig(width=3), PrefixConfig(length=3)),
+        Tuning(prompt=PromptConfig(length=2)),
+        Tuning(prefix=PrefixConfig(length=3), prompt=PromptConfig(length=2)),
+    ],
+    ids=["plain", "lora", "within", "prompt", "before"],
+)
 @pytest.mark.parametrize("unstacked", [False, True])
-def test_the_layout_changes_no_number(tiny_model, params_of, lora, unstacked):
+def test_the_layout_changes_no_number(tiny_model, params_of, tuning, unstacked):
     """In bfloat16, where weights are rounded once instead of at every use: the logits of a prompt and of the
     token after it, bit for bit. Only norms and biases stay float32."""
     config = tiny_model(dtype="bfloat16", attention_bias="qkvo")
-    model = Llama(config, lora)
+    model = Llama(config, tuning)
     base = params_of(Llama(config))
-    adapters = None if lora is None else jax.tree.map(lambda x: x + 0.1, params_of(model))
+    adapters = None if tuning is None else jax.tree.map(lambda x: x + 0.1, params_of(model))
     weights = Weights(base, adapters)
     tokens = np.random.default_rng(1).integers(6, 64, (2, P + 1)).astype(np.int32)
     ones, positions = np.ones_like(tokens), np.tile(np.arange(P + 1, dtype=np.int32), (2, 1))
@@ -127,7 +137,7 @@ def test_the_layout_changes_no_number(tiny_model, params_of, lora, unstacked):
     laid = jax.jit(partial(laid_out, decoder))(weights)
     for path, leaf in jax.tree_util.tree_leaves_with_path(laid):
         name = path[-1].key
-        stays = name == "scale" or name.endswith("_bias")
+        stays = name == "scale" or name.endswith(("_bias", "_m"))
         assert leaf.dtype == (jnp.float32 if stays else jnp.bfloat16), name
     as_trained = unstack(weights, config.n_layers) if unstacked else weights
     jax.tree.map(np.testing.assert_array_equal, logits(laid), logits(as_trained))

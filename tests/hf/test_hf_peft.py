@@ -13,7 +13,8 @@ import pytest
 import rounding
 from random_models import IDS, TINY, random_params, tiny
 
-from maxllm.config.lora import LoraConfig
+from maxllm.config.tuning import BottleneckConfig, LoraConfig, PrefixConfig, PromptConfig, Tuning
+from maxllm.errors import UserError
 from maxllm.files import write_json
 from maxllm.hf.config import hf_config_of
 from maxllm.hf.peft import export_adapters
@@ -28,37 +29,64 @@ peft = pytest.importorskip("peft")
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+LORA = LoraConfig(rank=4, alpha=6)
+TUNINGS = {
+    "paper": Tuning(LORA.model_copy(update={"targets": ("wq", "wv")})),
+    "all": Tuning(LORA),
+    "rslora": Tuning(LORA.model_copy(update={"rank_stabilized": True})),
+    "dora": Tuning(LORA.model_copy(update={"dora": True})),
+    "prefix": Tuning(prefix=PrefixConfig(length=5)),
+    "prompt": Tuning(prompt=PromptConfig(length=5)),
+}
 
-@pytest.mark.parametrize("targets", [("wq", "wv"), LoraConfig().targets], ids=["paper", "all"])
+
+@pytest.mark.parametrize("name", TUNINGS)
 @pytest.mark.parametrize(
     "changes", [{}, {"head_dim": 12, "tie_embeddings": True}], ids=["plain", "wide heads"]
 )
-def test_peft_computes_what_we_do(targets: tuple[str, ...], changes: dict, tmp_path: Path) -> None:
-    config, lora = tiny(**changes), LoraConfig(rank=4, alpha=6, targets=targets)
-    params = random_params(config)
+def test_peft_computes_what_we_do(name: str, changes: dict, tmp_path: Path) -> None:
+    """Beside its own model, and merged where that can be."""
+    config, tuning = tiny(**changes), TUNINGS[name]
+    params, model = random_params(config), Llama(config, tuning)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda key: nn.unbox(init_params(Llama(config, lora), key)), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: nn.unbox(init_params(model, key)), jax.random.key(0))
     adapters = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
     (tmp_path / "base").mkdir()
     write_weights(tmp_path / "base", params, config)
     write_json(tmp_path / "base" / "config.json", hf_config_of(config, IDS))
-    figures = export_adapters(adapters, config, lora, str(tmp_path / "base"), tmp_path / "adapter")
+    figures = export_adapters(adapters, config, tuning, str(tmp_path / "base"), tmp_path / "adapter")
     assert figures["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(adapters))
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert fields.get("r", 4) == 4
 
     tokens = rng.integers(6, TINY.vocab_size, (2, 20))
     ones, positions = np.ones_like(tokens), np.tile(np.arange(20), (2, 1))
-    ours = forward(Llama(config, lora), Weights(params, adapters), tokens, ones, positions)
+    logits = jax.jit(lambda weights: forward(model, weights, tokens, ones, positions))
+    ours = logits(Weights(params, adapters))
     plain = forward(Llama(config), Weights(params), tokens, ones, positions)
     assert np.abs(ours - plain).max() > 0.5
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     beside = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    logits = lambda weights: forward(Llama(config, lora), weights, tokens, ones, positions)  # noqa: E731
     close = partial(
         np.testing.assert_allclose,
         rtol=0,
         atol=rounding.of_network(logits, Weights(params, adapters), terms=config.d_ff),
     )
     with torch.no_grad():
-        close(beside(torch.tensor(tokens)).logits.numpy(), ours)
-        close(beside.merge_and_unload()(torch.tensor(tokens)).logits.numpy(), ours)
+        theirs = beside(torch.tensor(tokens)).logits.numpy()
+        close(theirs[:, -tokens.shape[1] :], ours)
+        if tuning.lora is not None:
+            close(beside.merge_and_unload()(torch.tensor(tokens)).logits.numpy(), ours)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "why"),
+    [
+        (Tuning(bottleneck=BottleneckConfig()), "PEFT has nothing for bottleneck"),
+        (Tuning(LORA, prefix=PrefixConfig()), "lora and prefix: PEFT's folders have adapters of one kind"),
+    ],
+)
+def test_what_peft_does_not_have(tuning: Tuning, why: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=why):
+        export_adapters({}, tiny(), tuning, "base", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

@@ -4,8 +4,8 @@ from functools import partial
 
 import jax
 
-from maxllm.config.lora import LoraConfig
 from maxllm.config.model import ModelConfig
+from maxllm.config.tuning import LoraConfig, Tuning
 from maxllm.model.llama import Llama
 from maxllm.plan.flops import adapter_parameters, matmul_parameters, train_flops_per_token
 from maxllm.steps.state import init_params
@@ -44,11 +44,14 @@ def test_adapters_cost_a_forward_pass_and_the_gradients_of_activations() -> None
     lora = LoraConfig(rank=8, targets=("wq", "w_down"))
     low_rank = 32 * 8 * (4096 + 4096 + 11008 + 4096)
     attention = 6 * 32 * 4096 * 4096
-    assert train_flops_per_token(LLAMA2_7B, 4096, lora=lora) == 4 * 6_607_077_376 + 6 * low_rank + attention
+    assert (
+        train_flops_per_token(LLAMA2_7B, 4096, tuning=Tuning(lora))
+        == 4 * 6_607_077_376 + 6 * low_rank + attention
+    )
 
 
 def test_all_adapters_are_counted_with_their_own_widths(tiny_model) -> None:
     """As many parameters as a model declares."""
     model, lora = tiny_model(n_heads=4, n_kv_heads=2, head_dim=16), LoraConfig(rank=2)
-    shapes = jax.eval_shape(partial(init_params, Llama(model, lora)), jax.random.key(0))
-    assert adapter_parameters(model, lora) == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    shapes = jax.eval_shape(partial(init_params, Llama(model, Tuning(lora))), jax.random.key(0))
+    assert adapter_parameters(model, Tuning(lora)) == sum(leaf.size for leaf in jax.tree.leaves(shapes))

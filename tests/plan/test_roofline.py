@@ -2,9 +2,9 @@
 
 import pytest
 
-from maxllm.config.lora import LoraConfig
 from maxllm.config.model import ModelConfig
 from maxllm.config.optimizer import OptimizerConfig
+from maxllm.config.tuning import LoraConfig, Tuning
 from maxllm.plan.hardware import CHIPS
 from maxllm.plan.roofline import hardware_flops_per_token, step_bound, update_bytes
 
@@ -98,11 +98,11 @@ def test_an_update_moves_the_bytes_of_its_optimizer(optimizer, share, wanted):
 def test_adapters_are_computed_again_as_the_model_is():
     """All but what the last matmul's adapter makes of its R numbers; the head of a reward model is D wide."""
     remat = LLAMA2_7B.model_copy(update={"remat": "full"})
-    lora, T = LoraConfig(rank=8, targets=("wq", "w_down")), 2048
+    tuning, T = Tuning(LoraConfig(rank=8, targets=("wq", "w_down"))), 2048
     down, head = 32 * 4096 * 11_008, 4096 * 32_000
     low_rank, last = 32 * 8 * (4096 + 4096 + 11_008 + 4096), 32 * 8 * 4096
     attention = 4 * 2 * 32 * 4096 * T
     wanted = 6 * (MATRICES - down) + 4 * (down + head) + 8 * (low_rank - last) + 6 * last + attention
-    assert hardware_flops_per_token(remat, T, lora=lora) == wanted
+    assert hardware_flops_per_token(remat, T, tuning=tuning) == wanted
     scalar = hardware_flops_per_token(LLAMA2_7B, T, head=1)
     assert scalar == 6 * (MATRICES + 4096) + 6 * 32 * 4096 * T

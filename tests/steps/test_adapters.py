@@ -11,9 +11,9 @@ import pytest
 import rounding
 
 from maxllm.config.dpo import DpoConfig
-from maxllm.config.lora import LoraConfig
 from maxllm.config.reward import RewardConfig
-from maxllm.model.adapters import merge
+from maxllm.config.tuning import LoraConfig, Tuning
+from maxllm.model.adapters import plain as without_adapters
 from maxllm.model.forward import forward, init_weights
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
@@ -26,6 +26,7 @@ from maxllm.steps.update import train_step
 from maxllm.weights import Kind, Weights
 
 LORA = LoraConfig(rank=3, alpha=6)
+TUNED = Tuning(LORA)
 B, T = 2, 12
 
 
@@ -78,7 +79,7 @@ def trained(model, params, batch, kept, loss_fn, steps=1, dtype="float32"):
 )
 def test_merged_and_beside_compute_the_same(tiny_model, params_of, batch, changes):
     config = tiny_model(**changes)
-    plain, adapted = Llama(config), Llama(config, LORA)
+    plain, adapted = Llama(config), Llama(config, TUNED)
     params, inputs = params_of(plain), (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
     before = forward(plain, Weights(params), *inputs)
     fresh = Weights(params, adapters_of(adapted))
@@ -87,7 +88,7 @@ def test_merged_and_beside_compute_the_same(tiny_model, params_of, batch, change
     beside = forward(adapted, weights, *inputs)
     assert np.abs(beside - before).max() > 0.1
     np.testing.assert_array_equal(forward(adapted, weights.replace(adapters=None), *inputs), before)
-    merged = merge(weights, LORA)
+    merged = without_adapters(weights, TUNED)
     assert merged.adapters is None
     atol = rounding.of_network(jax.jit(lambda w: forward(plain, w, *inputs)), merged, config.d_ff)
     np.testing.assert_allclose(forward(plain, merged, *inputs), beside, rtol=0, atol=atol)
@@ -96,9 +97,9 @@ def test_merged_and_beside_compute_the_same(tiny_model, params_of, batch, change
 def test_gradients_are_those_of_the_merged_weights(tiny_model, params_of, batch):
     """dL/dA = s dL/dW B^T and dL/dB = s A^T dL/dW, from a gradient that knows nothing of adapters."""
     config = tiny_model()
-    plain, adapted = Llama(config), Llama(config, LORA)
+    plain, adapted = Llama(config), Llama(config, TUNED)
     params, low = params_of(plain), adapters_of(adapted, b=0.3)
-    merged = merge(Weights(params, low), LORA).base
+    merged = without_adapters(Weights(params, low), TUNED).base
     gradient = jax.jit(jax.grad(lambda p: language_loss(plain, Weights(p), batch, None).total))
     wide = gradient(merged)
     got = jax.grad(lambda a: language_loss(adapted, Weights(params, a), batch, None).total)(low)
@@ -116,7 +117,7 @@ def test_gradients_are_those_of_the_merged_weights(tiny_model, params_of, batch)
 
 def test_only_adapters_are_trained_and_the_loss_falls(tiny_model, params_of, batch):
     config = tiny_model()
-    model = Llama(config, LoraConfig(rank=4, alpha=8, dropout=0.1, targets=("wq", "wv")))
+    model = Llama(config, Tuning(LoraConfig(rank=4, alpha=8, dropout=0.1, targets=("wq", "wv"))))
     low = adapters_of(model)
     names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(low)}
     assert names == {"wq_a", "wq_b", "wv_a", "wv_b"}
@@ -129,7 +130,7 @@ def test_only_adapters_are_trained_and_the_loss_falls(tiny_model, params_of, bat
 
 def test_gradients_in_bfloat16_are_the_matrices_alone(tiny_model, params_of, batch):
     """Adapters are none of the layers' matrices: theirs stay float32, and the step is the same."""
-    model, config = Llama(tiny_model(), LORA), tiny_model()
+    model, config = Llama(tiny_model(), TUNED), tiny_model()
     kept, low = Weights(params_of(Llama(config))), adapters_of(model)
     plain, rounded = (
         trained(model, low, batch, kept, partial(language_loss, model), dtype=dtype)[0]
@@ -147,25 +148,25 @@ def whole(model, key=0):
 
 
 @pytest.mark.parametrize("kind", [Llama, ScalarModel])
-@pytest.mark.parametrize("lora", [None, LORA], ids=["all", "adapters"])
-def test_a_partition_is_put_together_again(tiny_model, kind, lora):
+@pytest.mark.parametrize("tuning", [None, TUNED], ids=["all", "adapters"])
+def test_a_partition_is_put_together_again(tiny_model, kind, tuning):
     """Two parts that hold every weight once; the trained one is what a fresh state and a checkpoint hold."""
-    model = kind(tiny_model(), lora)
+    model = kind(tiny_model(), tuning)
     weights, partition = whole(model), partition_of(model)
     params, kept = partition.split(weights)
-    assert (kept is not None) == partition.keeps == (lora is not None)
+    assert (kept is not None) == partition.keeps == (tuning is not None)
     assert len(jax.tree.leaves((params, kept))) == len(jax.tree.leaves(weights))
     jax.tree.map(np.testing.assert_array_equal, partition.joined(params, kept), weights)
     fresh = nn.unbox(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
     assert jax.tree.structure(fresh) == jax.tree.structure(params) == jax.tree.structure(partition.declared)
     kinds = {declaration.kind for declaration in jax.tree.leaves(partition.declared)}
     head = {Kind.HEAD} if kind is ScalarModel else {Kind.TABLE}
-    assert kinds >= head if lora is None else kinds == {Kind.ADAPTER} | head - {Kind.TABLE}
+    assert kinds >= head if tuning is None else kinds == {Kind.ADAPTER} | head - {Kind.TABLE}
 
 
 def test_a_scalar_model_learns_by_adapters_and_its_head(tiny_model):
     """Pairs come into their order while the decoder stays: it is not in the trained part."""
-    model = ScalarModel(tiny_model(), LORA)
+    model = ScalarModel(tiny_model(), TUNED)
     partition = partition_of(model)
     params, kept = partition.split(whole(model))
     assert set(params) == {"decoder", "head"} and set(kept.base) == {"decoder"}
@@ -175,7 +176,7 @@ def test_a_scalar_model_learns_by_adapters_and_its_head(tiny_model):
     assert losses[-1] < 0.5 * losses[0]
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, after)
     assert min(jax.tree.leaves(moved)) > 1e-3
-    merged = merge(partition.joined(after, kept), LORA)
+    merged = without_adapters(partition.joined(after, kept), TUNED)
     inputs = np.ones((1, T), np.int32), np.ones((1, T), np.int32), np.arange(T)[None]
     plain, beside = ScalarModel(tiny_model()), partition.joined(after, kept)
     atol = rounding.of_network(lambda w: forward(plain, w, *inputs), merged, tiny_model().d_ff)
@@ -187,7 +188,7 @@ def test_a_scalar_model_learns_by_adapters_and_its_head(tiny_model):
 def test_the_reference_is_the_policy_with_its_adapters_off(tiny_model, params_of):
     """DPO without a reference of its own: bit for bit as with the base beside it."""
     config = tiny_model()
-    model, base = Llama(config, LORA), Weights(params_of(Llama(config)))
+    model, base = Llama(config, TUNED), Weights(params_of(Llama(config)))
     weights = base.replace(adapters=adapters_of(model, b=0.3))
     batch = ReplyPairBatch(pairs(), np.full((B, 2), 4, np.int32))
     loss = jax.jit(partial(dpo_loss, model, DpoConfig()))

@@ -71,7 +71,9 @@ def evaluate(policy, batch, config=CONFIG):
 def stepper(model, config, microbatches):
     """`train_step` with plain gradient descent."""
     loss_fn = partial(dpo_loss, model, config)
-    return jitted(train_step, loss_fn=loss_fn, optimizer=SGD, seed=0, microbatches=microbatches)
+    return jitted(
+        train_step, loss_fn=loss_fn, optimizer=SGD, seed=0, microbatches=microbatches, compares=True
+    )
 
 
 def trained(policy, batch, config=CONFIG, microbatches=1, steps=1):

@@ -75,7 +75,7 @@ def world(tiny_model, params_of):
 def experience(ppo, state, frozen, rollout):
     """The reward model's scores, and all that is made of them."""
     scores_B = algorithm.scores(ppo, frozen.reward, rollout)
-    return algorithm.experience(ppo, state, frozen.reference, rollout, scores_B)
+    return algorithm.experience(ppo, state, frozen, rollout, scores_B)
 
 
 def masked(array, rollout):
@@ -113,7 +113,7 @@ def test_recomputed_logps_are_the_samplers(world, off):
 def first_update(world):
     """The jitted update of a minibatch, and what it makes of the whole batch at first."""
     step = jax.jit(partial(algorithm.update_minibatch, world.ppo))
-    return step, step(world.state, world.batch, jax.random.key(0))
+    return step, step(world.state, world.frozen, world.batch, jax.random.key(0))
 
 
 def test_first_minibatch_is_on_policy(world, first_update, off):
@@ -288,7 +288,7 @@ def test_microbatches_do_not_change_the_update(world):
         critic = replace(world.ppo.critic, microbatches=microbatches, optimizer=other)
         ppo = replace(world.ppo, config=config, actor=actor, critic=critic)
         step = jax.jit(partial(algorithm.update_epochs, ppo))
-        return partial(step, batch=world.batch, key=jax.random.key(1))
+        return partial(step, frozen=world.frozen, batch=world.batch, key=jax.random.key(1))
 
     in_one = step_of(1)
     whole, whole_metrics = in_one(world.state)
@@ -325,7 +325,7 @@ def test_every_row_once_an_epoch_in_another_order(monkeypatch):
     rows, epochs, minibatches = 12, 3, 4
     size = rows // minibatches
 
-    def note(ppo, state, part, key):
+    def note(ppo, state, frozen, part, key):
         count, log = state
         assert part.returns_BR.shape == (size, 1) and part.rollout.tokens_BT.shape == (size, 2)
         log = jax.lax.dynamic_update_slice(log, part.returns_BR[:, 0], (count,))
@@ -337,7 +337,7 @@ def test_every_row_once_an_epoch_in_another_order(monkeypatch):
     batch = Experience(Rollout(wide, wide, wide, ids, ids, ids[:, 0]), ids, ids, ids, ids)
     ppo = SimpleNamespace(config=PpoConfig(epochs=epochs, minibatches=minibatches))
     state = (jnp.int32(0), jnp.zeros(rows * epochs))
-    (count, log), metrics = algorithm.update_epochs(ppo, state, batch, jax.random.key(0))
+    (count, log), metrics = algorithm.update_epochs(ppo, state, None, batch, jax.random.key(0))
     assert int(count) == rows * epochs
     orders = np.asarray(log).reshape(epochs, rows)
     for order in orders:
@@ -352,7 +352,7 @@ def test_a_non_finite_return_changes_neither_model(world, first_update):
         returns_BR=world.batch.returns_BR.at[0, 0].set(jnp.nan),
         advantages_BR=world.batch.advantages_BR.at[0, 0].set(jnp.nan),
     )
-    after, metrics = step(world.state, bad, jax.random.key(0))
+    after, metrics = step(world.state, world.frozen, bad, jax.random.key(0))
     assert [float(x) for x in metrics["skipped"]] == [1, 1]
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -397,7 +397,9 @@ def test_updates_have_gradients_of_the_type_that_is_asked_for(world):
     update = jax.jit(partial(algorithm.update_minibatch, world.ppo))
     coarse = replace(world.ppo, actor=replace(world.ppo.actor, gradient_dtype=jnp.dtype("bfloat16")))
     rough = jax.jit(partial(algorithm.update_minibatch, coarse))
-    fine, after = (f(world.state, world.batch, jax.random.key(0))[0].actor.params for f in (update, rough))
+    fine, after = (
+        f(world.state, world.frozen, world.batch, jax.random.key(0))[0].actor.params for f in (update, rough)
+    )
     before = world.state.actor.params
     name = "decoder/layers/mlp/w_up"
     moved = {
@@ -417,9 +419,7 @@ def test_the_logits_of_all_responses_are_never_there(world, monkeypatch):
     monkeypatch.setattr(linear, "PART_BYTES", 4 * V * 8)  # eight rows
     learn = parts_of(world.ppo, world.model, world.decoding, seed=0)["learn"]
     scores_B = jnp.zeros(B, jnp.float32)
-    text = (
-        jax.jit(learn).lower(world.state, world.rollout, scores_B, world.frozen.reference).compile().as_text()
-    )
+    text = jax.jit(learn).lower(world.state, world.rollout, scores_B, world.frozen).compile().as_text()
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([0-9,]+)\]", text)}
     assert (8, V) in shapes
     assert not shapes & {(B * R, V), (B, R, V), (B, P + R, V), (B, R + 1, V)}

@@ -166,7 +166,7 @@ def run_dpo(config):
     """run_dpo(mesh shape, zero): three steps of the policy, away from another reference."""
     model = Llama(config)
     loss_fn = partial(dpo_loss, model, DpoConfig(nll=0.1))
-    step = partial(train_step, loss_fn=loss_fn, optimizer=SGD, seed=0, microbatches=1)
+    step = partial(train_step, loss_fn=loss_fn, optimizer=SGD, seed=0, microbatches=1, compares=True)
 
     def reference(key):
         return Weights(init_params(model, jax.random.fold_in(key, 7)))
