@@ -34,6 +34,8 @@ class Weights(struct.PyTreeNode):
     upper: Params | None = None
     """Trained weights of the last layers, [L - k, ...], where the first k are frozen; the `base` then has the
     first k layers, or more, which are not read."""
+    compressed: Params | None = None
+    """Frozen matrices in few bits, in place of those of `base`; see model/compressed.py."""
     slots: Params | None = None
     """Zeros for some parameters of `base`, whose gradients are the parameters', in a type of their own.
 
@@ -44,7 +46,13 @@ class Weights(struct.PyTreeNode):
 
     def collections(self) -> dict[str, Params]:
         """The collections of variables that `model.apply` reads."""
-        named = {"params": self.base, "adapters": self.adapters, "upper": self.upper, "slots": self.slots}
+        named = {
+            "params": self.base,
+            "adapters": self.adapters,
+            "upper": self.upper,
+            "compressed": self.compressed,
+            "slots": self.slots,
+        }
         return {name: tree for name, tree in named.items() if tree is not None}
 
 
@@ -169,7 +177,7 @@ class Partition:
             base[path], trained[path] = (
                 layers_of(base[path], part) for part in (slice(self.frozen), slice(self.frozen, None))
             )
-        return unflatten_dict(trained), Weights(unflatten_dict(base))
+        return unflatten_dict(trained), Weights(unflatten_dict(base), compressed=weights.compressed)
 
     def joined(self, trained: Params, kept: Weights | None = None) -> Weights:
         """All weights again, from what is trained and what stays, or all weights that training began from:
@@ -181,7 +189,7 @@ class Partition:
         upper = {path: left.pop(path) for path in self.layers}
         base |= {path: left.pop(path) for path in self.base - self.layers}
         adapters, layers = (unflatten_dict(tree) if tree else None for tree in (left, upper))
-        return Weights(unflatten_dict(base), adapters, layers)
+        return Weights(unflatten_dict(base), adapters, layers, kept.compressed)
 
 
 def layers_of(leaf: Any, part: slice) -> Any:

@@ -157,7 +157,12 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(base, override, par
         ),
         (
             [*SFT, "lora.rank=4", "freeze.layers=1"],
-            "lora and freeze: with adapters all of the model is frozen; leave freeze away",
+            "lora and freeze: with adapters all of the model is frozen; leave freeze.layers and "
+            "freeze.embeddings away",
+        ),
+        (
+            [*SFT, "freeze={layers: 1, dtype: int8}"],
+            "freeze.dtype=int8 is for what adapters are trained beside: give lora.rank",
         ),
         ([*SFT, "freeze.layers=0"], "freeze freezes nothing: give freeze.layers or freeze.embeddings=true"),
         (

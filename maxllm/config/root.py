@@ -116,10 +116,18 @@ class Config(Section):
             raise ValueError(f"{tuning.named()}: {self.stage} trains nothing")
         if self.start.policy is None:
             raise ValueError(f"{tuning.named()} needs start.policy, the run whose model it leaves as it is")
-        if tuning.freeze and tuning.adapters:
-            raise ValueError(f"{tuning.named()}: with adapters all of the model is frozen; leave freeze away")
-        if tuning.freeze and not (tuning.frozen_layers or tuning.frozen_embeddings):
+        some = tuning.frozen_layers or tuning.frozen_embeddings
+        if some and tuning.adapters:
+            raise ValueError(
+                f"{tuning.named()}: with adapters all of the model is frozen; leave freeze.layers and "
+                "freeze.embeddings away"
+            )
+        if tuning.freeze and not some and not tuning.adapters:
             raise ValueError("freeze freezes nothing: give freeze.layers or freeze.embeddings=true")
+        if some and tuning.frozen_dtype != "float32":
+            raise ValueError(
+                f"freeze.dtype={tuning.frozen_dtype} is for what adapters are trained beside: give lora.rank"
+            )
         if tuning.frozen_layers and self.mesh.stage != 1:
             raise ValueError("freeze.layers would leave stages of the pipeline idle: give mesh.stage=1")
         if tuning.before and self.mesh.context != 1:

@@ -12,6 +12,9 @@ from maxllm.config.section import Section
 LoraTarget = Literal["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"]
 
 
+FrozenType = Literal["float32", "bfloat16", "int8", "nf4"]
+
+
 class LoraConfig(Section):
     """Low-rank adapters: they are trained, the model stays as it is (Hu et al. 2021)."""
 
@@ -61,6 +64,11 @@ class FreezeConfig(Section):
     embeddings: bool = Field(
         False, description="The embedding table, and with tied embeddings the output projection that it is."
     )
+    dtype: FrozenType = Field(
+        "float32",
+        description="Beside adapters: type in which the frozen matrices are kept. int8 and nf4 make QLoRA of "
+        "LoRA (Dettmers et al. 2023); they are multiplied in the compute type.",
+    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,11 @@ class Tuning:
         return self.freeze.embeddings if self.freeze else False
 
     @property
+    def frozen_dtype(self) -> FrozenType:
+        """Type in which the matrices are kept that adapters are trained beside."""
+        return self.freeze.dtype if self.freeze else "float32"
+
+    @property
     def before(self) -> int:
         """How many keys every token sees besides those of its own text."""
         return (self.prefix.length if self.prefix else 0) + (self.prompt.length if self.prompt else 0)
@@ -101,5 +114,5 @@ class Tuning:
 
     def named(self) -> str:
         """The sections that are given, for people."""
-        given = (name for name, value in vars(self).items() if value is not None)
+        given = [name for name, value in vars(self).items() if value is not None]
         return " and ".join(given)

@@ -22,6 +22,7 @@ from flax import struct
 from maxllm.config.generation import GenerationConfig
 from maxllm.generate.sampling import sample
 from maxllm.model.adapters import in_one_stack
+from maxllm.model.compressed import made_whole
 from maxllm.model.forward import declarations_of
 from maxllm.model.layers import dtype_of, in_type
 from maxllm.model.llama import Llama, unstack
@@ -62,7 +63,7 @@ def laid_out(model: Llama, weights: Weights) -> Weights:
             return nn.with_logical_constraint(w, declaration.axes)
 
     if model.tuning is not None:
-        weights = in_one_stack(weights, model.tuning.frozen_layers)
+        weights = made_whole(in_one_stack(weights, model.tuning.frozen_layers))
     declared = declarations_of(model.clone(unstacked=False))
     if weights.adapters is None:
         declared = declared.replace(adapters=None)

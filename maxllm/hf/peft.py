@@ -88,8 +88,8 @@ def adapter_config(config: ModelConfig, tuning: Tuning) -> dict[str, Any]:
     Raises:
       UserError: PEFT has no such adapters, or not together.
     """
-    if tuning.bottleneck is not None or tuning.freeze is not None:
-        raise UserError(f"PEFT has nothing for {tuning.named()}: leave --base away to export the model")
+    if tuning.bottleneck is not None:
+        raise UserError("PEFT has no bottleneck adapters")
     found = [
         lora_fields(tuning.lora) if tuning.lora else None,
         virtual_fields("PREFIX_TUNING", tuning.prefix.length, config) if tuning.prefix else None,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from maxllm.config.tuning import LoraConfig, Tuning
+from maxllm.model.compressed import Compressed, made_whole
 from maxllm.weights import Kind, Weights, declared
 
 COLLECTION = "adapters"
@@ -54,7 +55,7 @@ def adapted(
     name: str,
     x_BTD: jax.Array,
     y: jax.Array,
-    w: jax.Array,
+    w: jax.Array | Compressed,
     axes: tuple[str, str],
     deterministic: bool,
 ) -> jax.Array:
@@ -85,7 +86,8 @@ def adapted(
     if lora.dora:
         m_O = declare(module, f"{name}_m", ones, (width,), (axes[1],), Kind.NORM)
         delta_DO = jnp.matmul(a_DR, b_RO, preferred_element_type=jnp.float32)
-        length_O = lengths(w.reshape(D, width).astype(jnp.float32) + lora.scale * delta_DO)
+        w_DO = (w.whole() if isinstance(w, Compressed) else w).reshape(D, width)
+        length_O = lengths(w_DO.astype(jnp.float32) + lora.scale * delta_DO)
         share_O = m_O / jax.lax.stop_gradient(length_O)  # a constant of the backward pass: section 4.3
         y = (y * share_O.reshape(y.shape[2:])).astype(y.dtype)
     return y
@@ -99,12 +101,12 @@ def lengths(w_DO: jax.Array) -> jax.Array:
 def plain(weights: Weights, tuning: Tuning | None) -> Weights:
     """Weights that compute the same with `tuning.beside` in place of `tuning`.
 
-    Low-rank adapters are merged in float32, W + s A B and for DoRA its columns at length m, and the layers
-    that were trained apart from frozen ones are put on top of these.
+    Low-rank adapters are merged in float32, W + s A B and for DoRA its columns at length m, the layers that
+    were trained apart from frozen ones are put on top of these, and matrices in few bits are made whole.
     """
     if tuning is None:
         return weights
-    weights = in_one_stack(weights, tuning.frozen_layers)
+    weights = made_whole(in_one_stack(weights, tuning.frozen_layers))
     flat = flatten_dict(weights.base, sep="/")
     low = flatten_dict(weights.adapters or {}, sep="/")
     if tuning.lora is not None:

@@ -10,7 +10,7 @@ from maxllm.config.tuning import Tuning
 from maxllm.model import alibi, rope
 from maxllm.model.adapters import adapted, prefix
 from maxllm.model.attend import attend
-from maxllm.model.layers import RMSNorm, bias, matmul, matrix
+from maxllm.model.layers import Matrix, RMSNorm, bias, matmul, matrix
 from maxllm.model.visible import Keys
 
 
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         return y_BTD
 
     def _projected(
-        self, x_BTD: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array], deterministic: bool
+        self, x_BTD: jax.Array, weights: tuple[Matrix, Matrix, Matrix], deterministic: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], keys and values [B, T, G, K], with adapters, biases and norms."""
         c = self.config
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         name: str,
         x_BTD: jax.Array,
         y: jax.Array,
-        w: jax.Array,
+        w: Matrix,
         axes: tuple[str, str],
         deterministic: bool,
     ) -> jax.Array:

@@ -9,30 +9,33 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from maxllm.config.model import ModelConfig
 from maxllm.model.adapters import lengths
+from maxllm.model.compressed import made_whole
 from maxllm.model.forward import init_weights
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Decoder, Llama
 from maxllm.records import Params
+from maxllm.weights import Weights
 
 COMMON_TOKENS = 5000
 """Prefixes and prompts begin as tokens from the first so many of the vocabulary (Lester et al. 2021, section
 3.2); merges of a tokenizer stand in the order in which they were most frequent."""
 
 
-def first_adapters(model: Llama | ScalarModel, base: Params, key: jax.Array) -> Params:
-    """Adapters beside `base` with which it computes the same, or, of prefixes and prompts, what it computes
-    after some tokens."""
-    return jax.jit(made, static_argnums=0)(model, base, key)
+def first_adapters(model: Llama | ScalarModel, weights: Weights, key: jax.Array) -> Params:
+    """Adapters beside weights with which they compute the same, or, of prefixes and prompts, what they
+    compute after some tokens."""
+    return jax.jit(made, static_argnums=0)(model, weights, key)
 
 
-def made(model: Llama | ScalarModel, base: Params, key: jax.Array) -> Params:
+def made(model: Llama | ScalarModel, weights: Weights, key: jax.Array) -> Params:
     """`first_adapters`, not compiled."""
+    base = made_whole(weights).base
     flat = flatten_dict(nn.unbox(init_weights(model, key)).adapters, sep="/")
-    weights = flatten_dict(base, sep="/")
+    matrices = flatten_dict(base, sep="/")
     for path in [path for path in flat if path.endswith("_m")]:
         path = path.removesuffix("_m")
         L, D, _ = flat[f"{path}_a"].shape
-        flat[f"{path}_m"] = lengths(weights[path].reshape(L, D, -1))
+        flat[f"{path}_m"] = lengths(matrices[path].astype(jnp.float32).reshape(L, D, -1))
     tuning = model.tuning
     assert tuning is not None, "a model without has no adapters"
     if tuning.prefix is not None:
@@ -41,7 +44,7 @@ def made(model: Llama | ScalarModel, base: Params, key: jax.Array) -> Params:
             flat[f"decoder/layers/attention/prefix_{letter}"] = array
     if tuning.prompt is not None:
         tokens = common_tokens(jax.random.fold_in(key, 1), model.config, tuning.prompt.length)
-        flat["decoder/prompt"] = weights["decoder/embedding"][tokens]
+        flat["decoder/prompt"] = matrices["decoder/embedding"][tokens]
     return unflatten_dict(flat, sep="/")
 
 

@@ -11,9 +11,14 @@ from jax.ad_checkpoint import checkpoint_name
 from maxllm.config.model import ModelConfig
 from maxllm.config.tuning import Tuning
 from maxllm.model.adapters import adapted
+from maxllm.model.compressed import COLLECTION as COMPRESSED
+from maxllm.model.compressed import Compressed, times
 from maxllm.parallel import residual
 from maxllm.parallel.memory import fetched
 from maxllm.weights import Kind, declared
+
+Matrix = jax.Array | Compressed
+"""A layer's matrix as `matmul` takes it."""
 
 
 def dtype_of(config: ModelConfig) -> jnp.dtype:
@@ -43,9 +48,9 @@ def matrix(
     axes: tuple[str, ...],
     inputs: int = 1,
     residual: bool = False,
-) -> jax.Array:
-    """Declares a layer's matrix, and returns it ready to multiply: in the compute type, and whole but for
-    tensor parallelism.
+) -> Matrix:
+    """Declares a layer's matrix, and returns it ready to multiply: in the compute type, or in few bits, and
+    whole but for tensor parallelism.
 
     Args:
       module: the layer, or a part of it.
@@ -58,6 +63,12 @@ def matrix(
         smaller with depth (GPT-2).
     """
     std = config.init_std / (2 * config.n_layers) ** 0.5 if residual else config.init_std
+    if module.has_variable(COMPRESSED, name):
+        whole = tuple(None if axis == "embed" else axis for axis in axes)
+        few = jax.tree.map(
+            lambda part: nn.with_logical_constraint(part, whole), module.get_variable(COMPRESSED, name)
+        )
+        return Compressed(few, dtype_of(config), shape)
     w = weight(module, name, Kind.MATRIX, shape, axes, std, inputs)
     slot = module.get_variable("slots", name) if module.has_variable("slots", name) else None
     return gathered(w, slot, axes, dtype_of(config))
@@ -128,7 +139,7 @@ def bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, 
     return cast(jax.Array, module.param(name, initializer, shape, jnp.float32))
 
 
-def matmul(x_BTD: jax.Array, w: jax.Array, out: jnp.dtype | None = None) -> jax.Array:
+def matmul(x_BTD: jax.Array, w: Matrix, out: jnp.dtype | None = None) -> jax.Array:
     """Contracts x's last axis with w's first, in x's type: [B, T, D] x [D, ...] -> [B, T, ...].
 
     The result has x's type, or `out`: products are summed in float32 anyway, so asking for float32 costs no
@@ -140,7 +151,10 @@ def matmul(x_BTD: jax.Array, w: jax.Array, out: jnp.dtype | None = None) -> jax.
     """
     B, T, D = x_BTD.shape
     x = x_BTD if residual.shards_here() > 1 else x_BTD.reshape(B * T, D)
-    y = jnp.matmul(x, w.reshape(D, -1).astype(x.dtype), preferred_element_type=out)
+    if isinstance(w, Compressed):
+        y = times(x, w.reshape(D, -1))
+    else:
+        y = jnp.matmul(x, w.reshape(D, -1).astype(x.dtype), preferred_element_type=out)
     return y.reshape(B, T, *w.shape[1:])
 
 

@@ -20,6 +20,7 @@ from maxllm.config.tuning import Tuning
 from maxllm.model import rope
 from maxllm.model.adapters import COLLECTION, bottleneck, prompt
 from maxllm.model.attention import Attention
+from maxllm.model.compressed import COLLECTION as COMPRESSED
 from maxllm.model.embedding import lookup
 from maxllm.model.layers import RMSNorm, SwiGLU, dtype_of, matmul, weight
 from maxllm.model.visible import SHARED, Keys
@@ -29,6 +30,9 @@ from maxllm.records import Params
 from maxllm.weights import LAYERS, Kind, Weights
 
 LAYER_INPUT = "layer_input"
+
+STACKED = ("params", "cache", COLLECTION, COMPRESSED, "slots")
+"""Collections in which every array of a layer is stacked with those of the others."""
 
 
 def policy_of(config: ModelConfig) -> Callable[..., Any]:
@@ -147,7 +151,7 @@ class Decoder(nn.Module):
             return
         self.layers = nn.scan(
             layer,
-            variable_axes={"params": 0, "cache": 0, COLLECTION: 0, "slots": 0},
+            variable_axes=dict.fromkeys(STACKED, 0),
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=c.n_layers,

@@ -33,7 +33,7 @@ from maxllm.model.heads import ScalarModel
 from maxllm.parallel.mesh import check_batch_divides, platform_of
 from maxllm.records import Params, PromptBatch
 from maxllm.run.loop import Job
-from maxllm.run.program import compile_reader
+from maxllm.run.program import Program, compile_reader
 from maxllm.run.restore import restore
 from maxllm.run.session import Session, check_same_model
 from maxllm.stages.ppo_program import (
@@ -57,6 +57,7 @@ from maxllm.stages.start import (
     abstract_params,
     check_start,
     first_trained,
+    frozen_as,
     start_from,
     start_policy,
     whole_params,
@@ -82,7 +83,7 @@ def job(session: Session) -> Job:
     # 2. The algorithm and its four models.
     ppo = algorithm_with(session)
     compiled = program_of(config, session.model, session.mesh, ppo)
-    frozen = read_frozen()
+    frozen = read_frozen(ppo, compiled)
     # 3. Train; the best checkpoint is the one with the highest held-out score.
     return Job(
         program=compiled,
@@ -98,7 +99,7 @@ def job(session: Session) -> Job:
     )
 
 
-def frozen_models(session: Session) -> Callable[[], Frozen]:
+def frozen_models(session: Session) -> Callable[[Ppo, Program], Frozen]:
     """Reads the reference and the reward model, when called; now they are looked at, and told.
 
     Raises:
@@ -108,7 +109,15 @@ def frozen_models(session: Session) -> Callable[[], Frozen]:
     tuning = recipe.of_run(RunFolder.of_checkpoint(judge)).tuning
     check_start(session, judge, abstract_params(session, ScalarModel(session.model, tuning)))
     check_reward_fits(session)
-    return lambda: Frozen(start(), Weights(whole_params(session, judge, ScalarModel)))
+
+    def read(ppo: Ppo, program: Program) -> Frozen:
+        reward, wanted = Weights(whole_params(session, judge, ScalarModel)), program.frozen[0]
+        return Frozen(
+            frozen_as(ppo.actor.model, start(), wanted.reference),
+            frozen_as(ppo.critic.model, reward, wanted.reward),
+        )
+
+    return read
 
 
 class Heldout(struct.PyTreeNode):
@@ -170,7 +179,7 @@ def critic_params(session: Session, checkpoint: Path) -> Params:
     if tuning.beside is not None:
         raise UserError(f"the critic of {session.folder} has {tuning.beside.named()}: it cannot be exported")
     reward = Weights(whole_params(session, session.parent("reward"), ScalarModel))
-    return plain(ppo.critic.weights(params, reward), tuning).base
+    return plain(ppo.critic.weights(params, frozen_as(ppo.critic.model, reward)), tuning).base
 
 
 def fresh_state(ppo: Ppo, frozen: Frozen, abstract_state: PpoState, seed: int) -> PpoState:
@@ -210,7 +219,9 @@ def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params]
         heldout = heldout_of(session, read_questions(session, training=False)[1])
     else:
         heldout = read_record(stored, Heldout)
-    return figures_of(session, algorithm_with(session), read_frozen(), heldout)
+    ppo = algorithm_with(session)
+    frozen = read_frozen(ppo, program_of(session.config, session.model, session.mesh, ppo))
+    return figures_of(session, ppo, frozen, heldout)
 
 
 def figures_of(

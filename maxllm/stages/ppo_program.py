@@ -105,7 +105,8 @@ def program_of(config: Config, model: ModelConfig, mesh: Mesh, ppo: Ppo) -> Prog
     init = partial(init_state, ppo)
     # The critic's adapters are always fresh, so that the reward model has none.
     reference = abstract_start(config, ppo.actor.model, mesh)
-    frozen = Frozen(reference, abstract_start(config, ppo.critic.model, mesh).replace(adapters=None))
+    reward = abstract_start(config, ppo.critic.model, mesh).replace(adapters=None)
+    frozen = Frozen(reference=reference, reward=reward)
     state = abstract(init, mesh, config.mesh.zero, config.mesh.offload)
     batch = PromptBatch(
         jax.ShapeDtypeStruct((config.batch.rows, prompt_length(config)), jnp.int32),

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
-from maxllm.model.forward import init_weights
+from maxllm.model.compressed import compress
+from maxllm.model.forward import declarations_of, init_weights
 from maxllm.model.heads import ScalarModel
 from maxllm.model.llama import Llama
 from maxllm.optim import Optimizer, make_optimizer
@@ -49,15 +50,34 @@ def language_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
 
 def abstract_start(config: Config, model: Llama | ScalarModel, mesh: Mesh) -> Weights:
     """Shapes and shardings of all weights that training begins from."""
-    weights: Weights = abstract(partial(init_weights, model), mesh)
-    return weights if config.start.adapters == "continue" else weights.replace(adapters=None)
+
+    def start(key: jax.Array) -> Weights:
+        weights = init_weights(model, key)
+        continued = config.start.adapters == "continue"
+        return frozen_type(model, weights if continued else weights.replace(adapters=None))
+
+    weights: Weights = abstract(start, mesh)
+    return weights
 
 
 def abstract_kept(model: Llama | ScalarModel, mesh: Mesh) -> Weights:
     """Shapes and shardings of the weights that are not trained."""
     partition = partition_of(model)
-    kept: Weights = abstract(lambda key: partition.split(init_weights(model, key))[1], mesh)
+
+    def stays(key: jax.Array) -> Weights:
+        kept = partition.split(init_weights(model, key))[1]
+        assert kept is not None, "something is kept"
+        return frozen_type(model, kept)
+
+    kept: Weights = abstract(stays, mesh)
     return kept
+
+
+def frozen_type(model: Llama | ScalarModel, weights: Weights) -> Weights:
+    """Weights that stay, in boxes or not, in the type in which they are kept."""
+    if model.tuning is None:
+        return weights
+    return compress(weights, declarations_of(model).base, model.tuning.frozen_dtype)
 
 
 def kept_parameters(model: Llama | ScalarModel) -> int:

@@ -29,7 +29,7 @@ from maxllm.records import Params
 from maxllm.run.parents import parent_of
 from maxllm.run.restore import check_params, load_params
 from maxllm.run.session import Session, say
-from maxllm.stages.program import Trainer
+from maxllm.stages.program import Trainer, frozen_type
 from maxllm.steps.state import TrainState, abstract, init_params, partition_of
 from maxllm.weights import Weights
 
@@ -57,7 +57,7 @@ def start_of(session: Session, program: Trainer, read: Callable[[], Weights]) ->
     frozen = frozen_of(program, read)
 
     def fresh() -> TrainState:
-        weights = frozen[0] if program.references else read()
+        weights = frozen[0] if program.references else frozen_as(program.model, read())
         trained = first_trained(program.model, weights, session.config.run.seed)
         return start_from(trained, program.optimizer, program.abstract_state)
 
@@ -66,10 +66,20 @@ def start_of(session: Session, program: Trainer, read: Callable[[], Weights]) ->
 
 def frozen_of(program: Trainer, read: Callable[[], Weights]) -> tuple[Weights, ...]:
     """All weights that training began from, where the loss compares with them; else those that are not
-    trained, if there are any."""
-    if program.references:
-        return (read(),)
-    return (program.partition.split(read())[1],) if program.partition.keeps else ()  # type: ignore[return-value]
+    trained, if there are any; in the type in which they are kept."""
+    if not program.references and not program.partition.keeps:
+        return ()
+    kept = read() if program.references else program.partition.split(read())[1]
+    assert kept is not None, "something is kept"
+    return (frozen_as(program.model, kept, program.frozen[0]),)
+
+
+def frozen_as(model: Llama | ScalarModel, weights: Weights, abstract_weights: Any = None) -> Weights:
+    """Weights that stay, in the type in which they are kept, and in the shardings of abstract ones."""
+    if model.tuning is None or model.tuning.frozen_dtype == "float32":
+        return weights
+    out = None if abstract_weights is None else sharding.shardings_of(abstract_weights)
+    return jax.jit(partial(frozen_type, model), out_shardings=out)(weights)
 
 
 def first_trained(model: Llama | ScalarModel, start: Weights, seed: int) -> Params:
@@ -77,7 +87,7 @@ def first_trained(model: Llama | ScalarModel, start: Weights, seed: int) -> Para
     adapters besides."""
     partition = partition_of(model)
     if model.tuning is not None and model.tuning.adapters and start.adapters is None:
-        start = start.replace(adapters=first_adapters(model, start.base, jax.random.key(seed)))
+        start = start.replace(adapters=first_adapters(model, start, jax.random.key(seed)))
     return partition.split(start)[0]
 
 
@@ -176,7 +186,7 @@ def checkpoint_weights(session: Session, checkpoint: Path, kind: Kind = Llama) -
         kept = checkpoint_weights(session, parent)
     else:
         kept = policy_weights(session, parent)
-    return partition.joined(trained, of_kind(kind(session.model), kept))
+    return partition.joined(trained, frozen_as(model, of_kind(kind(session.model), kept)))
 
 
 def of_kind(model: Llama | ScalarModel, weights: Weights) -> Weights:

@@ -82,7 +82,7 @@ def test_peft_computes_what_we_do(name: str, changes: dict, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("tuning", "why"),
     [
-        (Tuning(bottleneck=BottleneckConfig()), "PEFT has nothing for bottleneck"),
+        (Tuning(bottleneck=BottleneckConfig()), "PEFT has no bottleneck adapters"),
         (Tuning(LORA, prefix=PrefixConfig()), "lora and prefix: PEFT's folders have adapters of one kind"),
     ],
 )

@@ -32,10 +32,10 @@ RUNS = {
     "sft-lora": ("sft", "policy", ["lora.rank=2"]),
     "sft-frozen": ("sft", "policy", ["freeze.layers=1", "freeze.embeddings=true"]),
     "sft-prefix": ("sft", "policy", WITHIN),
-    "reward-lora": ("reward", "sft-lora", ["lora.rank=2", "lora.dora=true"]),
+    "reward-lora": ("reward", "sft-lora", ["lora.rank=2", "lora.dora=true", "freeze.dtype=int8"]),
     "dpo-prefix": ("dpo", "sft-prefix", [*WITHIN, "start.adapters=continue"]),
     "dpo-frozen": ("dpo", "sft-frozen", ["freeze.layers=1"]),
-    "ppo-lora": ("ppo", "sft-lora", ["lora.rank=2", "lora.targets=[wq, w_down]"]),
+    "ppo-lora": ("ppo", "sft-lora", ["lora.rank=2", "lora.targets=[wq, w_down]", "freeze.dtype=nf4"]),
 }
 
 
@@ -160,7 +160,7 @@ def test_exported_for_peft(folder, capsys, tmp_path):
     for name in ("sft-lora", "ppo-lora"):
         written = said(capsys, "export", folder / name, tmp_path / name, "--base", "some/base")
         assert written["parameters"] == RunFolder(folder / name).summary()["trained_parameters"]
-    assert "PEFT has nothing for" in refused(
+    assert "PEFT has no bottleneck adapters" in refused(
         capsys, "export", folder / "sft-prefix", tmp_path / "x", "--base", "b"
     )
     assert "trained no adapters" in refused(

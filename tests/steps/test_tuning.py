@@ -5,6 +5,7 @@ changes nothing, or what its tokens would; gradients of the upper layers are tho
 """
 
 from functools import cache, partial
+from typing import get_args
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,7 @@ from maxllm.config.tuning import (
     BottleneckConfig,
     FreezeConfig,
     LoraConfig,
+    LoraTarget,
     PrefixConfig,
     PromptConfig,
     Tuning,
@@ -28,13 +30,16 @@ from maxllm.config.tuning import (
 from maxllm.errors import UserError
 from maxllm.generate.decode import prefill, step
 from maxllm.model.adapters import plain
-from maxllm.model.forward import forward, init_weights
+from maxllm.model.compressed import Blocks, made_whole
+from maxllm.model.forward import forward
 from maxllm.model.fresh import common_tokens, first_adapters
 from maxllm.model.llama import Llama
 from maxllm.parallel import processes, sharding
 from maxllm.parallel.mesh import AXES, make_mesh
+from maxllm.plan.flops import matmul_parameters
 from maxllm.records import LmBatch, PromptBatch
 from maxllm.run.program import Part, compile_part
+from maxllm.stages.program import abstract_kept, frozen_type
 from maxllm.steps.language import language_loss
 from maxllm.steps.state import TrainState, abstract, init_params, partition_of
 from maxllm.steps.update import accumulate, train_step
@@ -47,6 +52,9 @@ TUNINGS = {
     "lora": Tuning(LoraConfig(rank=3, alpha=6)),
     "rslora": Tuning(LoraConfig(rank=4, alpha=6, rank_stabilized=True, targets=("wq", "w_down"))),
     "dora": Tuning(LoraConfig(rank=3, alpha=6, dora=True)),
+    "bfloat16": Tuning(LoraConfig(rank=3), freeze=FreezeConfig(dtype="bfloat16")),
+    "int8": Tuning(LoraConfig(rank=3), freeze=FreezeConfig(dtype="int8")),
+    "nf4": Tuning(LoraConfig(rank=3, dora=True), freeze=FreezeConfig(dtype="nf4")),
     "bottleneck": Tuning(bottleneck=BottleneckConfig(width=5)),
     "prefix": Tuning(prefix=PrefixConfig(length=3)),
     "prompt": Tuning(prompt=PromptConfig(length=3)),
@@ -116,10 +124,11 @@ def tuned(config, params_of):
         base, rng = params_of(Llama(config)), np.random.default_rng(1)
         weights = Weights(base)
         if TUNINGS[name].adapters:
-            fresh = first_adapters(model, base, KEY)
+            fresh = first_adapters(model, weights, KEY)
             noise = jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), fresh)
             weights = weights.replace(adapters=noise)
-        return model, *jax.device_get(partition_of(model).split(weights))
+        trained, kept = partition_of(model).split(weights)
+        return model, *jax.device_get((trained, frozen_type(model, kept)))
 
     return make
 
@@ -141,8 +150,8 @@ def test_what_is_put_together_is_what_was_split(tuned, name):
     model, trained, kept = tuned(name)
     partition = partition_of(model)
     weights = partition.joined(trained, kept)
-    again, stays = partition.split(plain(weights, Tuning(freeze=model.tuning.freeze)))
-    if model.tuning.freeze:
+    if not model.tuning.adapters:
+        again, stays = partition.split(plain(weights, model.tuning))
         jax.tree.map(np.testing.assert_array_equal, (again, stays), (trained, kept))
     shapes = nn.unbox(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
     assert jax.tree.map(jnp.shape, trained) == jax.tree.map(jnp.shape, shapes)
@@ -188,10 +197,11 @@ def test_eight_devices_do_what_one_does(tuned, name, shape):
 
     mesh = mesh_of(shape)
     description = abstract(init, mesh)
-    stays = abstract(lambda key: partition_of(model).split(init_weights(model, key))[1], mesh)
+    stays = abstract_kept(model, mesh)
     state = TrainState(np.int32(0), trained, optimizer.init(trained))
     state, frozen = (
-        jax.device_put(tree, sharding.shardings_of(of)) for tree, of in ((state, description), (kept, stays))
+        jax.jit(lambda tree: tree, out_shardings=sharding.shardings_of(of))(tree)
+        for tree, of in ((state, description), (kept, stays))
     )
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), PACKED)
     part = Part(function=function, arguments=(description, shapes, stays), updates=True)
@@ -232,7 +242,7 @@ def test_fresh_adapters_change_nothing(config, params_of, name):
     """To the bit, but for DoRA, whose lengths are divided by themselves."""
     model, base = Llama(config, TUNINGS[name]), params_of(Llama(config))
     inputs = PACKED.tokens_BT, PACKED.segment_ids_BT, PACKED.positions_BT
-    fresh = Weights(base, first_adapters(model, base, KEY))
+    fresh = Weights(base, first_adapters(model, Weights(base), KEY))
     logits = jax.jit(lambda w: forward(Llama(config), w, *inputs))
     atol = rounding.of_network(logits, Weights(base), config.d_ff) if name == "dora" else 0
     np.testing.assert_allclose(forward(model, fresh, *inputs), logits(Weights(base)), rtol=0, atol=atol)
@@ -245,7 +255,7 @@ def test_a_fresh_prefix_is_what_its_tokens_would_be(config, params_of, name):
     P = model.tuning.before
     key = KEY if name == "prefix" else jax.random.fold_in(KEY, 1)
     own = np.asarray(common_tokens(key, config, P))
-    fresh = Weights(base, first_adapters(model, base, KEY))
+    fresh = Weights(base, first_adapters(model, Weights(base), KEY))
     inputs = PACKED.tokens_BT, PACKED.segment_ids_BT, PACKED.positions_BT
     got = forward(model, fresh, *inputs)
     plainly = jax.jit(lambda w, tokens, ones: forward(Llama(config), w, tokens, ones, positions))
@@ -258,7 +268,7 @@ def test_a_fresh_prefix_is_what_its_tokens_would_be(config, params_of, name):
         jax.clear_caches()  # `positions` is a constant of what was compiled
 
 
-@pytest.mark.parametrize("name", ["dora", "bottleneck", "prefix", "prompt", "all", "both"])
+@pytest.mark.parametrize("name", ["dora", "nf4", "bottleneck", "prefix", "prompt", "all", "both"])
 def test_decoding_sees_what_training_sees(tuned, name):
     """Logits of two tokens after left-padded prompts, token by token with a cache, and at once."""
     model, trained, kept = tuned(name)
@@ -339,3 +349,64 @@ def test_frozen_layers_have_no_backward_pass(tuned):
 def test_all_layers_cannot_be_frozen(tiny_model):
     with pytest.raises(UserError, match="leaves none of the model's 2 layers to train"):
         partition_of(Llama(tiny_model(), Tuning(freeze=FreezeConfig(layers=2))))
+
+
+# In few bits
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [("int8", 0.5 / 127), ("nf4", (1 - 0.6961928) / 2), ("bfloat16", 2**-8)]
+)
+def test_how_far_few_bits_are_off(config, params_of, dtype, largest):
+    """Of int8, half a level of a block's largest weight; of nf4 half of its widest gap, which is beside -1."""
+    model, base = (
+        Llama(config, Tuning(LoraConfig(), freeze=FreezeConfig(dtype=dtype))),
+        params_of(Llama(config)),
+    )
+    kept = frozen_type(model, Weights(base))
+    before, after = (flatten_dict(tree, sep="/") for tree in (base, made_whole(kept).base))
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        if path.split("/")[-1] not in get_args(LoraTarget):
+            np.testing.assert_array_equal(after[path], leaf)
+            continue
+        off = np.abs(np.float32(after[path]) - leaf).max()
+        assert 0 < off <= 1.01 * largest * np.abs(leaf).max(), path
+    if dtype == "bfloat16":
+        return
+    values, scales = (
+        sum(leaf.size for leaf in jax.tree.leaves(jax.tree.map(get, kept.compressed, is_leaf=is_blocks)))
+        for get in (lambda blocks: blocks.values, lambda blocks: blocks.scales)
+    )
+    assert values == matmul_parameters(config, 0) // (2 if dtype == "nf4" else 1)
+    assert 4 * scales <= values * (2 if dtype == "nf4" else 1)
+
+
+def is_blocks(node):
+    return isinstance(node, Blocks)
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_few_bits_compute_what_their_values_do(tuned, name):
+    """The same loss and gradients as beside float32 matrices of these values; and no whole matrix waits for
+    the backward pass."""
+    model, trained, kept = tuned(name)
+    got, loss = gradients_of(model, trained, kept, PACKED)
+    whole = jax.device_get(made_whole(kept))
+    run = partial(gradients_of, model, kept=whole, batch=PACKED)
+    wanted, other = run(trained)
+    off = rounding.of_network(run, trained, terms=model.config.d_ff)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=off), got, wanted)
+    assert loss == pytest.approx(other, abs=off)
+
+    def kept_for_backward(kept):
+        joined = partition_of(model).joined(trained, kept)
+        low = joined.adapters
+        _, pull = jax.vjp(
+            lambda low: language_loss(model, joined.replace(adapters=low), PACKED, None).total, low
+        )
+        return {leaf.shape for leaf in jax.tree.leaves(pull) if leaf.dtype == jnp.float32}
+
+    L, D, F = model.config.n_layers, model.config.d_model, model.config.d_ff
+    assert (L, D, F) in kept_for_backward(whole)
+    assert (L, D, F) not in kept_for_backward(kept)
