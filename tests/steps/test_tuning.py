@@ -358,7 +358,7 @@ def test_all_layers_cannot_be_frozen(tiny_model):
     ("dtype", "largest"), [("int8", 0.5 / 127), ("nf4", (1 - 0.6961928) / 2), ("bfloat16", 2**-8)]
 )
 def test_how_far_few_bits_are_off(config, params_of, dtype, largest):
-    """Of int8, half a level of a block's largest weight; of nf4 half of its widest gap, which is beside -1."""
+    """Of int8, half a level of a block's largest weight; of nf4, half of the gap between -1 and its next."""
     model, base = (
         Llama(config, Tuning(LoraConfig(), freeze=FreezeConfig(dtype=dtype))),
         params_of(Llama(config)),
