@@ -40,8 +40,9 @@ import yaml  # noqa: E402
 from maxllm.config.data import TokenizerConfig  # noqa: E402
 from maxllm.config.model import ModelConfig  # noqa: E402
 from maxllm.data import tasks  # noqa: E402
-from maxllm.data.sources import Tally, read_documents  # noqa: E402
+from maxllm.data.sources import read_documents  # noqa: E402
 from maxllm.data.spm import SpmTokenizer, train  # noqa: E402
+from maxllm.data.tally import Tally  # noqa: E402
 from maxllm.folder import RunFolder  # noqa: E402
 from maxllm.model.llama import Llama  # noqa: E402
 from maxllm.parallel import compiler  # noqa: E402

@@ -8,7 +8,7 @@ Near-duplicates (an edited sentence, another spelling) are kept.
 import hashlib
 from collections.abc import Iterable, Iterator
 
-from maxllm.data.sources import Tally
+from maxllm.data.tally import Tally
 
 
 def text_key(text: str) -> bytes:

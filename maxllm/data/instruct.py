@@ -20,7 +20,8 @@ from maxllm.data.chat import Message
 from maxllm.data.conversation import fits
 from maxllm.data.fields import Fields, RowError
 from maxllm.data.rows import messages_of, preference_of, prompt_of
-from maxllm.data.sources import Tally, place, read_rows
+from maxllm.data.sources import rows_of_source
+from maxllm.data.tally import Tally
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
 from maxllm.records import PairBatch, PromptBatch, ReplyPairBatch
@@ -58,7 +59,7 @@ class ReplyPair(NamedTuple):
 def rows_of(source: str, kind: Kind, seed: int, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, row) of a source."""
     if not source.startswith("tasks:"):
-        yield from ((place(source, number), row) for number, row in read_rows(source, tally))
+        yield from rows_of_source(source, tally)
         return
     _, _, words = source.partition(":")
     split, _, count = words.partition(":")

@@ -1,190 +1,54 @@
 """Read documents and rows from files, folders, the committed slice and TensorFlow Datasets.
 
-A source is a name: `book.txt`, `rows.jsonl`, `rows.jsonl.gz`, `rows.json`, a folder of these, `slice:NAME`
-(`maxllm/data/slice`) or `tfds:NAME[/config[:version]][@split]`; files may lie in a bucket. Rows that cannot
-be read are counted in a `Tally` with the place of the first one, never passed over in silence; the caller
-ends with `tally.check()`.
+A source is a name: `book.txt`, `rows.jsonl` or another file of row_files.py, a pattern such as
+`data/train-*.parquet`, a folder of these or one that `datasets` saved, `slice:NAME` (`maxllm/data/slice`) or
+`tfds:NAME[/config[:version]][@split]`; files may lie in a bucket. What cannot be read is counted in a
+`Tally`, and the caller ends with `tally.check()`.
 """
 
-import gzip
-import json
 import os
 import re
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from maxllm.data.row_files import BOM, ROW_SUFFIXES, kind_of, place, plain_value, rows_of_file
+from maxllm.data.tally import Tally
 from maxllm.errors import UserError
 from maxllm.files import file_hash
-from maxllm.storage import files_below, name_below, path_of, reachable, size_of, written_at_ns
+from maxllm.storage import files_below, is_remote, name_below, path_of, reachable, size_of, written_at_ns
 
 SLICES = ("shakespeare", "austen", "tang")
 DOCUMENT_END = "<|endoftext|>"
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
-_BOM = b"\xef\xbb\xbf"
-
-Row = tuple[int, dict[str, Any]]
-
-
-@dataclass
-class Tally:
-    """What became of a source's rows. Readers count rows and bad ones, later stages drop more of them."""
-
-    source: str
-    """The name as the user gave it."""
-    rows: int = 0
-    """Rows met, bad ones included, blank lines not."""
-    bad: int = 0
-    """Rows that could not be read: those dropped with a place."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """How many rows went, by reason; bad rows are among them."""
-    unread: Counter[str] = field(default_factory=Counter)
-    """How many rows had a field that nobody read, by name."""
-    first_bad: str | None = None
-    """The first bad row: its file, line and what is wrong, a sentence without its full stop."""
-
-    @property
-    def kept(self) -> int:
-        """Rows not dropped, by anyone, so far."""
-        return self.rows - self.dropped.total()
-
-    def drop(self, reason: str, where: str | None = None) -> None:
-        """Count one row as dropped; `where` (file, line, what is wrong) marks it as bad, not just unfit."""
-        self.dropped[reason] += 1
-        if where is not None:
-            self.bad += 1
-            self.first_bad = self.first_bad or where
-
-    def report(self) -> dict[str, Any]:
-        """The counts as plain data."""
-        counts = {"source": self.source, "rows": self.rows, "kept": self.kept, "dropped": dict(self.dropped)}
-        return counts | ({"unread": dict(self.unread)} if self.unread else {})
-
-    def line(self) -> str:
-        """The counts as a line for the console."""
-        reasons = "".join(f"; {count:,} dropped: {reason}" for reason, count in self.dropped.most_common())
-        fields = ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(self.unread.items()))
-        unread = f"; fields that are not read: {fields}" if fields else ""
-        return f"{self.source}: {self.rows:,} rows, {self.kept:,} kept{reasons}{unread}"
-
-    def check(self, max_bad_share: float) -> None:
-        """Raise UserError when the source is empty, more than `max_bad_share` (0..1) bad, or none kept."""
-        if self.rows == 0:
-            raise UserError(f"{self.source} is empty")
-        if self.bad > max_bad_share * self.rows:
-            raise UserError(
-                f"{self.first_bad}; {self.bad} of {self.rows} rows are bad, "
-                f"more than data.max_bad_share={max_bad_share:g} allows"
-            )
-        if self.kept == 0:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.most_common())
-            raise UserError(f"{self.source}: none of {self.rows} rows was kept ({reasons})")
-
+SAVED = "dataset_info.json"
+"""What `datasets` writes into every folder that it saves."""
+SPLIT = re.compile(r"(train|test|validation|valid|dev)(?=[-_.]|$)")
+"""How a file or folder is named after the split that it holds."""
 
 # 1. Rows ----------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: str | Path, tally: Tally) -> Iterator[Row]:
-    """Iterate (number, object) over a .jsonl, .jsonl.gz or .json file; numbers are 1-based.
+def rows_of_source(source: str, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row) of a source, file by file.
 
-    The number is the line's; in a .json file that holds one list, the element's place in it (a .json file may
-    also hold an object a line). Blank lines are skipped. A line that is not JSON, not UTF-8 or not an object
-    counts in `tally` as bad. UserError at once when the file is missing or of another kind; while reading,
-    when a .json list or a .gz is broken.
+    Raises:
+      UserError: at once where there is no such source, or it is text; while reading, where a file is broken.
     """
-    path = path_of(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
-    if not path.name.endswith(ROW_SUFFIXES):
-        raise UserError(f"{path} is not a {', '.join(ROW_SUFFIXES[:-1])} or {ROW_SUFFIXES[-1]} file")
-    return _rows_of_file(path, tally)
-
-
-def place(path: str | Path, number: int) -> str:
-    """`rows.jsonl line 7`: where the row is that `read_rows` numbered so, for a message."""
-    return f"{path} {'row' if str(path).endswith('.json') else 'line'} {number}"
-
-
-def _rows_of_file(path: Path, tally: Tally) -> Iterator[Row]:
-    if path.suffix == ".json" and _starts_with_bracket(path):
-        yield from _rows_of_list(path, tally)
-        return
-    try:
-        with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
-            yield from _rows_of_lines(stream, str(path), tally)
-    except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz that is cut off or corrupt
-        raise UserError(f"{path} cannot be read ({error})") from error
-
-
-def _starts_with_bracket(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(1024).removeprefix(_BOM).lstrip().startswith(b"[")
-
-
-def _rows_of_lines(lines: Iterable[bytes], name: str, tally: Tally) -> Iterator[Row]:
-    for number, line in enumerate(lines, start=1):
-        if number == 1:
-            line = line.removeprefix(_BOM)
-        if not line.strip():
-            continue
-        tally.rows += 1
-        where = place(name, number)
-        try:
-            # Without its line end: json would place a fault at the end on column 1 of a line of its own.
-            value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            tally.drop("not UTF-8", f"{where} is not UTF-8 (byte {error.start + 1} of the line)")
-        except (ValueError, RecursionError) as error:
-            tally.drop("not JSON", f"{where} is not JSON ({_json_error(error)})")
-        else:
-            if _is_object(value, where, tally):
-                yield number, value
-
-
-def _rows_of_list(path: Path, tally: Tally) -> Iterator[Row]:
-    try:
-        values = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start + 1})") from error
-    except (ValueError, RecursionError) as error:
-        line = f" on line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{path} is not JSON ({_json_error(error)}{line})") from error
-    for number, value in enumerate(values, start=1):
-        tally.rows += 1
-        if _is_object(value, place(path, number), tally):
-            yield number, value
-
-
-def _json_error(error: Exception) -> str:
-    # Most faults come with a column; a number of 5,000 digits or deep nesting comes in Python's own words.
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _is_object(value: Any, where: str, tally: Tally) -> bool:
-    if not isinstance(value, dict):
-        tally.drop("not an object", f"{where} is not a JSON object but {_kind(value)}")
-        return False
-    # JSON can spell "\ud800", which no tokenizer and no file can take.
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        tally.drop("not valid Unicode", f"{where} holds half of a surrogate pair")
-        return False
-    return True
-
-
-def _kind(value: Any) -> str:
-    """A JSON value's kind in the words of the user's file."""
-    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
-    kinds |= {str: "a string", list: "a list", dict: "an object"}
-    return kinds.get(type(value), type(value).__name__)
+    if source.startswith("tfds:"):
+        return _rows_of_tfds(_open_tfds(source), source, tally)
+    files = (
+        _slice_files(source.removeprefix("slice:"))
+        if source.startswith("slice:")
+        else files_of(path_of(source))
+    )
+    for file in files:
+        if not file.name.endswith(ROW_SUFFIXES):
+            raise UserError(f"{file} is not a {', '.join(ROW_SUFFIXES[:-1])} or {ROW_SUFFIXES[-1]} file")
+    return ((place(file, number), row) for file in files for number, row in rows_of_file(file, tally))
 
 
 # 2. Documents -----------------------------------------------------------------------------------------------
@@ -205,7 +69,7 @@ def read_documents(source: str | Path, text_field: str, tally: Tally) -> Iterato
     if name.startswith("slice:"):
         files = _slice_files(name.removeprefix("slice:"))
         return (text for file in files for text in _documents_of_file(file, "text", tally))
-    files = _files_of(path_of(source))
+    files = files_of(path_of(source))
     return (text for file in files for text in _documents_of_file(file, text_field, tally))
 
 
@@ -215,7 +79,9 @@ def files_of_source(source: str) -> list[Path]:
         return []
     if source.startswith("slice:"):
         return _slice_files(source.removeprefix("slice:"))
-    return _files_of(path_of(source)) if path_of(source).exists() else []
+    path = path_of(source)
+    there = any(path.parent.glob(path.name)) if is_pattern(path) else path.exists()
+    return files_of(path) if there else []
 
 
 def source_state(source: str) -> list[list[int]] | None:
@@ -245,8 +111,18 @@ def _slice_files(name: str) -> list[Path]:
     return [folder / f"{each}.jsonl" for each in (SLICES if name == "all" else (name,))]
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
+    """The files of a path: itself, those that a pattern names, or those in a folder, in order.
+
+    Raises:
+      UserError: there is none, or they are of several splits.
+    """
     kinds = (".txt", *ROW_SUFFIXES)
+    if is_pattern(path):
+        files = sorted(path.parent.glob(path.name))
+        if not files:
+            raise UserError(f"{path} matches no file")
+        return files
     with reachable(path):
         there = path.exists()
     if not there:
@@ -259,16 +135,46 @@ def _files_of(path: Path) -> list[Path]:
     hidden = re.compile(r"(^|/)\.")
     files = [file for file in inside if file.name.endswith(kinds)]
     files = [file for file in files if not hidden.search(name_below(file, path))]
+    if any(file.name == SAVED for file in files):
+        # What `datasets` saved: its rows are Arrow, beside them lies JSON about them.
+        files = [file for file in files if file.suffix == ".arrow"]
     if not files:
         raise UserError(f"{path} holds no {', '.join(kinds[:-1])} or {kinds[-1]} file")
+    check_one_split(path, files)
     return files
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether a path names files by a pattern, which those in buckets do not."""
+    return "*" in path.name and not is_remote(str(path))
+
+
+def check_one_split(path: Path, files: Sequence[Path]) -> None:
+    """A dataset's folder may hold its test rows beside its training rows, in files or folders that are named
+    after them.
+
+    Raises:
+      UserError: it does.
+    """
+    found: dict[str, Path] = {}
+    for file in files:
+        for part in reversed(name_below(file, path).split("/")):
+            if split := SPLIT.match(part):
+                found.setdefault(split[1], file)
+                break
+    if len(found) > 1:
+        some = min(found)
+        raise UserError(
+            f"{path} holds the splits {', '.join(sorted(found))}: name one of them, as a folder or by a "
+            f"pattern such as {path}/{some}*{found[some].suffix}"
+        )
 
 
 def _documents_of_file(path: Path, text_field: str, tally: Tally) -> Iterator[str]:
     if path.suffix == ".txt":
         yield from _documents_of_text(path, tally)
         return
-    for number, row in _rows_of_file(path, tally):
+    for number, row in rows_of_file(path, tally):
         text = _text_of(row, text_field, place(path, number), tally)
         if text is not None:
             yield text
@@ -281,7 +187,7 @@ def _text_of(row: dict[str, Any], text_field: str, where: str, tally: Tally) -> 
         has = ", ".join(row) or "nothing"
         tally.drop("field missing", f"{where} has no field {text_field!r} (it has {has})")
     elif not isinstance(text, str):
-        tally.drop("not a string", f"{where}: field {text_field!r} is not a string but {_kind(text)}")
+        tally.drop("not a string", f"{where}: field {text_field!r} is not a string but {kind_of(text)}")
     elif not text.strip():
         tally.drop("empty", f"{where}: field {text_field!r} is empty")
     else:
@@ -310,7 +216,7 @@ def _blocks_of_text(path: Path) -> Iterator[tuple[int, bytes]]:
     lines: list[bytes] = []
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            line = line.removeprefix(_BOM) if number == 1 else line
+            line = line.removeprefix(BOM) if number == 1 else line
             if line.strip() == separator:
                 yield start, b"".join(lines)
                 start, lines = number + 1, []
@@ -355,3 +261,15 @@ def _texts_of_tfds(
         text = _text_of(example, text_field, where, tally)
         if text is not None:
             yield text
+
+
+def _rows_of_tfds(
+    examples: Sequence[dict[str, Any]], source: str, tally: Tally
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for index in range(len(examples)):
+        tally.rows += 1
+        where = f"{source} example {index}"
+        try:
+            yield where, plain_value(examples[index])
+        except UnicodeDecodeError:
+            tally.drop("not UTF-8", f"{where} is not UTF-8")

@@ -1,8 +1,8 @@
 """Frozen matrices in few bits (QLoRA; Dettmers et al. 2023): kept so, and made whole where they are used.
 
-A matrix is cut into blocks along the last of its axes that meet activations. Each block has a
-scale of its own: of int8, or of NormalFloat's 16 levels (ibid., appendix E), two of which share a byte. `qwix`
-knows the levels. Norms, biases, tables and heads stay as they are.
+A matrix is cut into blocks along the last of its axes that meet activations. Each block has a scale of its
+own: of int8, or of NormalFloat's 16 levels (ibid., appendix E), two of which share a byte. `qwix` knows the
+levels. Norms, biases, tables and heads stay as they are.
 """
 
 from __future__ import annotations

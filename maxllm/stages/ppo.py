@@ -22,8 +22,8 @@ from maxllm.data import loader
 from maxllm.data.instruct import Question, RowReader, question_of
 from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.shown import ShownRow, shown_row
-from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
+from maxllm.data.tally import Tally
 from maxllm.errors import UserError
 from maxllm.folder import RunFolder
 from maxllm.generate.decode import decoder_of

@@ -44,8 +44,9 @@ from maxllm.data.dedup import drop_duplicates, text_key
 from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.loader import fingerprint
 from maxllm.data.pack import Piece, chunks
-from maxllm.data.sources import Tally, read_documents
+from maxllm.data.sources import read_documents
 from maxllm.data.spool import Spool
+from maxllm.data.tally import Tally
 from maxllm.data.tokenizer import SPM_FILE, Tokenizer, document_start
 from maxllm.errors import RunFailed, UserError
 from maxllm.files import whole_folder, write_bytes

@@ -18,8 +18,8 @@ from maxllm.data import loader
 from maxllm.data.instruct import ReplyPair, RowReader, pad_pairs, reply_pair
 from maxllm.data.render import render_prompt
 from maxllm.data.shown import ShownRow, shown_row
-from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
+from maxllm.data.tally import Tally
 from maxllm.model.heads import ScalarModel
 from maxllm.records import PairBatch, Params
 from maxllm.report.charts import COIN, Chart, Level, Line, shares, training_and_heldout

@@ -16,8 +16,8 @@ from maxllm.data.instruct import Question, RowReader
 from maxllm.data.pack import pack
 from maxllm.data.render import render_prompt
 from maxllm.data.shown import ShownRow, shown_packed
-from maxllm.data.sources import Tally
 from maxllm.data.store import read_record
+from maxllm.data.tally import Tally
 from maxllm.errors import UserError
 from maxllm.records import LmBatch, Params, PromptBatch
 from maxllm.report.charts import Chart, Line, shares, training_and_heldout

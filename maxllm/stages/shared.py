@@ -14,7 +14,7 @@ from maxllm.data import loader
 from maxllm.data.ahead import Ahead
 from maxllm.data.instruct import Question, pad_prompts
 from maxllm.data.remote import RemoteArray
-from maxllm.data.sources import Tally
+from maxllm.data.tally import Tally
 from maxllm.data.tokenizer import Tokenizer, without_piece
 from maxllm.generate.decode import decoder_of, generate
 from maxllm.parallel.mesh import platform_of

@@ -3,7 +3,7 @@
 import hashlib
 
 from maxllm.data.dedup import drop_duplicates, text_key
-from maxllm.data.sources import Tally
+from maxllm.data.tally import Tally
 
 
 def test_the_key_is_blake2b_of_the_normalised_text():

@@ -10,7 +10,8 @@ import pytest
 
 from maxllm.data.clean import clean_text, reason_to_drop
 from maxllm.data.dedup import drop_duplicates
-from maxllm.data.sources import SLICES, Tally, read_documents
+from maxllm.data.sources import SLICES, read_documents
+from maxllm.data.tally import Tally
 
 FOLDER = Path(str(resources.files("maxllm.data"))) / "slice"
 COUNTS = {"shakespeare": 109, "austen": 61, "tang": 813}

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from maxllm.data.sources import Tally, place, read_documents, read_rows
+from maxllm.data.row_files import place, read_rows
+from maxllm.data.sources import read_documents
+from maxllm.data.tally import Tally
 from maxllm.errors import UserError
 
 
@@ -153,7 +155,7 @@ def test_a_missing_or_strange_file_fails_before_the_first_row(tmp_path):
         read_rows(tmp_path / "missing.jsonl", tally)  # no iteration: the call itself fails
     with pytest.raises(UserError, match="is not a file"):
         read_rows(tmp_path, tally)
-    with pytest.raises(UserError, match=r"a\.csv is not a \.jsonl, \.jsonl\.gz or \.json file"):
+    with pytest.raises(UserError, match=r"a\.csv is not a \.jsonl, .* \.parquet or \.arrow file"):
         read_rows(write(tmp_path / "a.csv", "a,b"), tally)
 
 
@@ -220,7 +222,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
 def test_a_source_that_is_not_there_fails_before_the_first_document(tmp_path):
     for source, message in [
         (tmp_path / "missing", "missing does not exist"),
-        (tmp_path, r"holds no \.txt, \.jsonl, \.jsonl\.gz or \.json file"),
+        (tmp_path, r"holds no \.txt, \.jsonl, .* \.parquet or \.arrow file"),
         (write(tmp_path / "a.pdf", ""), r"a\.pdf is not a \.txt"),
         ("slice:milton", "slice:milton does not exist; there are slice:shakespeare"),
     ]:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from maxllm.data import rows
 from maxllm.data.fields import RowError
-from maxllm.data.sources import Tally, read_rows
+from maxllm.data.row_files import read_rows
+from maxllm.data.tally import Tally
 from maxllm.errors import UserError
 
 TEXT = st.text(max_size=12) | st.sampled_from(["user", "assistant", "system", "human", "gpt", "\ud800"])

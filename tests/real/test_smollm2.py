@@ -23,7 +23,8 @@ pytestmark = pytest.mark.real
 from maxllm.config.generation import GenerationConfig  # noqa: E402
 from maxllm.data.instruct import pad_prompts  # noqa: E402
 from maxllm.data.render import render_prompt  # noqa: E402
-from maxllm.data.sources import Tally, read_documents  # noqa: E402
+from maxllm.data.sources import read_documents  # noqa: E402
+from maxllm.data.tally import Tally  # noqa: E402
 from maxllm.folder import RunFolder  # noqa: E402
 from maxllm.generate.decode import generate  # noqa: E402
 from maxllm.model.forward import forward  # noqa: E402

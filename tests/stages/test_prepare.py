@@ -17,8 +17,9 @@ from maxllm.config.data import TokenizerConfig
 from maxllm.data import bpe
 from maxllm.data.corpus import check_settings, read_rows
 from maxllm.data.load_tokenizer import load_tokenizer
-from maxllm.data.sources import Tally, read_documents
+from maxllm.data.sources import read_documents
 from maxllm.data.spool import Spool
+from maxllm.data.tally import Tally
 from maxllm.data.tokenizer import BOS, EOS
 from maxllm.errors import UserError
 from maxllm.files import whole_folder
