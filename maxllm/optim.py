@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from maxllm.config.optimizer import OptimizerConfig
@@ -14,10 +15,12 @@ from maxllm.weights import Declaration
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warmup, then cosine, linear or no decay to final_share of the peak, or a
+    """Learning rate by step: linear warmup, then cosine, linear or no decay to final_share of the peak; one
+    with the inverse square root of the step (Vaswani et al. 2017, equation 3), which goes on for ever; or a
     linear one in the last steps alone (wsd; Hu et al. 2024, MiniCPM, equation 1)."""
     peak, last = config.learning_rate, config.learning_rate * config.final_share
-    decay_steps = max(steps - config.warmup_steps, 1)
+    warmup_steps = config.warmup_of(steps)
+    decay_steps = max(steps - warmup_steps, 1)
     match config.schedule:
         case "cosine":
             decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_share)
@@ -25,12 +28,18 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
             decay = optax.linear_schedule(peak, last, decay_steps)
         case "constant":
             decay = optax.constant_schedule(peak)
+        case "inverse_sqrt":
+            first = max(warmup_steps, 1)
+
+            def decay(count: jax.typing.ArrayLike) -> jax.Array:
+                return peak * jnp.sqrt(first / (first + jnp.asarray(count, jnp.float32)))
+
         case "wsd":
             falling = config.decay_of(steps)
             stable, fall = optax.constant_schedule(peak), optax.linear_schedule(peak, last, falling)
             decay = optax.join_schedules([stable, fall], [decay_steps - falling])
-    warmup = optax.linear_schedule(0.0, peak, max(config.warmup_steps, 1))
-    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+    warmup = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
+    return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 class Optimizer(NamedTuple):

@@ -395,3 +395,20 @@ def test_why_beta2_has_a_limit():
 def test_what_bfloat16_moments_cannot_be(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         OptimizerConfig(**changes)
+
+
+def test_inverse_square_root_goes_on_for_ever():
+    """Vaswani et al. 2017, equation 3: the peak at the end of warmup, half of it at four times as many."""
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, schedule="inverse_sqrt")
+    rates = [float(schedule(config, steps)(40)) for steps in (50, 5000)]
+    assert rates == pytest.approx([1.0, 1.0], rel=1e-6)
+    assert float(schedule(config, 50)(10)) == pytest.approx(2.0, rel=1e-6)
+    assert float(schedule(config, 50)(5)) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_warmup_is_steps_or_a_share():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=0.1, schedule="constant")
+    assert [float(schedule(config, 100)(step)) for step in (0, 5, 10, 99)] == pytest.approx([0, 1, 2, 2])
+    assert OptimizerConfig(warmup_steps=10).warmup_of(100) == 10
+    with pytest.raises(ValueError, match="is neither whole nor a share below 1"):
+        OptimizerConfig(warmup_steps=1.5)

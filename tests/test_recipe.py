@@ -210,7 +210,10 @@ def test_a_missing_field_is_named(tmp_path):
     tree = {key: value for key, value in TREE.items() if key != "batch"}
     assert sentence_of(write(tmp_path / "a.yaml", tree)) == "batch is required and was not given"
     tree = TREE | {"run": {"dir": "x"}}
-    assert sentence_of(write(tmp_path / "b.yaml", tree)) == "run.steps is required and was not given"
+    assert (
+        sentence_of(write(tmp_path / "b.yaml", tree))
+        == "run: steps or epochs is required, and neither was given"
+    )
 
 
 @pytest.mark.parametrize("word", ["run.steps", "=3", "--run.steps 3"])

@@ -22,15 +22,18 @@ class OptimizerConfig(Section):
         gt=0,
         description="Peak learning rate; adafactor's is a share of each matrix's root mean square (1e-2).",
     )
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = Field(
         "cosine",
-        description="Decay after warmup; wsd (warmup, stable, decay) stays at the peak until the last "
-        "decay_steps. Runs of constant, and of wsd before it decays, can be given more run.steps later.",
+        description="Decay after warmup; inverse_sqrt goes with the root of warmup / updates; wsd (warmup, "
+        "stable, decay) stays at the peak until the last decay_steps. Runs of constant and inverse_sqrt, and "
+        "of wsd before it decays, can be given more run.steps later.",
     )
     decay_steps: int | None = Field(
         None, gt=0, description="Updates of wsd's linear decay at the end; a tenth of the run when absent."
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warmup from 0.")
+    warmup_steps: float = Field(
+        0, ge=0, description="Updates of linear warmup from 0; below 1 a share of all of the run's."
+    )
     final_share: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, on matrices only.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay.")
@@ -48,9 +51,19 @@ class OptimizerConfig(Section):
         description="Type of the layers' gradients until they are summed or clipped; bfloat16 halves them.",
     )
 
+    def warmup_of(self, updates: int) -> int:
+        """Updates of warmup in a run of so many."""
+        return round(self.warmup_steps * updates) if self.warmup_steps < 1 else int(self.warmup_steps)
+
     def decay_of(self, updates: int) -> int:
         """Updates of wsd's decay in a run of so many."""
         return self.decay_steps or max(1, updates // 10)
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Self:
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is neither whole nor a share below 1")
+        return self
 
     @model_validator(mode="after")
     def _decay(self) -> Self:

@@ -88,17 +88,8 @@ class Config(Section):
             raise ValueError(
                 f"batch.microbatches={self.batch.microbatches} does not divide batch.rows={self.batch.rows}"
             )
-        falling = self.optimizer.decay_of(self.updates) if self.optimizer.schedule == "wsd" else 0
-        if falling and self.updates < self.optimizer.warmup_steps + falling:
-            raise ValueError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} and optimizer.decay_steps={falling} "
-                f"are more than the run's {self.updates} updates"
-            )
-        if self.updates <= self.optimizer.warmup_steps:
-            raise ValueError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is not less than the run's "
-                f"{self.updates} updates, so the peak learning rate is never reached"
-            )
+        if self.run.epochs is None:
+            self.check_schedule()
         return self
 
     def _check_tuning(self) -> None:
@@ -134,6 +125,26 @@ class Config(Section):
             raise ValueError(
                 f"{tuning.named()}: keys that every token sees do not go around devices that split a text; "
                 "give mesh.context=1"
+            )
+
+    def check_schedule(self) -> None:
+        """Whether the run is long enough for its learning rates; with epochs, once its steps are counted.
+
+        Raises:
+          ValueError: with the numbers.
+        """
+        optimizer, updates = self.optimizer, self.updates
+        warmup = optimizer.warmup_of(updates)
+        falling = optimizer.decay_of(updates) if optimizer.schedule == "wsd" else 0
+        if falling and updates < warmup + falling:
+            raise ValueError(
+                f"optimizer.warmup_steps={warmup} and optimizer.decay_steps={falling} are more than the "
+                f"run's {updates} updates"
+            )
+        if updates <= warmup:
+            raise ValueError(
+                f"optimizer.warmup_steps={warmup} is not less than the run's {updates} updates, so the peak "
+                "learning rate is never reached"
             )
 
     @property

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from maxllm.config.section import Effect, Name, Place, Section
 
@@ -28,7 +28,14 @@ class RunConfig(Section):
         description="What chat templates take for today, YYYY-MM-DD; the day on which the run began when "
         "absent.",
     )
-    steps: int = Field(gt=0, description="Optimizer steps (PPO: rollout-and-update iterations).")
+    steps: int = Field(
+        0, gt=0, description="Optimizer steps (PPO: rollout-and-update iterations); needed without epochs."
+    )
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="Passes over the training rows, in place of steps: these are counted when rows are read.",
+    )
     log_every: Annotated[int, Effect.RECORD] = Field(
         10, gt=0, description="Steps between two lines of metrics.jsonl."
     )
@@ -75,6 +82,12 @@ class RunConfig(Section):
         description="A run of several processes, or with --restarts, in which nothing changes for about as "
         "long ends with 75; compiling, saving and evaluating may take 12 times as long.",
     )
+
+    @model_validator(mode="after")
+    def _length(self) -> Self:
+        if not self.steps and self.epochs is None:
+            raise ValueError("steps or epochs is required, and neither was given")
+        return self
 
 
 class StartConfig(Section):

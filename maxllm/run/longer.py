@@ -23,9 +23,9 @@ def check_may_go_on_longer(folder: RunFolder, former: Config, now: Config) -> No
     if now.run.steps < former.run.steps:
         raise UserError(f"{folder} holds a run with {steps}: it can be made longer, not shorter; {otherwise}")
     schedule = former.optimizer.schedule
-    if schedule in ("cosine", "linear"):
+    if schedule in ("cosine", "linear") or former.optimizer.warmup_steps % 1:
         raise UserError(
-            f"{folder} holds a run with {steps}, over which its {schedule} schedule falls: with "
+            f"{folder} holds a run with {steps}, over which its {schedule} schedule is stretched: with "
             f"{now.run.steps}, the learning rates until now would have been others; {otherwise}"
         )
     if schedule == "wsd":

@@ -42,6 +42,8 @@ from maxllm.run.window import Sums, Window
 class Job:
     """What is particular to a stage."""
 
+    session: Session
+    """The run, with as many steps as the rows make where its recipe gives epochs."""
     program: Program
     """What is compiled."""
     fresh: Callable[[], Any]
@@ -79,7 +81,7 @@ def finished(session: Session) -> dict[str, Any] | None:
     return summary if summary and summary["steps"] >= session.config.run.steps else None
 
 
-def train(session: Session, job: Job) -> dict[str, Any]:
+def train(job: Job) -> dict[str, Any]:
     """Runs the stage to its last step, from wherever it was interrupted; returns summary.json's content.
 
     Resuming, in this order:
@@ -94,6 +96,7 @@ def train(session: Session, job: Job) -> dict[str, Any]:
       RunFailed: too many consecutive updates were not finite, or the run's checkpoints are gone or damaged.
       UserError: another process is training in the same folder, or the run began from other data or parents.
     """
+    session = job.session
     title = session.config.stage
     PHASES.enter(Phase.PREPARING, 0)
     with stop_on_signals() as stop:

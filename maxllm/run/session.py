@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,32 @@ def open_session(config: Config) -> Session:
     return Session(resolved, model, mesh, tokenizer, folder, *parents)
 
 
+def in_epochs(session: Session, rows: int) -> Session:
+    """The session with the steps that its epochs take, where its recipe gives these.
+
+    Args:
+      session: the run.
+      rows: that it trains on, as they are dealt into batches.
+
+    Raises:
+      UserError: they are too few for the schedule.
+    """
+    config, epochs = session.config, session.config.run.epochs
+    if epochs is None:
+        return session
+    steps = math.ceil(epochs * rows / config.batch.rows)
+    say(
+        session,
+        f"{epochs:g} epochs of {rows:,} rows, {config.batch.rows:,} in a batch, are run.steps={steps:,}",
+    )
+    config = config.model_copy(update={"run": config.run.model_copy(update={"steps": steps})})
+    try:
+        config.check_schedule()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return replace(session, config=config)
+
+
 def check_reachable(config: Config) -> None:
     """Asks the buckets that a recipe names whether they answer.
 
@@ -229,7 +255,9 @@ def check_same_recipe(folder: RunFolder, config: Config) -> dict[str, tuple[Any,
                 f"{folder} holds a run with {key}={former.get(key)}, not {now.get(key)}; "
                 "give another run.dir, or remove that folder"
             )
-    if former[STEPS] != now[STEPS]:
+    if config.run.epochs is not None:
+        now[STEPS] = former[STEPS]  # as many as the rows make, which are looked at when they are read
+    elif former[STEPS] != now[STEPS]:
         check_may_go_on_longer(folder, begun, config)
     return {
         key: (former.get(key), now.get(key))

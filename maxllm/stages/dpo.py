@@ -30,7 +30,7 @@ from maxllm.report.figures import Facts, Row, both, pairs_row, share_row
 from maxllm.report.runs import Run, number
 from maxllm.report.stage import StageReport
 from maxllm.run.loop import Job
-from maxllm.run.session import Session
+from maxllm.run.session import Session, in_epochs
 from maxllm.stages.program import Trainer, pair_batch, trainer
 from maxllm.stages.shared import (
     exact_match,
@@ -57,14 +57,16 @@ def program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
 
 def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
-    config = session.config
     # 1. Data: prompt + chosen and prompt + rejected, right-padded.
     train_rows, heldout_rows, tallies = read_preferences(session)
     pairs, heldout = padded(session, train_rows), heldout_of(session, heldout_rows)
+    session = in_epochs(session, len(train_rows))
+    config = session.config
     # 2. State: what is trained of the policy; where it begins is the reference, and all that is not trained.
     compiled = program(config, session.model, session.mesh)
     start = start_of(session, compiled, start_policy(session))
     return Job(
+        session=session,
         program=compiled,
         fresh=start.fresh,
         batches=loader.ArrayBatches(pairs, config.batch.rows, config.run.seed),

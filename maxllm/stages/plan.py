@@ -167,6 +167,11 @@ def prepare(config: Config, hardware: Hardware) -> Plan:
     if attention == "cudnn":
         check_cudnn(hardware)
     check_host_memory(hardware, config.mesh.offload != "none" or bool(model.keep_in_host))
+    if config.run.epochs is not None:
+        raise UserError(
+            "run.epochs are counted in steps when the rows are read: to plan, give run.epochs=null and "
+            "run.steps"
+        )
     check_model_divides(mesh, model)
     check_batch_divides(mesh, config.batch, model)
     check_replies_fit(config)

@@ -35,7 +35,7 @@ from maxllm.records import Params, PromptBatch
 from maxllm.run.loop import Job
 from maxllm.run.program import Program, compile_reader
 from maxllm.run.restore import restore
-from maxllm.run.session import Session, check_same_model
+from maxllm.run.session import Session, check_same_model, in_epochs
 from maxllm.stages.ppo_program import (
     algorithm_with,
     check_sampling,
@@ -80,12 +80,15 @@ def job(session: Session) -> Job:
     # 1. Data: prompts. Answers, where rows have them, are for the held-out check; training never sees them.
     train_questions, heldout_questions, tallies = read_questions(session)
     rows, heldout = padded(session, train_questions), heldout_of(session, heldout_questions)
+    session = in_epochs(session, len(train_questions))
+    config = session.config
     # 2. The algorithm and its four models.
     ppo = algorithm_with(session)
     compiled = program_of(config, session.model, session.mesh, ppo)
     frozen = read_frozen(ppo, compiled)
     # 3. Train; the best checkpoint is the one with the highest held-out score.
     return Job(
+        session=session,
         program=compiled,
         fresh=lambda: fresh_state(ppo, frozen, compiled.abstract_state, config.run.seed),
         batches=loader.PromptBatches(rows, config.batch.rows, config.run.seed),

@@ -23,7 +23,7 @@ from maxllm.report.runs import Run, number
 from maxllm.report.stage import StageReport, Verdicts
 from maxllm.report.wording import bits, count
 from maxllm.run.loop import Job
-from maxllm.run.session import Session
+from maxllm.run.session import Session, in_epochs
 from maxllm.stages.program import Trainer, language_program
 from maxllm.stages.shared import (
     heldout_loss,
@@ -43,6 +43,9 @@ def job(session: Session) -> Job:
     config = session.config
     # 1. Data: packed rows, made with this tokenizer and this row length.
     prepared, manifest = open_corpus(session)
+    rows = read_rows(prepared, "train", config.data.cache_gb)
+    session = in_epochs(session, len(rows.tokens_BT))
+    config = session.config
     # 2. State: initialized, or read, straight into its shardings.
     program = language_program(config, session.model, session.mesh)
     if config.start.policy:
@@ -57,7 +60,7 @@ def job(session: Session) -> Job:
         program,
         fresh=start.fresh,
         frozen=start.frozen,
-        rows=read_rows(prepared, "train", config.data.cache_gb),
+        rows=rows,
         heldout=heldout,
         evaluate=bits_per_byte(session, program, heldout, manifest, start.frozen),
         best=("bits_per_byte", "min"),

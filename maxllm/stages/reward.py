@@ -27,7 +27,7 @@ from maxllm.report.figures import Facts, Row, pairs_row
 from maxllm.report.runs import Run
 from maxllm.report.stage import StageReport, Verdicts
 from maxllm.run.loop import Job
-from maxllm.run.session import Session
+from maxllm.run.session import Session, in_epochs
 from maxllm.stages.program import Trainer, pair_batch, trainer
 from maxllm.stages.shared import heldout_loss, say_sources
 from maxllm.stages.stage import Stage
@@ -48,15 +48,17 @@ def program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
 
 def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
-    config = session.config
     # 1. Data: prompt + chosen and prompt + rejected, right-padded.
     train_pairs, heldout_pairs, tallies = read_pairs(session)
     rows, heldout = (padded(session, pairs) for pairs in (train_pairs, heldout_pairs))
+    session = in_epochs(session, len(train_pairs))
+    config = session.config
     # 2. State: the policy's decoder under a new head.
     compiled = program(config, session.model, session.mesh)
     start = start_of(session, compiled, with_new_head(session))
     # 3. Train; the best checkpoint is the one that orders most held-out pairs right.
     return Job(
+        session=session,
         program=compiled,
         fresh=start.fresh,
         batches=loader.ArrayBatches(rows, config.batch.rows, config.run.seed),

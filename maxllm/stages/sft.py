@@ -25,7 +25,7 @@ from maxllm.report.figures import Facts, Row, both, share_row
 from maxllm.report.runs import Run
 from maxllm.report.stage import StageReport
 from maxllm.run.loop import Job
-from maxllm.run.session import Session, say
+from maxllm.run.session import Session, in_epochs, say
 from maxllm.stages.program import Trainer, language_program
 from maxllm.stages.shared import (
     exact_match,
@@ -43,10 +43,11 @@ from maxllm.weights import Weights
 
 def job(session: Session) -> Job:
     """Everything the loop needs for this stage."""
-    config = session.config
     # 1. Data: conversations packed with their loss masks.
     train_conversations, heldout_conversations, tallies = read_conversations(session)
     rows, heldout = packed(session, train_conversations), heldout_of(session, heldout_conversations)
+    session = in_epochs(session, len(rows.tokens_BT))
+    config = session.config
     # 2. State: what is trained, beside what stays.
     program = language_program(config, session.model, session.mesh)
     start = start_of(session, program, start_policy(session))

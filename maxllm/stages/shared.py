@@ -53,6 +53,7 @@ def language_job(
     config = session.config
     batches: loader.Batches[LmBatch] = loader.ArrayBatches(rows, config.batch.rows, config.run.seed)
     return Job(
+        session=session,
         program=program,
         fresh=fresh,
         batches=Ahead(batches) if isinstance(rows.tokens_BT, RemoteArray) else batches,

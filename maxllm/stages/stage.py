@@ -50,7 +50,7 @@ class Stage:
     def run(self, config: Config) -> dict[str, Any]:
         """Trains to the last step, or continues; returns summary.json's content."""
         session = open_session(config)
-        return finished(session) or train(session, self.job(session))
+        return finished(session) or train(self.job(session))
 
     def figures(self, session: Session, stored: Path | None) -> Callable[[Params], dict[str, float]]:
         """What measures a run's exported parameters on held-out rows; see `evaluator`."""

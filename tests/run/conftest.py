@@ -55,7 +55,9 @@ def build(tmp_path, tiny_tokenizer):
         )
         rows = np.arange(64, dtype=np.int32) if rows is None else rows
         batch = jax.ShapeDtypeStruct((8, *rows.shape[1:]), rows.dtype)
+        session = Session(config, config.model, mesh, tiny_tokenizer, RunFolder(tmp_path / "run"))
         job = loop.Job(
+            session=session,
             program=Program(
                 init=fresh,
                 abstract_state=abstract,
@@ -70,7 +72,6 @@ def build(tmp_path, tiny_tokenizer):
             evaluate=evaluate,
             best=("loss", "min"),
         )
-        session = Session(config, config.model, mesh, tiny_tokenizer, RunFolder(tmp_path / "run"))
         return session, job
 
     return make

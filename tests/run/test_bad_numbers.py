@@ -92,7 +92,7 @@ def poisoned(build):
 def test_a_run_stops_and_keeps_the_rows(poisoned):
     session, job = poisoned([11, 12])
     with pytest.raises(RunFailed, match=r"2 updates in a row were not finite, the last at step 13; the rows"):
-        loop.train(session, job)
+        loop.train(job)
     for step in (12, 13):
         kept = np.load(rows_of(session.folder, step))
         np.testing.assert_array_equal(kept["rows"], job.batches.at(step - 1))
@@ -101,7 +101,7 @@ def test_a_run_stops_and_keeps_the_rows(poisoned):
 def test_a_run_goes_back_and_passes_over_the_data(poisoned, capsys):
     """From step 10: batches 10, 11 and 12 are left out, as the sum of all numbers that were used shows."""
     session, job = poisoned([11, 12], "run.on_bad_numbers=roll_back")
-    summary = loop.train(session, job)
+    summary = loop.train(job)
     assert summary["steps"] == 20 and session.folder.latest_step() == 20
     said = capsys.readouterr().err
     assert "Goes back to the checkpoint of step 10, and passes over the 3 batches from there" in said
@@ -117,18 +117,18 @@ def test_a_run_goes_back_and_passes_over_the_data(poisoned, capsys):
 
 def test_a_run_that_was_stopped_may_go_back_later(poisoned):
     with pytest.raises(RunFailed):
-        loop.train(*poisoned([11, 12]))
-    session, job = poisoned([11, 12], "run.on_bad_numbers=roll_back")
-    assert loop.train(session, job)["steps"] == 20
+        loop.train(poisoned([11, 12])[1])
+    _, job = poisoned([11, 12], "run.on_bad_numbers=roll_back")
+    assert loop.train(job)["steps"] == 20
 
 
 def test_it_goes_back_only_so_often(poisoned):
-    session, job = poisoned(list(range(11, 31)), "run.on_bad_numbers=roll_back", "run.max_roll_backs=2")
+    _, job = poisoned(list(range(11, 31)), "run.on_bad_numbers=roll_back", "run.max_roll_backs=2")
     with pytest.raises(RunFailed, match=r"after 2 roll-backs \(run\.max_roll_backs\)"):
-        loop.train(session, job)
+        loop.train(job)
 
 
 def test_without_a_checkpoint_there_is_nowhere_to_go(poisoned):
-    session, job = poisoned([1, 2], "run.on_bad_numbers=roll_back")
+    _, job = poisoned([1, 2], "run.on_bad_numbers=roll_back")
     with pytest.raises(RunFailed, match="there is no checkpoint from before"):
-        loop.train(session, job)
+        loop.train(job)

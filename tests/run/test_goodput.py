@@ -50,7 +50,7 @@ def test_a_run_accounts_for_all_of_its_time(build):
     PHASES.restart()
     began = time.monotonic()
     session, job = build({})
-    summary = loop.train(session, job)
+    summary = loop.train(job)
     took = time.monotonic() - began
     newest = list(session.folder.sittings())[-1]
     assert (newest["first"], newest["step"]) == (0, 12)
@@ -61,7 +61,7 @@ def test_a_run_accounts_for_all_of_its_time(build):
 
 def test_a_line_that_a_kill_cut_short_is_left_out(build):
     session, job = build({})
-    loop.train(session, job)
+    loop.train(job)
     file = session.folder.path / "sittings.jsonl"
     whole = list(session.folder.sittings())
     file.write_bytes(file.read_bytes() + b'{"sitting": "x", "beg')

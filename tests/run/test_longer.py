@@ -54,8 +54,8 @@ def run_at(folder, step):
         (("optimizer.schedule=constant",), 40, None),
         (("optimizer.schedule=wsd", "optimizer.decay_steps=10"), 30, None),
         (("optimizer.schedule=wsd", "optimizer.decay_steps=10"), 31, "falls after step 30; its newest"),
-        (("optimizer.schedule=cosine",), 10, "over which its cosine schedule falls: with 100"),
-        (("optimizer.schedule=linear",), 10, "over which its linear schedule falls: with 100"),
+        (("optimizer.schedule=cosine",), 10, "over which its cosine schedule is stretched: with 100"),
+        (("optimizer.schedule=linear",), 10, "over which its linear schedule is stretched: with 100"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )

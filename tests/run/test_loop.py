@@ -22,7 +22,7 @@ STEPS = 12
 def test_a_state_that_is_the_best_so_far_is_saved_whenever_it_is_evaluated(build):
     """Evaluations and checkpoints fall on different steps; the best of all evaluations is kept."""
     session, job = build({3: 0.5, 6: 0.2, 9: 0.4, 12: 0.3}, "run.eval_every=3", "run.checkpoint_every=5")
-    loop.train(session, job)
+    loop.train(job)
     assert session.folder.best_step() == 6
     assert session.folder.steps() == [6, 10, 12]
 
@@ -37,7 +37,7 @@ def test_the_loop_asks_for_rows_of_each_device_and_for_none_twice(build):
             asked.append((step, rows.start, rows.stop))
             return super().at(step, rows)
 
-    loop.train(session, dataclasses.replace(job, batches=Asked(job.batches.rows, 8, 0)))
+    loop.train(dataclasses.replace(job, batches=Asked(job.batches.rows, 8, 0)))
     assert sorted(asked) == [(number, row, row + 1) for number in range(STEPS) for row in range(8)]
     [loss] = [record["loss"] for record in session.folder.records() if "loss" in record]
     assert loss == np.mean([job.batches.at(number).sum() for number in range(STEPS)])
@@ -46,7 +46,7 @@ def test_the_loop_asks_for_rows_of_each_device_and_for_none_twice(build):
 def test_what_is_no_number_never_ranks(build):
     figures = {2: 0.1, 4: math.nan, 6: 0.8, 8: -math.inf, 10: 0.7, 12: math.nan}
     session, job = build(figures, "run.eval_every=2", "run.checkpoint_every=2", "run.keep_checkpoints=1")
-    loop.train(session, job)
+    loop.train(job)
     assert session.folder.best_step() == 2
     assert session.folder.steps() == [2, 12]
 
@@ -54,7 +54,7 @@ def test_what_is_no_number_never_ranks(build):
 def test_a_run_of_nothing_but_nan_has_no_best(build):
     figures = dict.fromkeys(range(STEPS + 1), math.nan)
     session, job = build(figures, "run.eval_every=2", "run.checkpoint_every=6")
-    loop.train(session, job)
+    loop.train(job)
     assert session.folder.best_step() is None and session.folder.steps()[-1] == STEPS
 
 
@@ -62,9 +62,9 @@ def test_a_continued_run_knows_the_best_of_before(build):
     words = ("run.eval_every=2", "run.checkpoint_every=6")
     session, job = build({2: 0.1, 8: RuntimeError("power cut")}, *words)
     with pytest.raises(RuntimeError, match="power cut"):
-        loop.train(session, job)
+        loop.train(job)
     session, job = build({2: 0.1, 8: 0.5}, *words)
-    loop.train(session, job)
+    loop.train(job)
     assert session.folder.best_step() == 2 and 8 not in session.folder.steps()
 
 
@@ -73,15 +73,15 @@ def test_metrics_that_are_gone_are_told_and_not_needed(build, capsys, at_the_end
     figures = {} if at_the_end else {8: RuntimeError("power cut")}
     session, job = build(figures, "run.eval_every=4", "run.checkpoint_every=6")
     if at_the_end:
-        loop.train(session, job)
+        loop.train(job)
         (session.folder.path / SUMMARY).unlink()
     else:
         with pytest.raises(RuntimeError):
-            loop.train(session, job)
+            loop.train(job)
     (session.folder.path / METRICS).unlink()
     session, job = build({}, "run.eval_every=4", "run.checkpoint_every=6")
     capsys.readouterr()
-    summary = loop.train(session, job)
+    summary = loop.train(job)
     assert "metrics.jsonl is gone" in capsys.readouterr().err
     assert summary["heldout_last"] == {"loss": 9.0}
     assert (summary["last"] is None) == at_the_end
@@ -94,27 +94,27 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_begun_anew(build):
 
     def slow():
         object.__setattr__(job, "fresh", fresh)
-        loop.train(session, job)
+        loop.train(job)
         return fresh()
 
     object.__setattr__(job, "fresh", slow)
-    before = loop.train(session, job)
+    before = loop.train(job)
     records = [record["step"] for record in session.folder.records()]
     assert records.count(STEPS) == 2 and before["steps"] == STEPS  # one log line, one evaluation
 
 
 def test_a_run_that_another_process_began_meanwhile_is_continued(build, capsys):
-    session, job = build({8: RuntimeError("killed")}, "run.eval_every=4", "run.checkpoint_every=6")
-    calm, good = build({}, "run.eval_every=4", "run.checkpoint_every=6")
+    _, job = build({8: RuntimeError("killed")}, "run.eval_every=4", "run.checkpoint_every=6")
+    _calm, good = build({}, "run.eval_every=4", "run.checkpoint_every=6")
     fresh = good.fresh
 
     def slow():
         with pytest.raises(RuntimeError):
-            loop.train(session, job)
+            loop.train(job)
         return fresh()
 
     object.__setattr__(good, "fresh", slow)
-    loop.train(calm, good)
+    loop.train(good)
     assert "continues from the checkpoint of step 6" in capsys.readouterr().err
 
 
@@ -122,11 +122,11 @@ def test_a_run_goes_on_with_other_settings_of_how_it_computes_and_records_them(b
     words = ("run.eval_every=4", "run.checkpoint_every=6", "batch.microbatches=2", "model.remat=full")
     session, job = build({8: RuntimeError("killed")}, *words)
     with pytest.raises(RuntimeError):
-        loop.train(session, job)
+        loop.train(job)
     assert not (session.folder.path / "changes.jsonl").exists()
     session, job = build({}, *words[:2], "batch.microbatches=4", "model.remat=full", "model.keep=['q']")
     capsys.readouterr()
-    loop.train(session, job)
+    loop.train(job)
     lines = (session.folder.path / "changes.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"step": 6, "setting": "batch.microbatches", "from": 2, "to": 4},
@@ -136,35 +136,35 @@ def test_a_run_goes_on_with_other_settings_of_how_it_computes_and_records_them(b
 
 
 def test_what_would_change_more_than_rounding_is_still_another_run(build):
-    session, job = build({8: RuntimeError("killed")}, "run.eval_every=4", "run.checkpoint_every=6")
+    _, job = build({8: RuntimeError("killed")}, "run.eval_every=4", "run.checkpoint_every=6")
     with pytest.raises(RuntimeError):
-        loop.train(session, job)
-    session, job = build({}, "run.eval_every=4", "run.checkpoint_every=6", "model.dtype=bfloat16")
+        loop.train(job)
+    _, job = build({}, "run.eval_every=4", "run.checkpoint_every=6", "model.dtype=bfloat16")
     with pytest.raises(UserError, match=r"model\.dtype=float32, not bfloat16"):
-        loop.train(session, job)
+        loop.train(job)
 
 
 def test_a_run_that_begins_anew_has_changed_nothing(build):
     """It was stopped before its first checkpoint."""
     session, job = build({4: RuntimeError("killed")}, "run.eval_every=4")
     with pytest.raises(RuntimeError):
-        loop.train(session, job)
+        loop.train(job)
     session, job = build({}, "run.eval_every=4", "model.remat=full")
-    loop.train(session, job)
+    loop.train(job)
     assert not (session.folder.path / "changes.jsonl").exists()
 
 
 @pytest.mark.parametrize("what", ["training", "held-out"])
 def test_changed_data_is_another_run(build, what):
     words = ("run.eval_every=4", "run.checkpoint_every=6")
-    session, job = build({8: RuntimeError("killed")}, *words)
+    _, job = build({8: RuntimeError("killed")}, *words)
     with pytest.raises(RuntimeError):
-        loop.train(session, job)
+        loop.train(job)
     rows = np.arange(64, dtype=np.int32)
     rows[37] += what == "training"
-    session, job = build({}, *words, rows=rows, answers=["no" if what == "held-out" else "yes"])
+    _, job = build({}, *words, rows=rows, answers=["no" if what == "held-out" else "yes"])
     with pytest.raises(UserError, match=f"the {what} data of .* has changed"):
-        loop.train(session, job)
+        loop.train(job)
 
 
 def test_a_half_written_checkpoint_goes_before_anything_is_written(build, monkeypatch):
@@ -184,7 +184,7 @@ def test_a_half_written_checkpoint_goes_before_anything_is_written(build, monkey
         write(path, content)
 
     monkeypatch.setattr(module, "write_bytes", only_with_room)
-    loop.train(session, job)
+    loop.train(job)
     assert session.folder.steps()[-1] == STEPS
 
 
@@ -242,7 +242,7 @@ def test_speed_is_that_of_the_steps_whatever_stands_between_them(
             device.now += 10.0
 
     monkeypatch.setattr(loop, "Checkpoints", Slow)
-    loop.train(session, job)
+    loop.train(job)
     records = [record for record in session.folder.records() if "loss" in record]
     assert [record["steps_per_second"] for record in records] == [1.0] * (STEPS // log)
 
@@ -260,7 +260,7 @@ def test_seconds_waited_for_data_are_those_of_the_steps_of_the_line(build, monke
     object.__setattr__(job, "batches", Slow(job.batches.rows, 8, 0))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: device.now)
     monkeypatch.setattr(loop, "compile_program", lambda *args, **options: (device.step, 0.0))
-    loop.train(session, job)
+    loop.train(job)
     lines = [record for record in session.folder.records() if "loss" in record]
     assert [(line["step"], line["data_seconds"]) for line in lines] == [
         (3, 2.0),
@@ -301,9 +301,9 @@ def test_observers_are_told_everything_and_closed_whatever_happens(build, monkey
     session, job = build(figures, "run.eval_every=4", "run.log_every=3", "run.checkpoint_every=12")
     if power_cut:
         with pytest.raises(RuntimeError, match="power cut"):
-            loop.train(session, job)
+            loop.train(job)
     else:
-        summary = loop.train(session, job)
+        summary = loop.train(job)
         assert summary["last"] == listeners[0].lines[-1]
     first, second = listeners
     assert vars(first) == vars(second) and first.closed == 1
@@ -318,10 +318,10 @@ def test_observers_are_told_everything_and_closed_whatever_happens(build, monkey
 def test_a_complete_run_is_given_more_steps(build):
     """The state, and what was recorded, go on; summary.json is of the whole."""
     constant = "optimizer.schedule=constant"
-    loop.train(*build({}, constant))
+    loop.train(build({}, constant)[1])
     session, job = build({}, constant, "run.steps=20")
     assert loop.finished(session) is None
-    summary = loop.train(session, job)
+    summary = loop.train(job)
     assert summary["steps"] == 20 and session.folder.latest_step() == 20
     state = restore(session.folder.checkpoint(20), job.program.abstract_state)
     assert float(state.params["w"][0]) == 20

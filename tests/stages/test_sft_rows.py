@@ -1,8 +1,12 @@
 """`maxllm sft` on rows of several forms, and on texts alone, of which no answer can be right."""
 
 import json
+import math
+import re
+import shutil
 
 import pytest
+import yaml
 
 from maxllm.cli import main
 
@@ -66,3 +70,31 @@ def test_two_steps(policy, tmp_path, capsys, rows):
         "data.strict=true",
     ]
     assert main(strict) == (2 if rows is TEXTS else 0)
+
+
+def test_epochs_are_counted_in_steps(policy, tmp_path, capsys):
+    """One and a half passes over the packed rows, said and recorded; the same command finds them complete,
+    and goes on where its last checkpoint is gone."""
+    source, folder = tmp_path / "rows.jsonl", tmp_path / "run"
+    source.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    words = [f"start.policy={policy}", f"data.sources=['{source}']", "data.heldout_sources=[]"]
+    words += ["data.heldout_share=0.3", f"run.dir={folder}", "run.epochs=1.5", "run.checkpoint_every=1"]
+    words += ["batch.rows=8", "mesh.fsdp=2", "batch.sequence_length=32", "generation.max_new_tokens=4"]
+    words += ["optimizer.warmup_steps=0.25"]
+    assert main(["sft", "sft/tiny_tasks_cpu_fast", *words, "--json"]) == 0
+    said = capsys.readouterr()
+    summary = json.loads(said.out)
+    rows = int(re.search(r"1.5 epochs of (\d+) rows, 8 in a batch, are run.steps=(\d+)", said.err)[1])
+    assert summary["steps"] == math.ceil(1.5 * rows / 8) > 1
+    assert yaml.safe_load((folder / "config.yaml").read_text())["run"]["steps"] == summary["steps"]
+    assert main(["sft", "sft/tiny_tasks_cpu_fast", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == summary
+    loss = summary["heldout_last"]["loss"]
+    shutil.rmtree(folder / "checkpoints" / str(summary["steps"]))
+    (folder / "summary.json").unlink()
+    assert main(["sft", "sft/tiny_tasks_cpu_fast", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["heldout_last"]["loss"] == loss
+    assert main(["sft", "sft/tiny_tasks_cpu_fast", *words, "run.epochs=2"]) == 2
+    assert "holds a run with run.epochs=1.5, not 2" in capsys.readouterr().err
+    assert main(["plan", "sft/tiny_tasks_cpu_fast", *words, "--hardware", "v5e:2x2"]) == 2
+    assert "give run.epochs=null and run.steps" in capsys.readouterr().err
