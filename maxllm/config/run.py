@@ -42,6 +42,14 @@ class RunConfig(Section):
     eval_every: Annotated[int, Effect.RECORD] = Field(
         100, gt=0, description="Steps between two evaluations on held-out data."
     )
+    patience: Annotated[int | None, Effect.RECORD] = Field(
+        None,
+        gt=0,
+        description="The run ends, saved, when its held-out figure has not gained for so many evaluations.",
+    )
+    min_gain: Annotated[float, Effect.RECORD] = Field(
+        0.0, ge=0, description="What that figure must gain on its best, to have gained."
+    )
     checkpoint_every: Annotated[int, Effect.RECORD] = Field(
         100, gt=0, description="Steps between two checkpoints."
     )

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from maxllm.data.loader import Batches, fingerprint
@@ -33,6 +32,7 @@ from maxllm.run.machine import hardware, peak_rss_bytes
 from maxllm.run.observers import Observers, observers_of
 from maxllm.run.origin import changes_since, origin_of, read_origin
 from maxllm.run.parents import check_parents, in_use, record_parents, roles_of
+from maxllm.run.patience import STOPPED_EARLY, in_vain, is_complete
 from maxllm.run.program import Program, compile_program
 from maxllm.run.session import Session, open_folder, say
 from maxllm.run.window import Sums, Window
@@ -78,7 +78,7 @@ def due(step: int, every: int, total: int) -> bool:
 def finished(session: Session) -> dict[str, Any] | None:
     """The summary of a run that is complete already, or None; one that is given more steps is not."""
     summary = session.folder.summary()
-    return summary if summary and summary["steps"] >= session.config.run.steps else None
+    return summary if summary and is_complete(summary, session.config.run) else None
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -254,7 +254,8 @@ class _Loop:
             raise Interrupted(f"stopped before step {first + 1}; the same command continues")
 
         self.window.restart(self.open_window)
-        for step in range(first + 1, run.steps + 1):
+        last, vain = first, self.in_vain()
+        for step in () if vain else range(first + 1, run.steps + 1):
             PHASES.enter(Phase.LOADING, step)
             asked = time.perf_counter()
             batch = processes.own_rows(partial(job.batches.at, step - 1), job.program.abstract_batch, rows)
@@ -272,13 +273,19 @@ class _Loop:
             if evaluating or saving:
                 self.note_pending()
             rank = self.rank_of(self.evaluate(state, step)) if evaluating else UNRANKED
-            if saving or self.checkpoints.is_best(rank):
+            last, vain = step, evaluating and self.in_vain()
+            if saving or vain or self.checkpoints.is_best(rank):
                 self.save(step, state, rank)
             if stopping:
                 raise Interrupted(
                     f"stopped after step {step} of {run.steps} and saved; the same command continues"
                 )
-        return self.summary(compile_seconds)
+            if vain:
+                break
+        if vain and last < run.steps:
+            self.observers.say(f"step {last}: no gain for {run.patience} evaluations, which ends the run")
+            return self.summary(compile_seconds, last) | {STOPPED_EARLY: run.patience}
+        return self.summary(compile_seconds, run.steps)
 
     def tell_size(self) -> None:
         """Says how large the work is."""
@@ -347,6 +354,11 @@ class _Loop:
         """The records of held-out figures, in order."""
         return [record for record in self.records if "heldout" in record]
 
+    def in_vain(self) -> bool:
+        """Whether the recipe's patience has run out."""
+        ranks = [self.rank_of(record["heldout"]) for record in self.evaluations()]
+        return in_vain(ranks, self.session.config.run)
+
     def rank_of(self, heldout: dict[str, float]) -> float:
         """What orders states by their held-out figures, larger is better; what is no number never ranks."""
         name, better = self.job.best
@@ -360,17 +372,17 @@ class _Loop:
             self.checkpoints.save(step, state, rank, {WINDOW: self.window.open()})
         self.window.paused(time.perf_counter() - started)
 
-    def summary(self, compile_seconds: float) -> dict[str, Any]:
-        """What summary.json says."""
+    def summary(self, compile_seconds: float, steps: int) -> dict[str, Any]:
+        """What summary.json says of a run that ended after so many steps."""
         heldout = self.evaluations()
         logged = [record for record in self.records if "heldout" not in record]
         speeds = [record["tokens_per_second"] for record in logged[1:] or logged]
         return {
             "stage": self.session.config.stage,
-            "steps": self.session.config.run.steps,
+            "steps": steps,
             "parameters": self.job.program.parameters,
             "trained_parameters": self.job.program.trained_parameters,
-            "tokens": self.session.config.run.steps * self.job.program.tokens_per_step,
+            "tokens": steps * self.job.program.tokens_per_step,
             "seconds": self.seconds(),
             "compile_seconds": round(compile_seconds, 2),
             "tokens_per_second": float(np.median(speeds)) if speeds else None,
@@ -381,12 +393,3 @@ class _Loop:
             "hardware": hardware(),
             **(self.job.facts or {}),
         }
-
-
-def mean_over(batches: Any, step: Callable[[Any], Metrics]) -> dict[str, float]:
-    """Runs an evaluation step over batches and divides the sums once."""
-    total: Any = None
-    for batch, _ in batches:
-        sums = step(batch)
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    return {name: float(value) / float(count) for name, (value, count) in jax.device_get(total).items()}

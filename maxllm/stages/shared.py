@@ -19,7 +19,8 @@ from maxllm.data.tokenizer import Tokenizer, without_piece
 from maxllm.generate.decode import decoder_of, generate
 from maxllm.parallel.mesh import platform_of
 from maxllm.records import LmBatch, Params, PromptBatch, Rollout
-from maxllm.run.loop import Job, mean_over
+from maxllm.run.heldout import mean_over
+from maxllm.run.loop import Job
 from maxllm.run.program import compile_reader
 from maxllm.run.session import Session, say
 from maxllm.stages.program import Trainer
