@@ -140,7 +140,7 @@ def test_what_should_not_fit_is_exit_3(capsys):
     ("words", "sentence"),
     [
         (["ppo/tiny_tasks_cpu", "--hardware", "v5e:2x2"], "no estimate for the stage ppo"),
-        (["sft/tiny_tasks_cpu", "--hardware", "v5e:2x2", "lora.rank=8"], "no estimate for adapters"),
+        (["sft/tiny_tasks_cpu", "--hardware", "v5e:2x2", "lora.rank=8"], "no estimate for lora"),
         (["pretrain/tiny_slice_cpu"], "names no machine"),
         ([SEVEN, "--hardware", "h100x8"], "only TPUs can be estimated for as yet"),
         ([SEVEN, "model.keep_in_host=[gate]"], "there is no estimate for model.keep_in_host"),

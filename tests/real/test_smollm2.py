@@ -31,7 +31,7 @@ from maxllm.model.forward import forward  # noqa: E402
 from maxllm.model.llama import Llama  # noqa: E402
 from maxllm.run.restore import load_params  # noqa: E402
 from maxllm.run.session import reopen  # noqa: E402
-from maxllm.stages.shared import abstract_params  # noqa: E402
+from maxllm.stages.start import abstract_params  # noqa: E402
 from maxllm.steps.state import init_params  # noqa: E402
 from maxllm.weights import Weights  # noqa: E402
 
@@ -202,10 +202,11 @@ def test_twenty_steps_of_lora_load_in_peft(run: Path, ours: Any, tmp_path: Path)
     maxllm("export", tmp_path / "lora", tmp_path / "adapter", "--base", tmp_path / "base")
 
     session = reopen(RunFolder(tmp_path / "lora"))
-    assert session.config.lora is not None
-    wanted = abstract_params(session, Llama(model.config, session.config.lora))
+    tuning = session.config.tuning
+    assert tuning is not None
+    wanted = abstract_params(session, Llama(model.config, tuning))
     adapters = jax.device_get(load_params(RunFolder(tmp_path / "lora").find(), wanted))
-    beside = jax.jit(partial(forward, Llama(model.config, session.config.lora)))
+    beside = jax.jit(partial(forward, Llama(model.config, tuning)))
     theirs = {}
     for dtype in (torch.float32, torch.float64):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)

@@ -15,7 +15,7 @@ OFTEN = ["run.checkpoint_every=1", "run.eval_every=1", "optimizer.learning_rate=
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, policy_at):
-    """Runs of every stage beside the files they were trained on: sft, lora, reward, dpo, ppo."""
+    """Runs of every stage beside the files they were trained on; test_tuned_runs.py has those of adapters."""
     folder = tmp_path_factory.mktemp("evaluate")
     policy_at(folder / "policy")
 
@@ -37,7 +37,6 @@ def folder(tmp_path_factory, policy_at):
     share = ("data.heldout_sources=[]", "data.heldout_share=0.3")  # of the same file
     train("reward", "reward", "preference", *share)
     train("sft", "sft", "instruction")
-    train("lora", "sft", "instruction", "lora.rank=2")
     train("dpo", "dpo", "preference", *share)
     train("ppo", "ppo", "prompt", f"start.reward={folder / 'reward'}")
     return folder
@@ -56,7 +55,7 @@ def evaluate(folder, capsys):
     return run
 
 
-@pytest.mark.parametrize("name", ["sft", "lora", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
 def test_without_training_data_and_without_the_rest_of_a_checkpoint(folder, evaluate, name, tmp_path):
     """Sources are gone, and so is all of a checkpoint but the parameters: the same figures, bit for bit. What
     needs the data says that it is gone."""
@@ -95,7 +94,7 @@ def test_other_data_is_read_where_it_is_named(folder, evaluate, name, tmp_path):
     assert figures.keys() == former.keys() and figures != former
 
 
-@pytest.mark.parametrize("name", ["lora", "dpo"])
+@pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_a_folder_without_stored_rows_is_evaluated_from_its_data(folder, evaluate, name):
     figures = evaluate(name)
     shutil.move(folder / name / "heldout", folder / "aside")

@@ -230,7 +230,8 @@ def test_adapters_cost_no_gradients_of_the_model(plan):
     assert code == 0 and figures["fits"], error
     weights, down, head = L * (3 * D * D + 3 * D * F), L * D * F, D * V
     low_rank, last = L * 8 * (2 * D + F + D), L * 8 * D
-    assert figures["parameters"] == low_rank
+    assert figures["trained_parameters"] == low_rank
+    assert figures["parameters"] == PARAMETERS + low_rank
     assert figures["flops_per_token"] == 4 * (weights + head) + 6 * low_rank + 6 * L * D * 256
     multiplied = 6 * (weights - down) + 4 * (down + head) + 8 * (low_rank - last) + 6 * last
     assert figures["matmul_flops"] == multiplied * 8 * 256 / 4

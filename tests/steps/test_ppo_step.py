@@ -476,7 +476,7 @@ def test_a_judge_on_the_host_finds_the_row_of_each_prompt(world):
     parts |= {"judge": judge, "learn": learn}
     _, scores_B = iterate(parts, world.state, prompts.replace(row_B=rows), world.frozen)
     assert scores_B.tolist() == (rows**2).tolist()
-    without = parts["rollout"](world.state.actor.params, world.state.step, prompts)
+    without = parts["rollout"](world.state.actor.params, world.state.step, prompts, world.frozen.reference)
     assert without.row_B is None
 
 
