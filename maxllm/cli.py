@@ -251,6 +251,7 @@ def convert(options: argparse.Namespace) -> None:
         hub=options.hub,
         dtype=options.dtype,
         push=options.push,
+        base=options.base,
     )
     show(options, figures, f"maxllm convert {options.direction}")
     if "not_checked" in figures or options.json:

@@ -266,11 +266,12 @@ def add_convert(verbs: Any) -> None:
     verb = add_verb(verbs, "convert", "convert between Hugging Face folders, GGUF files and run folders")
     verb.add_argument(
         "direction",
-        choices=("from-hf", "from-gguf", "to-hf"),
-        help="from-hf FOLDER RUN; from-gguf FILE RUN; to-hf RUN FOLDER",
+        choices=("from-hf", "from-gguf", "from-peft", "to-hf"),
+        help="from-hf FOLDER RUN; from-gguf FILE RUN; from-peft FOLDER RUN; to-hf RUN FOLDER",
     )
     verb.add_argument("source", metavar="SRC", help="folder, file or (with --hub) the name of a repository")
     verb.add_argument("target", metavar="DST", type=local_path, help="folder to write")
+    verb.add_argument("--base", metavar="RUN", type=run_folder, help="from-peft: the model that is adapted")
     verb.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
     verb.add_argument("--hub", action="store_true", help="from-hf: download SRC from the Hugging Face hub")
     verb.add_argument(

@@ -150,7 +150,6 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(base, override, par
         ),
         (["stage=dpo"], "a dpo recipe needs start.policy, the run folder it starts from"),
         (["lora.rank=4"], "lora needs start.policy, the run whose model it leaves as it is"),
-        (["stage=convert", "lora.rank=4"], "lora: convert trains nothing"),
         (
             [*SFT, "start.adapters=continue"],
             "start.adapters=continue needs the settings of the adapters, as lora.rank",

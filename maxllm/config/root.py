@@ -24,7 +24,7 @@ from maxllm.config.reward import RewardConfig
 from maxllm.config.rules import Rules
 from maxllm.config.run import RunConfig, StartConfig
 from maxllm.config.section import Section
-from maxllm.config.stages import TRAINED, Stage
+from maxllm.config.stages import Stage
 from maxllm.config.tuning import (
     BottleneckConfig,
     FreezeConfig,
@@ -103,8 +103,6 @@ class Config(Section):
             if self.start.adapters == "continue":
                 raise ValueError("start.adapters=continue needs the settings of the adapters, as lora.rank")
             return
-        if self.stage not in TRAINED:
-            raise ValueError(f"{tuning.named()}: {self.stage} trains nothing")
         if self.start.policy is None:
             raise ValueError(f"{tuning.named()} needs start.policy, the run whose model it leaves as it is")
         some = tuning.frozen_layers or tuning.frozen_embeddings

@@ -1,20 +1,25 @@
-"""Adapters as a PEFT folder: adapter_config.json and adapter_model.safetensors, which `peft` loads."""
+"""Adapters as a PEFT folder, adapter_config.json and adapter_model.safetensors, in both directions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from maxllm.config.model import ModelConfig
-from maxllm.config.tuning import LoraConfig, Tuning
+from maxllm.config.tuning import LoraConfig, PrefixConfig, PromptConfig, Tuning
 from maxllm.errors import UserError
-from maxllm.files import whole_folder, write_json
+from maxllm.files import read_json, whole_folder, write_json
 from maxllm.hf import mapping
 from maxllm.hf.config import family_of
+from maxllm.model.forward import init_weights
+from maxllm.model.llama import Llama
 from maxllm.records import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -130,3 +135,103 @@ def virtual_fields(kind: str, length: int, config: ModelConfig) -> dict[str, Any
         "token_dim": heads * config.k_dim if prefix else config.d_model,
         "num_transformer_submodules": 1,
     } | (own if prefix else {"prompt_tuning_init": "RANDOM"})
+
+
+# --- and back ----------------------------------------------------------------------------------------------
+
+PLAIN: dict[str, Any] = {
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "trainable_token_indices": None,
+    "prefix_projection": False,
+}
+"""Fields that give adapters something ours do not have -> the value that does not."""
+
+
+def read_adapters(folder: Path, config: ModelConfig) -> tuple[Tuning, Params]:
+    """What a folder of PEFT holds, for a model: (what they are, the `adapters` collection in float32).
+
+    Raises:
+      UserError: it is no such folder, or the adapters are of another kind or for another model.
+    """
+    from safetensors.numpy import load_file
+
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} has no {CONFIG}: it is no folder of PEFT's adapters")
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder} has no {WEIGHTS}; adapters in a pickle file are not read")
+    fields = read_json(folder / CONFIG)
+    for name, plain in PLAIN.items():
+        if fields.get(name, plain) not in (plain, None, [], {}):
+            raise UserError(f"{folder / CONFIG}: {name}={fields[name]} is not what adapters can have here")
+    tensors = {name: array.astype(np.float32) for name, array in load_file(folder / WEIGHTS).items()}
+    match fields.get("peft_type"):
+        case "LORA":
+            return low_rank(folder, fields, tensors, config)
+        case "PREFIX_TUNING" | "PROMPT_TUNING" as kind:
+            return virtual(folder, kind, fields["num_virtual_tokens"], tensors, config)
+        case kind:
+            raise UserError(f"{folder / CONFIG}: adapters of peft_type={kind} are none of ours")
+
+
+def virtual(
+    folder: Path, kind: str, P: int, tensors: Mapping[str, np.ndarray], config: ModelConfig
+) -> tuple[Tuning, Params]:
+    """`read_adapters` of P keys and values, or embeddings."""
+    whole, prefix = tensors.get(VIRTUAL), kind == "PREFIX_TUNING"
+    L, heads = config.n_layers, (config.n_kv_heads, config.k_dim)
+    wanted = (P, L * 2 * math.prod(heads) if prefix else config.d_model)
+    if whole is None or whole.shape != wanted:
+        has = "missing" if whole is None else f"{whole.shape}"
+        raise UserError(f"{folder / WEIGHTS} is not of this model: {VIRTUAL} is {has}, not {wanted}")
+    if not prefix:
+        return Tuning(prompt=PromptConfig(length=P)), {"decoder": {"prompt": whole}}
+    both_L2PGK = np.moveaxis(whole.reshape(P, L, 2, *heads), 0, 2)
+    attention = {"prefix_k": both_L2PGK[:, 0].copy(), "prefix_v": both_L2PGK[:, 1].copy()}
+    return Tuning(prefix=PrefixConfig(length=P)), {"decoder": {"layers": {"attention": attention}}}
+
+
+def low_rank(
+    folder: Path, fields: Mapping[str, Any], tensors: dict[str, np.ndarray], config: ModelConfig
+) -> tuple[Tuning, Params]:
+    """`read_adapters` of LoRA, in every layer alike; `tensors` is emptied."""
+    found: dict[str, np.ndarray] = {}
+    for row in mapping.rows(config):
+        for suffix, part in LETTERS.items():
+            module = row.hf_name.removesuffix(".weight")
+            names = [f"base_model.model.{module.format(layer)}.{part}" for layer in range(config.n_layers)]
+            if all(name in tensors for name in names):
+                found[row.path + suffix] = np.stack([tensors.pop(name).T for name in names])
+    if tensors or not found:
+        some = f"{min(tensors)} has no place in it" if tensors else "there is no low-rank adapter"
+        raise UserError(f"{folder / WEIGHTS} is not of this model: {some}")
+    targets = tuple(path.rpartition("/")[2].removesuffix("_a") for path in found if path.endswith("_a"))
+    lora = LoraConfig(
+        rank=fields["r"],
+        alpha=fields["lora_alpha"],
+        dropout=fields.get("lora_dropout", 0.0),
+        rank_stabilized=fields.get("use_rslora", False),
+        dora=fields.get("use_dora", False),
+        targets=targets,
+    )
+    check_shapes(folder, found, Llama(config, Tuning(lora)))
+    return Tuning(lora), mapping.nest(found.items())
+
+
+def check_shapes(folder: Path, found: Mapping[str, np.ndarray], model: Llama) -> None:
+    """Whether adapters are as wide as a model.
+
+    Raises:
+      UserError: naming one that is not.
+    """
+    adapters = jax.eval_shape(lambda key: nn.unbox(init_weights(model, key)).adapters, jax.random.key(0))
+    wanted = {path: leaf.shape for path, leaf in flatten_dict(adapters, sep="/").items()}
+    for path in sorted(wanted.keys() | found.keys()):
+        has = found[path].shape if path in found else "missing"
+        if has != wanted.get(path):
+            wants = wanted.get(path)
+            raise UserError(f"{folder / WEIGHTS} is not of this model: {path} is {has}, not {wants}")

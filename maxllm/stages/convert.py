@@ -52,13 +52,14 @@ from maxllm.run.machine import peak_rss_bytes, trim_heap
 from maxllm.run.parents import in_use
 from maxllm.run.restore import load_params, open_array, stored_dtypes
 from maxllm.run.session import Session, reopen
+from maxllm.stages.convert_peft import adapters_beside, is_converted
 from maxllm.stages.export import CHECK_PROMPTS, export_scorer
 from maxllm.stages.registry import stage_of
 from maxllm.stages.stage import Reply, Stage
 from maxllm.stages.start import abstract_params, whole_params
 from maxllm.steps.state import abstract, init_params
 
-Direction = Literal["from-hf", "from-gguf", "to-hf"]
+Direction = Literal["from-hf", "from-gguf", "from-peft", "to-hf"]
 
 CHECK_TOKENS = 64
 """Length of the sequence that both implementations read."""
@@ -76,14 +77,16 @@ def run(
     hub: bool = False,
     dtype: str | None = None,
     push: str | None = None,
+    base: RunFolder | None = None,
 ) -> dict[str, Any]:
     """Converts; where `push` names a repository of the hub, a Hugging Face folder goes there too.
 
     Returns:
-      {"tensors", "parameters", "bytes", "seconds", "peak_rss_bytes"}; into a run folder also {"context",
-      "tokenizer", "stop_tokens"} and, of a generation_config.json, {"kept_but_not_followed"}; with `verify`
-      {"identical_tensors", "tokenized_alike", "max_abs_logit_diff", "mean_kl", "top1_agreement"}. The logits'
-      three are None where torch is missing, or for the reason in "not_checked".
+      {"tensors", "parameters", "bytes", "seconds", "peak_rss_bytes"}; of adapters also {"adapters",
+      "beside"}; of other models, into a run folder, {"context", "tokenizer", "stop_tokens"} and, of a
+      generation_config.json, {"kept_but_not_followed"}; with `verify` {"identical_tensors",
+      "tokenized_alike", "max_abs_logit_diff", "mean_kl", "top1_agreement"}. The logits' three are None where
+      torch is missing, or for the reason in "not_checked".
 
     Raises:
       UserError: the source is not a model that ours can be, or the target holds something else.
@@ -92,8 +95,14 @@ def run(
     started = time.perf_counter()
     if push and direction != "to-hf":
         raise UserError("--push goes with to-hf: a run folder is not what the Hugging Face hub holds")
+    if (base is not None) != (direction == "from-peft"):
+        raise UserError(
+            "from-peft needs --base RUN, the model that the adapters are for; nothing else has it"
+        )
     processes.initialize()
-    if direction == "to-hf":
+    if base is not None:
+        figures = adapters_beside(base, local(source), target)
+    elif direction == "to-hf":
         figures = to_hf(RunFolder(source), target, verify, dtype)
         figures |= {"pushed": upload(target, push)} if push else {}
     else:
@@ -164,11 +173,6 @@ def to_run_folder(
         **({"kept_but_not_followed": listed(ignored)} if ignored else {}),
         **checks,
     }
-
-
-def is_converted(folder: Path) -> bool:
-    """Whether a folder is a former conversion, which may be replaced; a training run may not."""
-    return "stage: convert" in (RunFolder(folder).config_text() or "")
 
 
 def typed(wanted: Params, model: HfModel) -> Params:

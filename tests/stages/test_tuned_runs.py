@@ -169,6 +169,25 @@ def test_exported_for_peft(folder, capsys, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_adapters_of_peft_beside_a_run(folder, capsys, tmp_path):
+    """Exported and read again, they say the same as the run that trained them, and are trained on."""
+    adapter, run = tmp_path / "adapter", tmp_path / "run"
+    said(capsys, "export", folder / "sft-lora", adapter, "--base", "some/base")
+    figures = said(capsys, "convert", "from-peft", adapter, run, "--base", folder / "policy")
+    assert figures["adapters"] == "lora" and figures["beside"].endswith("policy, step 0")
+    prompt = ["--prompt", "What is 1 + 1?", "generation.temperature=0", "generation.max_new_tokens=8"]
+    texts = [said(capsys, "generate", each, *prompt)[0]["text"] for each in (folder / "sft-lora", run)]
+    assert texts[0] == texts[1]
+    start = [f"start.policy={run}", f"run.dir={tmp_path / 'on'}", "start.adapters=continue", "lora.rank=2"]
+    assert main(["sft", "sft/tiny_tasks_cpu_fast", *FEW, *start]) == 0
+    first = next(r["heldout"] for r in RunFolder(tmp_path / "on").records() if "heldout" in r)
+    last = RunFolder(folder / "sft-lora").summary()["heldout_last"]
+    assert first["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    assert "needs --base RUN" in refused(capsys, "convert", "from-peft", adapter, tmp_path / "other")
+    error = refused(capsys, "convert", "from-hf", adapter, tmp_path / "other", "--base", folder / "policy")
+    assert "nothing else has it" in error and not (tmp_path / "other").exists()
+
+
 def test_what_lies_beside_the_weights_is_used_and_never_dropped(folder, capsys, tmp_path):
     """Generation has it; whole models without it are refused, and stages that would leave it behind."""
     prompt = ["--prompt", "What is 1 + 1?", "generation.temperature=0", "generation.max_new_tokens=8"]
