@@ -116,3 +116,12 @@ class Tuning:
         """The sections that are given, for people."""
         given = [name for name, value in vars(self).items() if value is not None]
         return " and ".join(given)
+
+    def words(self) -> str:
+        """The settings as a command line takes them."""
+        found = []
+        for name, section in vars(self).items():
+            if section is not None:
+                fields = section.model_dump(mode="json", exclude_defaults=True)
+                found += [f"{name}.{field}={value}" for field, value in fields.items()] or [f"{name}={{}}"]
+        return " ".join(word.replace("'", "").replace(", ", ",") for word in found)

@@ -117,7 +117,10 @@ def compress(weights: Weights, declared: Any, dtype: FrozenType) -> Weights:
             base[path] = jax.tree.map(lambda w: w.astype(jnp.bfloat16), leaf)
         else:
             few[path] = in_blocks(base.pop(path), declarations[path], dtype)
-    return weights.replace(base=unflatten_dict(base), compressed=unflatten_dict(few) if few else None)
+    # Weights that are so already stay as they are.
+    return weights.replace(
+        base=unflatten_dict(base), compressed=unflatten_dict(few) if few else weights.compressed
+    )
 
 
 def in_blocks(leaf: Any, declaration: Declaration, kind: FrozenType) -> Blocks:

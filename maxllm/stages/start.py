@@ -136,13 +136,13 @@ def check_tuning(config: Config, parent: Config, folder: RunFolder) -> None:
             raise UserError(f"{folder} trained no adapters to continue: leave start.adapters away")
         if former != config.tuning:
             raise UserError(
-                f"start.adapters=continue trains the adapters of {folder} on: give this recipe the same "
-                f"settings of {former.named()}"
+                f"start.adapters=continue trains the adapters of {folder} on: give this recipe the settings "
+                f"that it had, {former.words()}"
             )
     elif former.beside is not None:
         raise UserError(
             f"{folder} trained {former.beside.named()}, which no weight of the model can take up: train them "
-            f"on with start.adapters=continue and the same settings of {former.named()}"
+            f"on with start.adapters=continue {former.words()}"
         )
 
 

@@ -27,7 +27,7 @@ FEW += [
 FEW += ["run.checkpoint_every=1", "run.eval_every=1", "mesh.fsdp=2"]
 PPO = ["ppo.minibatches=1", "generation.max_new_tokens=4"]
 
-WITHIN = ["prefix.length=3", "bottleneck.width=4"]
+WITHIN = ["prefix.length=3", "bottleneck.width=4", "freeze.dtype=int8"]
 RUNS = {
     "sft-lora": ("sft", "policy", ["lora.rank=2"]),
     "sft-frozen": ("sft", "policy", ["freeze.layers=1", "freeze.embeddings=true"]),
@@ -199,11 +199,12 @@ def test_what_lies_beside_the_weights_is_used_and_never_dropped(folder, capsys, 
     assert "no weight of the model can take up" in error
     start = [f"start.policy={folder / 'sft-prefix'}", f"run.dir={tmp_path / 'next'}"]
     error = refused(capsys, "sft", "sft/tiny_tasks_cpu_fast", *FEW, *start)
-    assert "start.adapters=continue" in error
+    words = "bottleneck.width=4 prefix.length=3 freeze.dtype=int8"
+    assert f"train them on with start.adapters=continue {words}" in error
     error = refused(
         capsys, "sft", "sft/tiny_tasks_cpu_fast", *FEW, *start, "prefix.length=4", "start.adapters=continue"
     )
-    assert "give this recipe the same settings of bottleneck and prefix" in error
+    assert f"give this recipe the settings that it had, {words}" in error
     start[0] = f"start.policy={folder / 'policy'}"
     error = refused(
         capsys, "sft", "sft/tiny_tasks_cpu_fast", *FEW, *start, "lora.rank=4", "start.adapters=continue"
