@@ -77,10 +77,12 @@ def adapted(
     B, T, D = x_BTD.shape
     width = y[0, 0].size
     gaussian, zeros, ones = nn.initializers.normal(D**-0.5), nn.initializers.zeros, nn.initializers.ones
-    a_DR = declare(module, f"{name}_a", gaussian, (D, lora.rank), (axes[0], None))
-    b_RO = declare(module, f"{name}_b", zeros, (lora.rank, width), (None, axes[1]))
+    # Both are split over the devices that split the base, and whole but for tensor parallelism where used.
+    a_DR = declare(module, f"{name}_a", gaussian, (D, lora.rank), (split_of(axes[0]), None))
+    b_RO = declare(module, f"{name}_b", zeros, (lora.rank, width), (None, split_of(axes[1])))
     x_BTD = nn.Dropout(lora.dropout, deterministic=deterministic)(x_BTD)
-    a_DR, b_RO = a_DR.astype(x_BTD.dtype), b_RO.astype(x_BTD.dtype)
+    a_DR = nn.with_logical_constraint(a_DR.astype(x_BTD.dtype), (whole_of(axes[0]), None))
+    b_RO = nn.with_logical_constraint(b_RO.astype(x_BTD.dtype), (None, whole_of(axes[1])))
     delta = (x_BTD.reshape(B * T, D) @ a_DR) @ b_RO
     y = y + (lora.scale * delta).reshape(y.shape).astype(y.dtype)
     if lora.dora:
@@ -91,6 +93,16 @@ def adapted(
         share_O = m_O / jax.lax.stop_gradient(length_O)  # a constant of the backward pass: section 4.3
         y = (y * share_O.reshape(y.shape[2:])).astype(y.dtype)
     return y
+
+
+def split_of(axis: str) -> str:
+    """The logical name of an adapter's axis where it is kept."""
+    return axis if axis == "embed" else "wide"
+
+
+def whole_of(axis: str) -> str | None:
+    """The logical name of an adapter's axis where it is used."""
+    return None if axis == "embed" else axis
 
 
 def lengths(w_DO: jax.Array) -> jax.Array:

@@ -143,8 +143,7 @@ def in_blocks(leaf: Any, declaration: Declaration, kind: FrozenType) -> Blocks:
         first, second = (jax.lax.slice_in_dim(values, start, None, 2, axis) for start in (0, 1))
         values = first | (second << 4)
     if isinstance(leaf, Box):
-        names = tuple(None if at == axis else name for at, name in enumerate(leaf.names))
-        values, scales = leaf.replace_boxed(values), leaf.replace_boxed(scales).replace(names=names)
+        values, scales = leaf.replace_boxed(values), leaf.replace_boxed(scales)
     return Blocks(values, scales, kind=kind, axis=axis - w.ndim)
 
 

@@ -59,6 +59,7 @@ RULES: Rules = (
     ("kv_heads", TENSOR),
     ("head_dim", None),
     ("mlp", TENSOR),
+    ("wide", (TENSOR, *PARAMETERS)),  # heads or feed-forward of an adapter, beside which there is no embed
     ("norm", None),
 )
 
@@ -133,13 +134,26 @@ def described(boxed: Any, mesh: Mesh, rules: Rules, in_host: Callable[[Any, Any]
         sharding = nn.logical_to_mesh_sharding(axes, mesh, rules)
 
         def of(leaf: Any) -> jax.ShapeDtypeStruct:
-            here = sharding.with_memory_kind(HOST) if in_host(node, leaf) else sharding
+            here = dividing(sharding, leaf.shape)
+            here = here.with_memory_kind(HOST) if in_host(node, leaf) else here
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
 
         # An optimizer that leaves a parameter to another keeps an empty node in its box.
         return jax.tree.map(of, node.value if is_boxed(node) else node)
 
     return jax.tree.map(describe, boxed, is_leaf=is_boxed)
+
+
+def dividing(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding without the mesh axes that do not divide their dimension, which then is whole."""
+    mesh = sharding.mesh
+
+    def parts(axes: Any) -> int:
+        return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ()))
+
+    pairs = zip(sharding.spec, shape, strict=False)  # a spec may be shorter
+    spec = PartitionSpec(*(axes if size % parts(axes) == 0 else None for axes, size in pairs))
+    return NamedSharding(mesh, spec)
 
 
 def is_boxed(node: Any) -> bool:
