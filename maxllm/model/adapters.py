@@ -141,12 +141,12 @@ def in_one_stack(weights: Weights, frozen_layers: int) -> Weights:
 def merged(
     w: jax.Array, a_LDR: jax.Array, b_LRO: jax.Array, m_LO: jax.Array | None, lora: LoraConfig
 ) -> jax.Array:
-    """All layers' matrices of one name with their adapters in them."""
+    """All layers' matrices of one name with their adapters in them, float32."""
     delta = lora.scale * jnp.einsum("ldr,lro->ldo", a_LDR, b_LRO)
     whole = w.astype(jnp.float32).reshape(delta.shape) + delta
     if m_LO is not None:
         whole *= (m_LO / lengths(whole))[:, None]
-    return whole.reshape(w.shape).astype(w.dtype)
+    return whole.reshape(w.shape)
 
 
 # --- bottlenecks, prefixes, prompts ------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from maxllm.parallel.mesh import (
     check_layers_unrolled,
     check_model_divides,
     make_mesh,
+    platform_of,
 )
 from maxllm.recipe import flat
 from maxllm.run.changes import is_of, record_changes
@@ -110,6 +111,7 @@ def open_session(config: Config) -> Session:
     resolve(model.attention, jax.default_backend(), model.dtype)
     mesh = make_mesh(config.mesh)
     check_offload(mesh, config.mesh)
+    check_few_bits(mesh, config)
     check_model_divides(mesh, model)
     check_layers_unrolled(mesh, model)
     check_batch_divides(mesh, config.batch, model)
@@ -119,6 +121,21 @@ def open_session(config: Config) -> Session:
     check_same_recipe(folder, resolved)
     parents = RunFolder(config.start.policy).read_hf() if config.start.policy else (None, None)
     return Session(resolved, model, mesh, tokenizer, folder, *parents)
+
+
+def check_few_bits(mesh: Mesh, config: Config) -> None:
+    """Simulated devices share the host's threads, and two collectives at once can take all of them.
+
+    Raises:
+      UserError: values and scales of matrices in few bits would be gathered from several of them.
+    """
+    few = config.tuning is not None and config.tuning.frozen_dtype in ("int8", "nf4")
+    simulated = platform_of(mesh) == "cpu" and len(mesh.local_devices) > 1
+    if few and simulated and mesh.shape["fsdp"] * mesh.shape["context"] > 1:
+        raise UserError(
+            "freeze.dtype=int8 and nf4 over mesh.fsdp or mesh.context can wait for ever on simulated CPU "
+            "devices; give mesh.fsdp=1 mesh.context=1, or one device to each process"
+        )
 
 
 def in_epochs(session: Session, rows: int) -> Session:

@@ -27,15 +27,18 @@ FEW += [
 FEW += ["run.checkpoint_every=1", "run.eval_every=1", "mesh.fsdp=2"]
 PPO = ["ppo.minibatches=1", "generation.max_new_tokens=4"]
 
-WITHIN = ["prefix.length=3", "bottleneck.width=4", "freeze.dtype=int8"]
+# Matrices in few bits are gathered as values and scales, both at once: eight simulated devices on two cores
+# can run out of threads there, and wait for each other for ever. So runs with them have replicas here.
+WHOLE = "mesh.fsdp=1"
+WITHIN = ["prefix.length=3", "bottleneck.width=4", "freeze.dtype=int8", WHOLE]
 RUNS = {
     "sft-lora": ("sft", "policy", ["lora.rank=2"]),
     "sft-frozen": ("sft", "policy", ["freeze.layers=1", "freeze.embeddings=true"]),
     "sft-prefix": ("sft", "policy", WITHIN),
-    "reward-lora": ("reward", "sft-lora", ["lora.rank=2", "lora.dora=true", "freeze.dtype=int8"]),
+    "reward-lora": ("reward", "sft-lora", ["lora.rank=2", "lora.dora=true", "freeze.dtype=int8", WHOLE]),
     "dpo-prefix": ("dpo", "sft-prefix", [*WITHIN, "start.adapters=continue"]),
     "dpo-frozen": ("dpo", "sft-frozen", ["freeze.layers=1"]),
-    "ppo-lora": ("ppo", "sft-lora", ["lora.rank=2", "lora.targets=[wq, w_down]", "freeze.dtype=nf4"]),
+    "ppo-lora": ("ppo", "sft-lora", ["lora.rank=2", "lora.targets=[wq, w_down]", "freeze.dtype=nf4", WHOLE]),
 }
 
 
@@ -212,4 +215,7 @@ def test_what_lies_beside_the_weights_is_used_and_never_dropped(folder, capsys, 
     assert "trained no adapters to continue" in error
     error = refused(capsys, "sft", "sft/tiny_tasks_cpu_fast", *FEW, *start, "freeze.layers=2")
     assert "leaves none of the model's 2 layers to train" in error
+    few = ["lora.rank=2", "freeze.dtype=nf4"]
+    error = refused(capsys, "sft", "sft/tiny_tasks_cpu_fast", *FEW, *start, *few)
+    assert "can wait for ever on simulated CPU devices; give mesh.fsdp=1 mesh.context=1" in error
     assert not Path(tmp_path / "next" / "checkpoints").exists()
