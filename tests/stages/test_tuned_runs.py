@@ -33,11 +33,10 @@ WHOLE = "mesh.fsdp=1"
 WITHIN = ["prefix.length=3", "bottleneck.width=4", "freeze.dtype=int8", WHOLE]
 RUNS = {
     "sft-lora": ("sft", "policy", ["lora.rank=2"]),
-    "sft-frozen": ("sft", "policy", ["freeze.layers=1", "freeze.embeddings=true"]),
     "sft-prefix": ("sft", "policy", WITHIN),
     "reward-lora": ("reward", "sft-lora", ["lora.rank=2", "lora.dora=true", "freeze.dtype=int8", WHOLE]),
     "dpo-prefix": ("dpo", "sft-prefix", [*WITHIN, "start.adapters=continue"]),
-    "dpo-frozen": ("dpo", "sft-frozen", ["freeze.layers=1"]),
+    "dpo-frozen": ("dpo", "policy", ["freeze.layers=1", "freeze.embeddings=true"]),
     "ppo-lora": ("ppo", "sft-lora", ["lora.rank=2", "lora.targets=[wq, w_down]", "freeze.dtype=nf4", WHOLE]),
 }
 
@@ -167,7 +166,7 @@ def test_exported_for_peft(folder, capsys, tmp_path):
         capsys, "export", folder / "sft-prefix", tmp_path / "x", "--base", "b"
     )
     assert "trained no adapters" in refused(
-        capsys, "export", folder / "sft-frozen", tmp_path / "x", "--base", "b"
+        capsys, "export", folder / "dpo-frozen", tmp_path / "x", "--base", "b"
     )
     assert not (tmp_path / "x").exists()
 

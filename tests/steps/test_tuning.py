@@ -177,7 +177,10 @@ def test_packed_and_unpacked_and_in_microbatches(tuned, name):
 
 
 @every
-@pytest.mark.parametrize("shape", [(2, 2, 1, 1, 2), (1, 4, 2, 1, 1), (1, 2, 1, 2, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 2, 1, 1, 2), (1, 4, 2, 1, 1), pytest.param((1, 2, 1, 2, 2), marks=pytest.mark.slow)],
+)
 def test_eight_devices_do_what_one_does(tuned, name, shape):
     """One step of gradient descent; the pipeline for what lies in every layer, and a split of the positions
     for what is seen within a document."""
