@@ -25,6 +25,7 @@ os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY
 
 import jax
 import numpy as np
+from bench_step import torch_llama
 from rich.console import Console
 from rich.table import Table
 
@@ -126,22 +127,10 @@ def theirs(texts: Texts, folder: Path) -> Callable[[], list[float]]:
     """A turn: seconds for each token of some steps of SFTTrainer."""
     import torch
     from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    c = MODEL
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.d_model,
-            num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads,
-            intermediate_size=c.d_ff,
-            max_position_embeddings=LONGEST,
-            tie_word_embeddings=False,
-        )
-    )
+    model = torch_llama(MODEL)
     rows = [{"input_ids": ids.tolist()} for ids in texts]
     tokens = [sum(len(ids) for ids in texts[at : at + ROWS]) for at in range(0, STEPS * ROWS, ROWS)]
 

@@ -80,7 +80,6 @@ def training(tokens: np.ndarray) -> tuple[Callable[..., Any], LmBatch, TrainStat
         run=RunConfig(dir="unused", steps=1000),
         batch=BatchConfig(rows=rows, sequence_length=LENGTH),
         optimizer=OPTIMIZER,
-        lora=None,
     )
     mesh = make_mesh(MeshConfig())
     program = language_program(config, MODEL, mesh)
@@ -104,13 +103,11 @@ def ours(tokens: np.ndarray) -> Callable[[], object]:
     return advance
 
 
-def theirs(tokens: np.ndarray) -> Callable[[], object]:
-    """A step of the same model in torch."""
-    import torch
+def torch_llama(c: ModelConfig) -> Any:
+    """Hugging Face's model of the same shapes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    c = MODEL
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=c.vocab_size,
             hidden_size=c.d_model,
@@ -118,10 +115,17 @@ def theirs(tokens: np.ndarray) -> Callable[[], object]:
             num_attention_heads=c.n_heads,
             num_key_value_heads=c.n_kv_heads,
             intermediate_size=c.d_ff,
-            max_position_embeddings=LENGTH,
-            tie_word_embeddings=False,
+            max_position_embeddings=c.max_seq_len,
+            tie_word_embeddings=c.tie_embeddings,
         )
     )
+
+
+def theirs(tokens: np.ndarray) -> Callable[[], object]:
+    """A step of the same model in torch."""
+    import torch
+
+    model = torch_llama(MODEL)
     optimizer = torch.optim.AdamW(model.parameters(), lr=OPTIMIZER.learning_rate, weight_decay=0.1)
     ids = torch.from_numpy(tokens[:, :-1]).long()
 
