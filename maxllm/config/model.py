@@ -95,6 +95,12 @@ class ModelConfig(Section):
     embedding_dropout: Annotated[float, Effect.TRAINING] = Field(
         0.0, ge=0, lt=1, description="Dropout on the token embeddings."
     )
+    embedding_noise: Annotated[float, Effect.TRAINING] = Field(
+        0.0,
+        ge=0,
+        description="NEFTune's alpha, 5 to 15: uniform noise of up to alpha / sqrt(tokens of the text x "
+        "d_model) on the embeddings in training.",
+    )
     attention_dropout: Annotated[float, Effect.TRAINING] = Field(
         0.0, ge=0, lt=1, description="Dropout on the attention probabilities."
     )

@@ -9,12 +9,16 @@ def check(recipe: Recipe) -> None:
     """A corpus, and a model: a new one, or one that is there.
 
     Raises:
-      ValueError: naming the section that is missing.
+      ValueError: naming what is missing or of another stage.
     """
     if recipe.start.policy is None and (recipe.model is None or recipe.tokenizer is None):
         raise ValueError("a pretrain recipe needs the sections model and tokenizer, or start.policy")
     if recipe.data.prepared_dir is None:
         raise ValueError("a pretrain recipe needs data.prepared_dir")
+    if recipe.loss.mean != "tokens" or recipe.loss.thoughts != 1:
+        raise ValueError(
+            "loss.mean=samples and loss.thoughts are of sft: pretraining counts all tokens alike"
+        )
 
 
 RULES = Rules(check=check, next_token=True)

@@ -14,8 +14,10 @@ from pydantic import Field, model_validator
 from maxllm.config import convert, dpo, ppo, pretrain, reward, sft
 from maxllm.config.data import BatchConfig, DataConfig, TokenizerConfig
 from maxllm.config.dpo import DpoConfig
+from maxllm.config.evaluation import EvaluationConfig
 from maxllm.config.generation import GenerationConfig
 from maxllm.config.launch import LaunchConfig
+from maxllm.config.loss import LossConfig
 from maxllm.config.mesh import MeshConfig
 from maxllm.config.model import ModelConfig
 from maxllm.config.optimizer import OptimizerConfig
@@ -56,10 +58,14 @@ class Config(Section):
     )
     data: DataConfig = Field(default_factory=DataConfig, description="Data.")
     batch: BatchConfig = Field(description="Batch shape.")
+    loss: LossConfig = Field(default_factory=LossConfig, description="The loss of pretraining and SFT.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="Device mesh.")
     launch: LaunchConfig = Field(default_factory=LaunchConfig, description="Several processes.")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Decoding.")
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="Replies to held-out questions."
+    )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of the model.")
     bottleneck: BottleneckConfig | None = Field(None, description="Train small layers between the model's.")
     prefix: PrefixConfig | None = Field(None, description="Train keys and values that every token sees.")
@@ -73,6 +79,7 @@ class Config(Section):
     def _whole(self) -> Self:
         self.rules.check(self)
         self._check_tuning()
+        self._check_sections()
         if self.mesh.stage != 1 and self.optimizer.gradient_dtype != "float32":
             raise ValueError(
                 "the stages of a pipeline sum gradients over microbatches: mesh.stage needs "
@@ -91,6 +98,25 @@ class Config(Section):
         if self.run.epochs is None:
             self.check_schedule()
         return self
+
+    def _check_sections(self) -> None:
+        """Whether the stage has a use for every section in which something is set.
+
+        Raises:
+          ValueError: naming one that it would pass over.
+        """
+        for name, stages, passed_over in (
+            ("loss", ("pretrain", "sft"), self.loss != LossConfig()),
+            ("reward", ("reward",), self.reward != RewardConfig()),
+            ("dpo", ("dpo",), self.dpo != DpoConfig()),
+            ("ppo", ("ppo",), self.ppo != PpoConfig()),
+        ):
+            if passed_over and self.stage not in stages:
+                raise ValueError(f"the section {name} is for {' and '.join(stages)}, not for {self.stage}")
+        if self.evaluation.shots and self.stage != "sft":
+            raise ValueError(f"evaluation.shots is for sft, not for {self.stage}")
+        if self.evaluation.scorer and not self.rules.replies:
+            raise ValueError(f"evaluation.scorer is for replies, and a {self.stage} model gives none")
 
     def _check_tuning(self) -> None:
         """Whether what is said of adapters and frozen parts goes together.

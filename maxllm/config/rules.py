@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from maxllm.config.data import BatchConfig, DataConfig, TokenizerConfig
+from maxllm.config.loss import LossConfig
 from maxllm.config.mesh import MeshConfig
 from maxllm.config.model import ModelConfig
 from maxllm.config.run import RunConfig, StartConfig
@@ -27,6 +28,8 @@ class Recipe(Protocol):
     def tokenizer(self) -> TokenizerConfig | None: ...
     @property
     def data(self) -> DataConfig: ...
+    @property
+    def loss(self) -> LossConfig: ...
     @property
     def batch(self) -> BatchConfig: ...
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from maxllm.data.chat import Message, in_loss, left_out
@@ -27,6 +27,12 @@ class Conversation:
     """Token ids of what stands before the first reply; of a text, all of them."""
     cut: bool = False
     """Whether the chat template allowed it only one reply at a time."""
+    turns: tuple[int, ...] = (1,)
+    """Of each piece: which of the conversation's replies is the first that it is trained on, from 1."""
+    source: str = ""
+    """Which of the recipe's sources it came from."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """All of the row's fields, where a scorer wants to see them."""
 
 
 def read_conversation(
@@ -57,7 +63,10 @@ def read_conversation(
         samples, cut = samples_of(messages, "each"), True
         rendered = [render(tokenizer, sample) for sample in samples]
     pieces = [piece_of(ids, mask, length, "the conversation") for ids, mask in rendered]
-    return Conversation(messages, pieces, prompt, cut)
+    replies = sum(map(in_loss, messages))
+    alone = 1 if turns == "all" else replies
+    firsts = (alone,) if len(pieces) == 1 else tuple(range(1, replies + 1))
+    return Conversation(messages, pieces, prompt, cut, firsts)
 
 
 def samples_of(messages: Sequence[Message], turns: Turns) -> list[list[Message]]:

@@ -18,8 +18,9 @@ class RowError(UserError):
 class Fields(Mapping[str, Any]):
     """The fields of a row, or of something in it. To look whether one is there is not to read it."""
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        """None of them is read yet."""
+    def __init__(self, fields: Mapping[str, Any], source: str = "") -> None:
+        """None of them is read yet; `source` is where the row came from."""
+        self.source = source
         self._fields = fields
         self._read: set[str] = set()
         self._below: list[tuple[str, Fields]] = []

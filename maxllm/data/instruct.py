@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -44,6 +44,8 @@ class Question:
     answer: str | None
     ids: list[int]
     """Token ids up to where the assistant is to speak."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """All fields of its row, where a scorer wants to see them."""
 
 
 class ReplyPair(NamedTuple):
@@ -143,7 +145,7 @@ class RowReader(Generic[Parsed]):
         for source in sources:
             tally = Tally(source)
             for where, row in rows_of(source, self.kind, self.seed, tally):
-                fields = Fields(row)
+                fields = Fields(row, source)
                 try:
                     parsed = self.parse(fields)
                     key = prompt_hash(self.prompt(parsed))
@@ -199,10 +201,14 @@ def pad_reply_pairs(pairs: Sequence[ReplyPair], length: int, pad: int) -> ReplyP
     return ReplyPairBatch(pad_pairs([pair.ids for pair in pairs], length, pad), starts)
 
 
-def question_of(tokenizer: Tokenizer, row: Mapping[str, Any], length: int) -> Question:
+def question_of(tokenizer: Tokenizer, row: Mapping[str, Any], length: int, whole: bool = False) -> Question:
     """The question in a prompt row (`prompt`, optional `answer`) or in an instruction row (its last reply).
 
-    The prompt takes at most `length` tokens.
+    Args:
+      tokenizer: lays it out.
+      row: the row.
+      length: most tokens of the prompt.
+      whole: whether all fields of the row are kept.
     """
     if "prompt" in row or "question" in row:
         messages, answer = prompt_of(row), answer_of(row)
@@ -211,7 +217,7 @@ def question_of(tokenizer: Tokenizer, row: Mapping[str, Any], length: int) -> Qu
         answer = last["content"]
     ids = render.render_prompt(tokenizer, messages)
     fits(len(ids), length, "the prompt")
-    return Question(messages, answer, ids)
+    return Question(messages, answer, ids, dict(row) if whole else {})
 
 
 def answer_of(row: Mapping[str, Any]) -> str | None:

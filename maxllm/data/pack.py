@@ -22,7 +22,7 @@ class Piece:
     """A contiguous stretch to be packed: inputs are ids[:-1], targets ids[1:] with weights[1:]."""
 
     ids: Sequence[int] | np.ndarray
-    weights: Sequence[int] | np.ndarray
+    weights: Sequence[float] | np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids) - 1

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxllm.losses.token import PLAIN, Shaping
+from maxllm.losses.token import PLAIN, UNREGULARIZED, Regularization, Shaping
 
 PART_BYTES = 1 << 28
 """Logits that a device holds at once, float32."""
@@ -26,6 +26,8 @@ class Sums(NamedTuple):
     """What the loss of a block of rows adds up to; float32 scalars."""
 
     total: jax.Array
+    """Sum of the weighted losses, nats: -log p(target), and what a regularization adds to it."""
+    plain: jax.Array
     """Sum of weighted -log p(target), nats."""
     weight: jax.Array
     """Sum of the weights."""
@@ -41,6 +43,7 @@ def cross_entropy(
     vocab_axis: str | None = None,
     gradients: bool = False,
     shaping: Shaping = PLAIN,
+    regularization: Regularization = UNREGULARIZED,
 ) -> tuple[Sums, jax.Array | None, jax.Array | None]:
     """Sums over rows, and where asked for the gradients of `total`.
 
@@ -52,19 +55,29 @@ def cross_entropy(
       vocab_axis: mesh axis over which V is split, inside `shard_map`.
       gradients: whether dx_ND (in x's type) and dw_DV (float32) are wanted; None otherwise.
       shaping: what is made of the logits first.
+      regularization: what is added to each row's loss.
     """
     (N, D), V = x_ND.shape, w_DV.shape[1]
+    smoothing, z = regularization.label_smoothing, regularization.z
     rows = rows_at_once(N, V)
     w_DV = w_DV.astype(x_ND.dtype)
 
     def part(x_nD: jax.Array, targets_n: jax.Array, weights_n: jax.Array):
         softmax = softmax_of(x_nD, w_DV, targets_n, vocab_axis, shaping)
-        losses_n = softmax.losses_n * weights_n
-        right_n = softmax.right_n * weights_n
-        sums = Sums(jnp.sum(losses_n), jnp.sum(weights_n), jnp.sum(right_n))
+        plain = total = jnp.sum(softmax.losses_n * weights_n)
+        if regularization != UNREGULARIZED:
+            total = jnp.sum(regularized(softmax, regularization) * weights_n)
+        sums = Sums(total, plain, jnp.sum(weights_n), jnp.sum(softmax.right_n * weights_n))
         if not gradients:
             return sums, None, None
-        dlogits_nV = (softmax.exp_nV / softmax.sum_n[:, None] - softmax.target_nV) * weights_n[:, None]
+        dlogits_nV = softmax.exp_nV / softmax.sum_n[:, None]
+        if z:
+            dlogits_nV = dlogits_nV * (1 + 2 * z * softmax.log_sum_n[:, None])
+        if smoothing:
+            dlogits_nV = dlogits_nV - (1 - smoothing) * softmax.target_nV - smoothing / softmax.vocabulary
+        else:
+            dlogits_nV = dlogits_nV - softmax.target_nV
+        dlogits_nV = dlogits_nV * weights_n[:, None]
         if shaping.temperature != 1:
             dlogits_nV = dlogits_nV / shaping.temperature
         dlogits_nV = dlogits_nV.astype(x_nD.dtype)
@@ -80,10 +93,29 @@ def cross_entropy(
         return jax.tree.map(jnp.add, so_far, (sums, dw_DV)), dx_nD
 
     zero = jnp.float32(0)
-    start = (Sums(zero, zero, zero), jnp.zeros((D, V), jnp.float32) if gradients else None)
+    start = (Sums(zero, zero, zero, zero), jnp.zeros((D, V), jnp.float32) if gradients else None)
     blocks = in_blocks(rows, x_ND, targets_N, weights_N)
     (sums, dw_DV), dx = jax.lax.scan(add, start, blocks)
     return sums, dx.reshape(-1, D)[:N] if gradients else None, dw_DV
+
+
+def regularized(softmax: Softmax, regularization: Regularization) -> jax.Array:
+    """(1 - ε) (-log p_target) + ε mean over v of (-log p_v) + z (log Σ exp)² of each row, [n] float32."""
+    smoothing = regularization.label_smoothing
+    spread_n = softmax.log_sum_n - softmax.mean_n
+    losses_n = (1 - smoothing) * softmax.losses_n + smoothing * spread_n
+    return losses_n + regularization.z * jnp.square(softmax.log_sum_n)
+
+
+class Chosen(NamedTuple):
+    """What is told of each row, or position, and its target; XLA makes those that are read."""
+
+    logps: jax.Array
+    """float32; log p(target)."""
+    entropy: jax.Array
+    """float32; of the distribution, nats."""
+    right: jax.Array
+    """bool; the target is likelier than every other token."""
 
 
 def target_logps(
@@ -92,9 +124,8 @@ def target_logps(
     targets_N: jax.Array,
     vocab_axis: str | None = None,
     shaping: Shaping = PLAIN,
-) -> tuple[jax.Array, jax.Array]:
-    """log p(target) of every row, and the entropy of its distribution in nats, both [N] float32; the
-    arguments are those of `cross_entropy`.
+) -> Chosen:
+    """Each row's figures, [N]; the arguments are those of `cross_entropy`.
 
     The gradient of the first for a cotangent g_N is that of `cross_entropy` with the weights -g_N, which
     makes the logits again.
@@ -103,14 +134,14 @@ def target_logps(
     rows = rows_at_once(N, V)
     w_DV = w_DV.astype(x_ND.dtype)
 
-    def part(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def part(block: tuple[jax.Array, jax.Array]) -> Chosen:
         softmax = softmax_of(block[0], w_DV, block[1], vocab_axis, shaping)
-        return -softmax.losses_n, softmax.entropy_n
+        return Chosen(-softmax.losses_n, softmax.entropy_n, softmax.right_n)
 
     if rows == N:
         return part((x_ND, targets_N))
-    logps, entropy = jax.lax.map(part, in_blocks(rows, x_ND, targets_N))
-    return logps.reshape(-1)[:N], entropy.reshape(-1)[:N]
+    parts = jax.lax.map(part, in_blocks(rows, x_ND, targets_N))
+    return Chosen(*(each.reshape(-1)[:N] for each in parts))
 
 
 def in_blocks(rows: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -138,6 +169,12 @@ class Softmax(NamedTuple):
     """-log p(target)."""
     entropy_n: jax.Array
     """Entropy of the distribution, nats; XLA makes it where it is read."""
+    log_sum_n: jax.Array
+    """log Σ exp(logit)."""
+    mean_n: jax.Array
+    """Mean of the row's logits over the whole vocabulary."""
+    vocabulary: int
+    """Tokens of the whole vocabulary."""
     right_n: jax.Array
     """bool; the target is likelier than every other token. A tie is no answer: a collapsed model, to which
     all tokens are alike, would have all of them right."""
@@ -157,12 +194,23 @@ def softmax_of(
     sum_n = over(vocab_axis, jnp.sum(exp_nV, -1))
     target_nV = jnp.arange(V) == (targets_n - first)[:, None]
     chosen_n = over(vocab_axis, jnp.sum(jnp.where(target_nV, logits_nV, 0.0), -1))
-    losses_n = jnp.log(sum_n) + largest_n - chosen_n
+    log_sum_n = jnp.log(sum_n) + largest_n
+    vocabulary = V if vocab_axis is None else V * jax.lax.axis_size(vocab_axis)
     likeliest_n = over(vocab_axis, jnp.sum(logits_nV == largest_n[:, None], -1))
     right_n = (chosen_n >= largest_n) & (likeliest_n == 1)
     # H = log sum exp(z) - sum p z, with z counted from the largest logit.
-    mean_n = over(vocab_axis, jnp.sum(exp_nV * (logits_nV - largest_n[:, None]), -1)) / sum_n
-    return Softmax(exp_nV, sum_n, target_nV, losses_n, jnp.log(sum_n) - mean_n, right_n)
+    expected_n = over(vocab_axis, jnp.sum(exp_nV * (logits_nV - largest_n[:, None]), -1)) / sum_n
+    return Softmax(
+        exp_nV=exp_nV,
+        sum_n=sum_n,
+        target_nV=target_nV,
+        losses_n=log_sum_n - chosen_n,
+        entropy_n=jnp.log(sum_n) - expected_n,
+        log_sum_n=log_sum_n,
+        mean_n=over(vocab_axis, jnp.sum(logits_nV, -1)) / vocabulary,
+        vocabulary=vocabulary,
+        right_n=right_n,
+    )
 
 
 def over(vocab_axis: str | None, x: jax.Array) -> jax.Array:

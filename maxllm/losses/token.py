@@ -39,6 +39,20 @@ PLAIN = Shaping()
 """The model's own distribution."""
 
 
+@dataclass(frozen=True)
+class Regularization:
+    """What training adds to a token's loss so that the distribution keeps its bounds."""
+
+    label_smoothing: float = 0.0
+    """ε: the target is worth 1 - ε, and all V tokens share ε equally (Szegedy et al. 2016, section 7)."""
+    z: float = 0.0
+    """Weight of (log Σ exp logits)², which keeps logits near 0 (Chowdhery et al. 2022, PaLM, section 5)."""
+
+
+UNREGULARIZED = Regularization()
+"""Cross-entropy and nothing else."""
+
+
 def token_logps(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """log softmax(logits)[target] per position, [B, T] float32."""
     logits_BTV = logits_BTV.astype(jnp.float32)

@@ -44,6 +44,17 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.A
     )
 
 
+def noise(key: jax.Array, x_BTD: jax.Array, segment_ids_BT: jax.Array, alpha: float) -> jax.Array:
+    """NEFTune's noise (Jain et al. 2023, algorithm 1), [B, T, D]: uniform in ±alpha / sqrt(L D), where L is
+    the number of tokens in the segment that a token belongs to; padding is counted as one segment."""
+    B, T, D = x_BTD.shape
+    rows_B1 = jnp.arange(B)[:, None]
+    lengths_BN = jnp.zeros((B, T + 1), jnp.float32).at[rows_B1, segment_ids_BT].add(1)
+    lengths_BT = lengths_BN[rows_B1, segment_ids_BT]
+    bound_BT = alpha * jax.lax.rsqrt(lengths_BT * D)
+    return jax.random.uniform(key, x_BTD.shape, jnp.float32, -1, 1) * bound_BT[..., None]
+
+
 def mesh_axes(*names: str) -> PartitionSpec:
     """What logical axes are split over by the rules in force."""
     axes = nn.logical_to_mesh_axes(names)

@@ -21,7 +21,7 @@ from maxllm.model import rope
 from maxllm.model.adapters import COLLECTION, bottleneck, prompt
 from maxllm.model.attention import Attention
 from maxllm.model.compressed import COLLECTION as COMPRESSED
-from maxllm.model.embedding import lookup
+from maxllm.model.embedding import lookup, noise
 from maxllm.model.layers import RMSNorm, SwiGLU, dtype_of, matmul, weight
 from maxllm.model.visible import SHARED, Keys
 from maxllm.parallel import context, residual
@@ -186,6 +186,9 @@ class Decoder(nn.Module):
             x_BTD = jnp.zeros((*tokens_BT.shape, c.d_model), dtype_of(c))
         else:
             x_BTD = lookup(self.embedding_VD, tokens_BT, dtype_of(c))
+        if c.embedding_noise and not deterministic:
+            added_BTD = noise(self.make_rng("dropout"), x_BTD, segment_ids_BT, c.embedding_noise)
+            x_BTD += added_BTD.astype(x_BTD.dtype)
         P = 0 if self.prompt_PD is None else self.prompt_PD.shape[0]
         if P and cache_length is not None:
             cache_length += P

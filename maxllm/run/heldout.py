@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,19 @@ from maxllm import recipe
 from maxllm.config.root import Config
 from maxllm.data.store import is_record
 from maxllm.folder import RunFolder
-from maxllm.records import Metrics
+from maxllm.records import Metrics, Params
+
+
+class Measured(NamedTuple):
+    """What an evaluation finds."""
+
+    figures: dict[str, float]
+    samples: Sequence[dict[str, str]] = ()
+    """Replies to some fixed prompts, in {"prompt", "reply"} and, where it is known, the right "answer"."""
+
+
+Evaluate = Callable[[Params], Measured]
+"""Measures the exported parameters of a state on held-out rows."""
 
 
 def kept_heldout(folder: RunFolder, config: Config) -> Path | None:
@@ -24,8 +36,12 @@ def kept_heldout(folder: RunFolder, config: Config) -> Path | None:
       config: its recipe, of which some settings may be other ones now.
     """
     former = recipe.of_run(folder)
-    # Of what `evaluate` may set, the data and the room that replies take decide about the rows.
-    same = config.data == former.data and config.generation.max_new_tokens == former.generation.max_new_tokens
+    # Of what `evaluate` may set, these decide about the rows: the data, the room that replies take, examples.
+    same = (
+        config.data == former.data
+        and config.generation.max_new_tokens == former.generation.max_new_tokens
+        and config.evaluation == former.evaluation
+    )
     return folder.heldout if same and is_record(folder.heldout) else None
 
 

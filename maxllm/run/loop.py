@@ -22,12 +22,13 @@ from maxllm.parallel.mesh import platform_of
 from maxllm.parallel.settings import described
 from maxllm.phases import PHASES, Phase
 from maxllm.rank import UNRANKED
-from maxllm.records import Metrics, Params
+from maxllm.records import Metrics
 from maxllm.run.bad_numbers import BadNumbers, Rule, passing, roll_back
 from maxllm.run.checkpoint import Checkpoints, Keep
 from maxllm.run.fall_back import check_not_lost, restore_newest
 from maxllm.run.faults import StopRequest, stop_on_signals
 from maxllm.run.goodput import Accounts, reckon
+from maxllm.run.heldout import Evaluate
 from maxllm.run.machine import hardware, peak_rss_bytes
 from maxllm.run.observers import Observers, observers_of
 from maxllm.run.origin import changes_since, origin_of, read_origin
@@ -52,8 +53,8 @@ class Job:
     """The data, in order."""
     heldout: Any
     """A record of arrays and lists of texts that `evaluate` reads: part of what a run is."""
-    evaluate: Callable[[Params], dict[str, float]]
-    """Held-out figures of the exported parameters of a state."""
+    evaluate: Evaluate
+    """Measures the exported parameters of a state on held-out rows."""
     best: tuple[str, Literal["min", "max"]]
     """Which held-out figure ranks checkpoints, and which end of it is good."""
     store_heldout: bool = False
@@ -343,8 +344,10 @@ class _Loop:
         """Held-out figures, recorded."""
         started = time.perf_counter()
         with PHASES.during(Phase.EVALUATING):
-            heldout = self.job.evaluate(state.detach()[0])
+            heldout, samples = self.job.evaluate(state.detach()[0])
         record = {"step": step, "seconds": self.seconds(), "heldout": heldout}
+        if samples:
+            record["samples"] = list(samples)
         self.records.append(record)
         self.observers.heldout(record)
         self.window.paused(time.perf_counter() - started)

@@ -5,7 +5,7 @@ maxllm dpo configs/dpo/tiny_tasks_cpu.yaml
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from maxllm.report.charts import COIN, Chart, Level, Line, shares, training_and_
 from maxllm.report.figures import Facts, Row, both, pairs_row, share_row
 from maxllm.report.runs import Run, number
 from maxllm.report.stage import StageReport
+from maxllm.run.heldout import Evaluate, Measured
 from maxllm.run.loop import Job
 from maxllm.run.session import Session, in_epochs
 from maxllm.stages.program import Trainer, pair_batch, trainer
+from maxllm.stages.scoring import best_of, exact_match, samples, scorer_of, told
 from maxllm.stages.shared import (
-    exact_match,
     heldout_loss,
     prompts_of,
     replies,
@@ -72,7 +73,7 @@ def job(session: Session) -> Job:
         batches=loader.ArrayBatches(pairs, config.batch.rows, config.run.seed),
         heldout=heldout,
         evaluate=figures_of(session, compiled, heldout, start.frozen),
-        best=("loss", "min"),
+        best=best_of(session, ("loss", "min")),
         store_heldout=True,
         frozen=start.frozen,
         facts={
@@ -87,10 +88,12 @@ class Heldout(struct.PyTreeNode):
     """What is measured."""
 
     pairs: ReplyPairBatch
-    answers: list[str]
-    """The right replies, to the prompts of the rows that say which these are."""
+    answers: list[str | None]
+    """The right replies to the prompts of the rows that say which these are; with a scorer, of all rows."""
     prompts: PromptBatch = struct.field(pytree_node=False)
     """These prompts. They stand in `pairs` too, and are left out of the data's fingerprint."""
+    told: list[str] | None = None
+    """What a scorer is told of each prompt, where the recipe has one."""
 
 
 Preference = tuple[ReplyPair, Question]
@@ -119,15 +122,18 @@ def heldout_of(session: Session, rows: Sequence[Preference]) -> Heldout:
     """Held-out rows as they are measured."""
     config = session.config
     limit = config.batch.sequence_length - config.generation.max_new_tokens
-    answered = [(q, q.answer) for _, q in rows if q.answer is not None and len(q.ids) <= limit]
-    prompts = prompts_of([question for question, _ in answered], limit, session.tokenizer.pad)
-    return Heldout(padded(session, rows), [answer for _, answer in answered], prompts)
+    scored = config.evaluation.scorer is not None
+    asked = [q for _, q in rows if (scored or q.answer is not None) and len(q.ids) <= limit]
+    prompts = prompts_of(asked, limit, session.tokenizer.pad)
+    return Heldout(padded(session, rows), [q.answer for q in asked], prompts, told(session, asked))
 
 
 def pair_and_question(session: Session, row: Mapping[str, Any]) -> Preference:
     """A row of preferences: its two replies, and its prompt with the right answer, if the row has one."""
     pair = reply_pair(session.tokenizer, row, session.config.batch.sequence_length)
-    return pair, Question(pair.prompt, answer_of(row), pair.ids[0][: pair.starts[0]])
+    whole = session.config.evaluation.scorer is not None
+    prompt = pair.ids[0][: pair.starts[0]]
+    return pair, Question(pair.prompt, answer_of(row), prompt, dict(row) if whole else {})
 
 
 def shown_rows(session: Session, count: int) -> list[ShownRow]:
@@ -141,7 +147,7 @@ def shown_rows(session: Session, count: int) -> list[ShownRow]:
     ]
 
 
-def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
+def evaluator(session: Session, stored: Path | None = None) -> Evaluate:
     """Held-out figures over stored rows, or over those of the data."""
     if stored is None:
         heldout = heldout_of(session, read_preferences(session, training=False)[1])
@@ -153,19 +159,22 @@ def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params]
 
 def figures_of(
     session: Session, compiled: Trainer, heldout: Heldout, frozen: tuple[Weights, ...]
-) -> Callable[[Params], dict[str, float]]:
+) -> Evaluate:
     """The loss's figures (order of the pairs, implicit rewards, log-probabilities), and the share of replies
     that are the known answer, decoded as `generation` says; that one only where answers are known."""
     figures = heldout_loss(session, compiled, heldout.pairs, frozen)
     if not heldout.answers:
         return figures
     made_plain = plainly(session.config.tuning)
-    respond = responder(session, session.config.generation)
+    respond, scorer = responder(session, session.config.generation), scorer_of(session)
 
-    def evaluate(params: Params) -> dict[str, float]:
+    def evaluate(params: Params) -> Measured:
         weights = made_plain(compiled.partition.joined(params, *frozen))
         texts = replies(respond, session.tokenizer, weights, heldout.prompts, session.config.batch.rows)
-        return figures(params) | {"exact_match": exact_match(texts, heldout.answers)}
+        right = {} if None in heldout.answers else {"exact_match": exact_match(texts, heldout.answers)}
+        judged = scorer.mean(texts, heldout.told) if scorer else {}
+        shown = samples(session.tokenizer, heldout.prompts, texts, heldout.answers)
+        return Measured(figures(params).figures | right | judged, shown)
 
     return evaluate
 

@@ -23,16 +23,16 @@ def run(folder: RunFolder, overrides: Sequence[str] = (), which: Which = "latest
     """Reads a checkpoint's parameters and evaluates them as training does.
 
     Held-out rows are those that the run's folder keeps. They are read from the data where the overrides name
-    other data or another length of replies, or where the folder is of a version that kept none. Held-out text
+    other data, another length of replies, examples or a scorer, or where the folder kept none. Held-out text
     of pretraining was packed by `prepare`: another one is another data.prepared_dir.
     """
     name = recipe.of_run(folder).stage
     stage = stage_of(name)
-    session = reopen(folder, overrides, ("generation", "batch.rows", stage.heldout))
+    session = reopen(folder, overrides, ("generation", "evaluation", "batch.rows", stage.heldout))
     check_replies_fit(session.config)
     check_batch_divides(session.mesh, session.config.batch, session.model)
     checkpoint = folder.find(which)
     evaluate = stage.figures(session, kept_heldout(folder, session.config))
     program = stage.program(session.config, session.model, session.mesh)
-    figures = evaluate(load_params(checkpoint, program.abstract_state.detach()[0]))
-    return {"run": str(folder), "stage": name, "step": int(checkpoint.name), **figures}
+    measured = evaluate(load_params(checkpoint, program.abstract_state.detach()[0]))
+    return {"run": str(folder), "stage": name, "step": int(checkpoint.name), **measured.figures}

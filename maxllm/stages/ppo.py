@@ -32,6 +32,7 @@ from maxllm.model.adapters import plain
 from maxllm.model.heads import ScalarModel
 from maxllm.parallel.mesh import check_batch_divides, platform_of
 from maxllm.records import Params, PromptBatch
+from maxllm.run.heldout import Evaluate, Measured
 from maxllm.run.loop import Job
 from maxllm.run.program import Program, compile_reader
 from maxllm.run.restore import restore
@@ -46,8 +47,8 @@ from maxllm.stages.ppo_program import (
     respond,
 )
 from maxllm.stages.ppo_report import REPORT
+from maxllm.stages.scoring import best_of, exact_match, samples, scorer_of, told
 from maxllm.stages.shared import (
-    exact_match,
     prompts_of,
     reply_text,
     say_sources,
@@ -94,7 +95,7 @@ def job(session: Session) -> Job:
         batches=loader.PromptBatches(rows, config.batch.rows, config.run.seed),
         heldout=heldout,
         evaluate=figures_of(session, ppo, frozen, heldout),
-        best=("score", "max"),
+        best=best_of(session, ("score", "max")),
         store_heldout=True,
         frozen=(frozen,),
         facts={"heldout_items": len(heldout.answers), "sources": say_sources(session, tallies)},
@@ -129,6 +130,8 @@ class Heldout(struct.PyTreeNode):
     prompts: PromptBatch
     answers: list[str | None]
     """The right reply to each prompt, where it is known."""
+    told: list[str] | None = None
+    """What a scorer is told of each prompt, where the recipe has one."""
 
 
 def read_questions(
@@ -140,7 +143,7 @@ def read_questions(
         session.config.data,
         "prompt",
         session.config.run.seed,
-        lambda row: question_of(session.tokenizer, row, length),
+        lambda row: question_of(session.tokenizer, row, length, session.config.evaluation.scorer is not None),
         lambda question: question.ids,
     ).split(training)
 
@@ -152,7 +155,8 @@ def padded(session: Session, questions: Sequence[Question]) -> PromptBatch:
 
 def heldout_of(session: Session, questions: Sequence[Question]) -> Heldout:
     """Held-out prompts as they are measured."""
-    return Heldout(padded(session, questions), [question.answer for question in questions])
+    answers = [question.answer for question in questions]
+    return Heldout(padded(session, questions), answers, told(session, questions))
 
 
 def nothing_to_learn(means: dict[str, float]) -> str | None:
@@ -215,7 +219,7 @@ def shown_rows(session: Session, count: int) -> list[ShownRow]:
     return [shown_row(session.tokenizer, each.ids, [0] * len(each.ids)) for each in questions[:count]]
 
 
-def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
+def evaluator(session: Session, stored: Path | None = None) -> Evaluate:
     """Held-out figures over stored rows, or over those of the data."""
     read_frozen = frozen_models(session)
     if stored is None:
@@ -227,9 +231,7 @@ def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params]
     return figures_of(session, ppo, frozen, heldout)
 
 
-def figures_of(
-    session: Session, ppo: Ppo, frozen: Frozen, heldout: Heldout
-) -> Callable[[Params], dict[str, float]]:
+def figures_of(session: Session, ppo: Ppo, frozen: Frozen, heldout: Heldout) -> Evaluate:
     """Held-out prompts answered by sampling as in training, and greedily.
 
     Figures: `score` of the reward model, `kl` to the reference in nats per response (k1), `finished` share;
@@ -253,7 +255,9 @@ def figures_of(
 
     reader = compile_reader(session.mesh, judge)
 
-    def evaluate(params: Params) -> dict[str, float]:
+    scorer = scorer_of(session)
+
+    def evaluate(params: Params) -> Measured:
         texts: list[str] = []
         greedy_texts: list[str] = []
         sums = {"score": 0.0, "kl": 0.0, "finished": 0.0}
@@ -267,12 +271,12 @@ def figures_of(
             for name, values in (("score", scores_B), ("kl", kl_B), ("finished", sampled.finished_B)):
                 sums[name] += float(values[:real].sum())
         means = {name: total / len(heldout.answers) for name, total in sums.items()}
-        if None in heldout.answers:
-            return means
-        return means | {
-            "exact_match": exact_match(texts, heldout.answers),
-            "exact_match_greedy": exact_match(greedy_texts, heldout.answers),
-        }
+        if scorer:
+            means |= scorer.mean(texts, heldout.told)
+        if None not in heldout.answers:
+            means["exact_match"] = exact_match(texts, heldout.answers)
+            means["exact_match_greedy"] = exact_match(greedy_texts, heldout.answers)
+        return Measured(means, samples(session.tokenizer, heldout.prompts, texts, heldout.answers))
 
     return evaluate
 

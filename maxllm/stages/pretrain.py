@@ -7,7 +7,6 @@ maxllm pretrain configs/pretrain/tiny_slice_cpu.yaml
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from maxllm.report.figures import NO_VERDICT, NOT_YET, Facts, Row, compared, sho
 from maxllm.report.runs import Run, number
 from maxllm.report.stage import StageReport, Verdicts
 from maxllm.report.wording import bits, count
+from maxllm.run.heldout import Evaluate, Measured
 from maxllm.run.loop import Job
 from maxllm.run.session import Session, in_epochs
 from maxllm.stages.program import Trainer, language_program
@@ -79,7 +79,7 @@ def shown_rows(session: Session, count: int) -> list[ShownRow]:
     return [shown_packed(session.tokenizer, rows, n) for n in range(min(count, len(rows.tokens_BT)))]
 
 
-def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
+def evaluator(session: Session, stored: Path | None = None) -> Evaluate:
     """Held-out figures; the rows are the corpus's, which a run does not keep a second time."""
     assert stored is None, "job stores none"
     prepared, manifest = open_corpus(session)
@@ -95,7 +95,7 @@ def bits_per_byte(
     rows: LmBatch,
     manifest: dict[str, Any],
     frozen: tuple[Weights, ...],
-) -> Callable[[Params], dict[str, float]]:
+) -> Evaluate:
     """Held-out loss, accuracy and bits per byte of text.
 
     Bits are counted over every token of every held-out document, its end-of-text token included, and divided
@@ -104,9 +104,9 @@ def bits_per_byte(
     measure = heldout_loss(session, program, rows, frozen)
     tokens, size = manifest["heldout"]["tokens"], manifest["heldout"]["bytes"]
 
-    def evaluate(params: Params) -> dict[str, float]:
-        figures = measure(params)
-        return figures | {"bits_per_byte": figures["loss"] * tokens / math.log(2) / size}
+    def evaluate(params: Params) -> Measured:
+        figures = measure(params).figures
+        return Measured(figures | {"bits_per_byte": figures["loss"] * tokens / math.log(2) / size})
 
     return evaluate
 

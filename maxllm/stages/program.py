@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
+from maxllm.losses.token import Regularization
 from maxllm.model.compressed import compress
 from maxllm.model.forward import declarations_of, init_weights
 from maxllm.model.heads import ScalarModel
@@ -45,7 +46,9 @@ def language_program(config: Config, model: ModelConfig, mesh: Mesh) -> Trainer:
     B, T = config.batch.rows, config.batch.sequence_length
     ids, weights = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T), jnp.float32)
     batch = LmBatch(ids, ids, weights, ids, ids)
-    return trainer(config, model, mesh, llama, partial(language_loss, llama), batch)
+    added = Regularization(config.loss.label_smoothing, config.loss.z)
+    loss = partial(language_loss, llama, regularization=added)
+    return trainer(config, model, mesh, llama, loss, batch)
 
 
 def abstract_start(config: Config, model: Llama | ScalarModel, mesh: Mesh) -> Weights:

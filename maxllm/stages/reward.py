@@ -21,11 +21,12 @@ from maxllm.data.shown import ShownRow, shown_row
 from maxllm.data.store import read_record
 from maxllm.data.tally import Tally
 from maxllm.model.heads import ScalarModel
-from maxllm.records import PairBatch, Params
+from maxllm.records import PairBatch
 from maxllm.report.charts import COIN, Chart, Level, Line, shares, training_and_heldout
 from maxllm.report.figures import Facts, Row, pairs_row
 from maxllm.report.runs import Run
 from maxllm.report.stage import StageReport, Verdicts
+from maxllm.run.heldout import Evaluate
 from maxllm.run.loop import Job
 from maxllm.run.session import Session, in_epochs
 from maxllm.stages.program import Trainer, pair_batch, trainer
@@ -101,7 +102,7 @@ def shown_rows(session: Session, count: int) -> list[ShownRow]:
     ]
 
 
-def evaluator(session: Session, stored: Path | None = None) -> Callable[[Params], dict[str, float]]:
+def evaluator(session: Session, stored: Path | None = None) -> Evaluate:
     """Loss, pair accuracy and mean scores over stored rows, or over those of the data."""
     if stored is not None:
         heldout = read_record(stored, PairBatch)

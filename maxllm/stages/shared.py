@@ -18,8 +18,8 @@ from maxllm.data.tally import Tally
 from maxllm.data.tokenizer import Tokenizer, without_piece
 from maxllm.generate.decode import decoder_of, generate
 from maxllm.parallel.mesh import platform_of
-from maxllm.records import LmBatch, Params, PromptBatch, Rollout
-from maxllm.run.heldout import mean_over
+from maxllm.records import LmBatch, Metrics, Params, PromptBatch, Rollout
+from maxllm.run.heldout import Evaluate, Measured, mean_over
 from maxllm.run.loop import Job
 from maxllm.run.program import compile_reader
 from maxllm.run.session import Session, say
@@ -44,7 +44,7 @@ def language_job(
     fresh: Callable[[], TrainState],
     rows: LmBatch,
     heldout: Any,
-    evaluate: Callable[[Params], dict[str, float]],
+    evaluate: Evaluate,
     best: tuple[str, Any],
     facts: dict[str, Any],
     store_heldout: bool = False,
@@ -68,17 +68,28 @@ def language_job(
 
 
 def heldout_loss(
-    session: Session, program: Trainer, rows: Any, frozen: tuple[Weights, ...]
-) -> Callable[[Params], dict[str, float]]:
-    """The program's loss over held-out rows, without dropout, and the metrics that come with it, of trained
-    parameters; `frozen` is what it keeps beside them."""
-    reader = compile_reader(session.mesh, partial(eval_step, loss_fn=program.loss_fn))
+    session: Session,
+    program: Trainer,
+    rows: Any,
+    frozen: tuple[Weights, ...],
+    step: Callable[..., Metrics] | None = None,
+) -> Evaluate:
+    """The program's loss over held-out rows, without dropout, and the metrics that come with it.
+
+    Args:
+      session: the run.
+      program: what is trained.
+      rows: what is measured, in the order in which it stands.
+      frozen: what the program keeps beside what it trains.
+      step: (weights, batch) -> metrics, in place of the loss.
+    """
+    reader = compile_reader(session.mesh, step or partial(eval_step, loss_fn=program.loss_fn))
     batches = partial(loader.in_order, rows, session.config.batch.rows)
     others = frozen if program.references else ()
 
-    def figures(params: Params) -> dict[str, float]:
+    def figures(params: Params) -> Measured:
         weights = program.partition.joined(params, *frozen)
-        return mean_over(batches(), lambda batch: reader(weights, batch, *others))
+        return Measured(mean_over(batches(), lambda batch: reader(weights, batch, *others)))
 
     return figures
 
@@ -125,12 +136,3 @@ def response_ids(rollout: Rollout, row: int) -> list[int]:
     """The response of one row as token ids, its stop token included."""
     mask_R = np.asarray(rollout.mask_BR[row])
     return [int(i) for i in np.asarray(rollout.tokens_BT[row, -len(mask_R) :])[mask_R > 0]]
-
-
-def exact_match(texts: Sequence[str], answers: Sequence[str | None]) -> float:
-    """Share of replies equal to the known answer, white space around both ignored."""
-    right = 0
-    for text, answer in zip(texts, answers, strict=True):
-        assert answer is not None, "whoever asks knows the answers"
-        right += text.strip() == answer.strip()
-    return right / len(answers)

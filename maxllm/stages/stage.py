@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from maxllm.config.model import ModelConfig
 from maxllm.config.root import Config
 from maxllm.data.shown import ShownRow
-from maxllm.records import Params
 from maxllm.report.stage import StageReport
+from maxllm.run.heldout import Evaluate
 from maxllm.run.loop import Job, finished, train
 from maxllm.run.program import Program
 from maxllm.run.session import Session, open_session
@@ -40,8 +40,8 @@ class Stage:
     """What a report says and draws of a run."""
     shown: Callable[[Session, int], list[ShownRow]] | None = None
     """So many of the rows that are trained on, for people to look at."""
-    evaluator: Callable[[Session, Path | None], Callable[[Params], dict[str, float]]] | None = None
-    """Held-out figures of exported parameters, as training computes them: over the rows stored in a folder,
+    evaluator: Callable[[Session, Path | None], Evaluate] | None = None
+    """Measures exported parameters, as training computes them: over the rows stored in a folder,
     or, without one, over those of the session's data. Nothing that is only trained on is read; without such a
     way, `job` reads everything."""
     heldout: str = "data"
@@ -52,6 +52,6 @@ class Stage:
         session = open_session(config)
         return finished(session) or train(self.job(session))
 
-    def figures(self, session: Session, stored: Path | None) -> Callable[[Params], dict[str, float]]:
+    def figures(self, session: Session, stored: Path | None) -> Evaluate:
         """What measures a run's exported parameters on held-out rows; see `evaluator`."""
         return self.job(session).evaluate if self.evaluator is None else self.evaluator(session, stored)

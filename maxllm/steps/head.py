@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
 
-from maxllm.losses.linear import Sums, cross_entropy, target_logps
-from maxllm.losses.token import PLAIN, Shaping
+from maxllm.losses.linear import Chosen, Sums, cross_entropy, target_logps
+from maxllm.losses.token import PLAIN, UNREGULARIZED, Regularization, Shaping
 from maxllm.parallel.sharding import BATCH, CONTEXT, TABLES, TENSOR
 
 ROWS = (*BATCH, CONTEXT)
@@ -29,8 +29,14 @@ class Split(NamedTuple):
     gradients: bool
 
 
-@jax.custom_vjp
-def head_loss(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Sums:
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def head_loss(
+    x_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    regularization: Regularization = UNREGULARIZED,
+) -> Sums:
     """Cross-entropy of x w against targets, summed over all rows of all devices; only `total` has a gradient.
 
     Args:
@@ -38,19 +44,21 @@ def head_loss(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_
       w_DV: the output projection.
       targets_BT: int32 ids.
       weights_BT: float32; 0 where the target does not count.
+      regularization: what is added to each token's loss.
     """
-    return on_mesh(False, PLAIN, x_BTD, w_DV, targets_BT, weights_BT)[0]
+    return on_mesh(False, PLAIN, regularization, x_BTD, w_DV, targets_BT, weights_BT)[0]
 
 
 def on_mesh(
-    gradients: bool, shaping: Shaping, *arrays: jax.Array
+    gradients: bool, shaping: Shaping, regularization: Regularization, *arrays: jax.Array
 ) -> tuple[Sums, jax.Array | None, jax.Array | None]:
     """`cross_entropy` of each device's rows and columns, summed over all; without a mesh, of everything."""
     if jax.sharding.get_abstract_mesh().empty:
-        return block(gradients, shaping, None, *arrays)
+        return block(gradients, shaping, regularization, None, *arrays)
     w, dw = spec("table"), spec("gradient_table")
+    split = Split(parameters=w[0] is not None, gradients=dw[0] is not None)
     return jax.shard_map(
-        partial(block, gradients, shaping, Split(parameters=w[0] is not None, gradients=dw[0] is not None)),
+        partial(block, gradients, shaping, regularization, split),
         in_specs=(X, w, X, X),
         out_specs=(PartitionSpec(), X, dw) if gradients else (PartitionSpec(), None, None),
         check_vma=False,
@@ -65,6 +73,7 @@ def spec(first: str) -> PartitionSpec:
 def block(
     gradients: bool,
     shaping: Shaping,
+    regularization: Regularization,
     split: Split | None,
     x_BTD: jax.Array,
     w_DV: jax.Array,
@@ -82,6 +91,7 @@ def block(
         vocab_axis=TENSOR if split else None,
         gradients=gradients,
         shaping=shaping,
+        regularization=regularization,
     )
     if dx is not None and dw is not None:
         dx, dw = dx.reshape(B, T, D), dw.astype(kind)
@@ -102,16 +112,23 @@ def whole_columns(w_DV: jax.Array, dtype: Any, split: bool) -> jax.Array:
 
 
 def loss_forward(
-    *arrays: jax.Array, shaping: Shaping = PLAIN
+    x_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    regularization: Regularization = UNREGULARIZED,
+    shaping: Shaping = PLAIN,
 ) -> tuple[Sums, tuple[jax.Array | None, jax.Array | None]]:
     """The loss, and its gradients as what the backward pass needs."""
-    sums, dx_BTD, dw_DV = on_mesh(True, shaping, *arrays)
+    sums, dx_BTD, dw_DV = on_mesh(True, shaping, regularization, x_BTD, w_DV, targets_BT, weights_BT)
     # Together: the head's gradient is summed and split before dx goes on to the layers. Left alone, XLA keeps
     # the whole of it on every device until their backward pass is over.
     return sums, jax.lax.optimization_barrier((dx_BTD, dw_DV))
 
 
-def loss_backward(gradients: tuple[jax.Array, jax.Array], cotangent: Sums) -> tuple[Any, Any, None, None]:
+def loss_backward(
+    regularization: Regularization, gradients: tuple[jax.Array, jax.Array], cotangent: Sums
+) -> tuple[Any, Any, None, None]:
     """The gradients times that of `total`; counts have none."""
     dx_BTD, dw_DV = gradients
     g = cotangent.total
@@ -129,13 +146,11 @@ def head_logps(
     x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, shaping: Shaping = PLAIN
 ) -> jax.Array:
     """log p(target) at every position, [B, T] float32, for losses that are no weighted sum of them."""
-    return head_logps_and_entropy(x_BTD, w_DV, targets_BT, shaping)[0]
+    return head_chosen(x_BTD, w_DV, targets_BT, shaping).logps
 
 
-def head_logps_and_entropy(
-    x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, shaping: Shaping = PLAIN
-) -> tuple[jax.Array, jax.Array]:
-    """log p(target) and the entropy at every position, both [B, T] float32, without a gradient.
+def head_chosen(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, shaping: Shaping = PLAIN) -> Chosen:
+    """What is made of the logits at every position, [B, T], without a gradient.
 
     Args:
       x_BTD: hidden states after the final norm.
@@ -149,7 +164,7 @@ def head_logps_and_entropy(
     return jax.shard_map(
         partial(logps_block, w[0] is not None, TENSOR, shaping),
         in_specs=(X, w, X),
-        out_specs=(X, X),
+        out_specs=X,
         check_vma=False,
     )(x_BTD, w_DV, targets_BT)
 
@@ -161,12 +176,12 @@ def logps_block(
     x_BTD: jax.Array,
     w_DV: jax.Array,
     targets_BT: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> Chosen:
     """One device's rows; `split` says whether the head is split over TABLES."""
     B, T, D = x_BTD.shape
     w_DV = whole_columns(w_DV, x_BTD.dtype, split)
-    both = target_logps(x_BTD.reshape(B * T, D), w_DV, targets_BT.reshape(B * T), vocab_axis, shaping)
-    return both[0].reshape(B, T), both[1].reshape(B, T)
+    chosen = target_logps(x_BTD.reshape(B * T, D), w_DV, targets_BT.reshape(B * T), vocab_axis, shaping)
+    return Chosen(*(each.reshape(B, T) for each in chosen))
 
 
 def logps_forward(
@@ -178,7 +193,8 @@ def logps_forward(
 
 def logps_backward(shaping: Shaping, arrays: tuple[jax.Array, ...], g_BT: jax.Array) -> tuple[Any, Any, None]:
     """The gradient of the cross-entropy that weighs each position with minus its cotangent."""
-    _, (dx_BTD, dw_DV) = loss_forward(*arrays, -g_BT, shaping=shaping)
+    x_BTD, w_DV, targets_BT = arrays
+    _, (dx_BTD, dw_DV) = loss_forward(x_BTD, w_DV, targets_BT, -g_BT, shaping=shaping)
     return dx_BTD, dw_DV, None
 
 

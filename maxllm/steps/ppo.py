@@ -32,7 +32,7 @@ from maxllm.optim import Optimizer
 from maxllm.parallel import context
 from maxllm.parallel.pipeline import undeal
 from maxllm.records import Array, Experience, Metrics, Params, Rollout
-from maxllm.steps.head import head_logps, head_logps_and_entropy
+from maxllm.steps.head import head_chosen, head_logps
 from maxllm.steps.reward import score
 from maxllm.steps.state import TrainState, partition_of
 from maxllm.steps.update import FLOAT32, Loss, LossFn, split, update
@@ -171,9 +171,9 @@ def response_logps_and_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """`response_logps` and the entropy of each distribution in nats, both [B, R] float32, without a
     gradient."""
-    logps_BR, entropy_BR = head_logps_and_entropy(*head_inputs(model, weights, rollout), shaping)
+    chosen = head_chosen(*head_inputs(model, weights, rollout), shaping)
     R = rollout.mask_BR.shape[1]
-    return logps_BR[:, :R], entropy_BR[:, :R]
+    return chosen.logps[:, :R], chosen.entropy[:, :R]
 
 
 def in_parts(function: Callable[[Any], Any], rows: Any, parts: int) -> Any:

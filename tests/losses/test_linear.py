@@ -52,6 +52,29 @@ def test_loss_and_gradients_in_parts(rows, monkeypatch, part_bytes):
     assert nothing is None and nothing_either is None
 
 
+@pytest.mark.parametrize("part_bytes", [1 << 28, 4 * V * 7], ids=["1", "4"])
+@pytest.mark.parametrize(("smoothing", "z"), [(0.1, 0.0), (0.0, 0.02), (0.3, 0.05)])
+def test_label_smoothing_and_z_loss(rows, monkeypatch, part_bytes, smoothing, z):
+    """Label smoothing is torch's, gradients included; the square of torch's log-sum-exp is added to it."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(linear, "PART_BYTES", part_bytes)
+    x, w, targets, weights = rows
+    added = token.Regularization(smoothing, z)
+    sums, dx, dw = linear.cross_entropy(*rows, gradients=True, regularization=added)
+    xw = [torch.tensor(np.asarray(a, np.float64), requires_grad=True) for a in (x, w)]
+    logits, labels = xw[0] @ xw[1], torch.tensor(np.asarray(targets, np.int64))
+    each = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    each = each + z * torch.logsumexp(logits, -1) ** 2
+    total = (each * torch.tensor(np.asarray(weights, np.float64))).sum()
+    total.backward()
+    within = rounding.of_sum(TERMS, float(jnp.abs(x @ w).max()) ** 2 * N)
+    np.testing.assert_allclose(sums.total, total.item(), rtol=0, atol=within)
+    np.testing.assert_allclose(sums.plain, linear.cross_entropy(*rows)[0].total, rtol=rounding.of_sum(N))
+    for got, wanted in zip((dx, dw), xw, strict=True):
+        scale = float(jnp.abs(x @ w).max()) * max(float(jnp.abs(x).max()), float(jnp.abs(w).max()))
+        np.testing.assert_allclose(got, wanted.grad, rtol=0, atol=rounding.of_sum(TERMS, scale))
+
+
 def test_a_tie_is_not_right():
     """A collapsed model, to which all tokens are alike, answers nothing; nor does one of two likeliest."""
     w_DV = jnp.zeros((2, V)).at[0, :2].set(1.0)
@@ -77,7 +100,10 @@ def test_log_probabilities_and_entropies_in_parts(rows, monkeypatch, part_bytes,
 
     atol = rounding.of_network(by_logits, (x, w), TERMS)
     ours = linear.target_logps(x, w, targets, shaping=shaping)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=atol), tuple(ours), by_logits((x, w)))
+    close = partial(np.testing.assert_allclose, rtol=0, atol=atol)
+    jax.tree.map(close, (ours.logps, ours.entropy), by_logits((x, w)))
+    logits = token.without(x @ w, shaping.never)
+    np.testing.assert_array_equal(ours.right, jnp.argmax(logits, -1) == targets)
 
 
 def test_gradients_of_shaped_log_probabilities(rows):
@@ -127,10 +153,8 @@ def test_rows_that_do_not_divide_are_filled_up_with_rows_of_no_weight(rows, monk
     np.testing.assert_array_equal(sums, wanted)
     np.testing.assert_array_equal(dx, dx_wanted[:count])
     np.testing.assert_array_equal(dw, dw_wanted)
-    logps, entropy = linear.target_logps(x[:count], w, targets[:count])
-    logps_wanted, entropy_wanted = linear.target_logps(x, w, targets)
-    np.testing.assert_array_equal(logps, logps_wanted[:count])
-    np.testing.assert_array_equal(entropy, entropy_wanted[:count])
+    alone, beside = linear.target_logps(x[:count], w, targets[:count]), linear.target_logps(x, w, targets)
+    jax.tree.map(lambda got, wanted: np.testing.assert_array_equal(got, wanted[:count]), alone, beside)
 
 
 def test_logits_are_never_whole(monkeypatch):

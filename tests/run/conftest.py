@@ -11,6 +11,7 @@ from maxllm.data.loader import ArrayBatches
 from maxllm.folder import RunFolder
 from maxllm.parallel.mesh import make_mesh
 from maxllm.run import loop
+from maxllm.run.heldout import Measured
 from maxllm.run.program import Program, step_alone
 from maxllm.run.session import Session
 from maxllm.steps.state import TrainState
@@ -48,7 +49,7 @@ def build(tmp_path, tiny_tokenizer):
             figure = figures.get(int(params["w"][0]), 9.0)
             if isinstance(figure, BaseException):
                 raise figure
-            return {"loss": figure}
+            return Measured({"loss": figure})
 
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(fresh)

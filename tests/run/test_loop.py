@@ -12,6 +12,7 @@ from maxllm.data.loader import ArrayBatches
 from maxllm.errors import UserError
 from maxllm.folder import METRICS, SUMMARY
 from maxllm.run import loop
+from maxllm.run.heldout import Measured
 from maxllm.run.observers import Observer, Observers
 from maxllm.run.restore import restore
 
@@ -231,7 +232,7 @@ def test_speed_is_that_of_the_steps_whatever_stands_between_them(
 
     def slow(state):
         device.now += 100.0
-        return {"loss": 1.0}
+        return Measured({"loss": 1.0})
 
     object.__setattr__(job, "evaluate", slow)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: device.now)
