@@ -79,19 +79,36 @@ def make_optimizer(config: OptimizerConfig, steps: int, declared: Any) -> Optimi
             direction = adafactor(declared)
         case "muon":
             direction = muon(config, declared)
+    decayed = optax.add_decayed_weights(
+        config.weight_decay, partial(by_declaration, lambda d, _: d.kind.decayed, declared)
+    )
     rates = schedule(config, steps)
+    by_layer = [slower_below(config.layer_decay, declared)] if config.layer_decay < 1 else []
     whole = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.chain(
-            direction,
-            optax.add_decayed_weights(
-                config.weight_decay, partial(by_declaration, lambda d, _: d.kind.decayed, declared)
-            ),
-            optax.scale_by_learning_rate(rates),
-        ),
+        optax.chain(direction, decayed, *by_layer, optax.scale_by_learning_rate(rates)),
     )
     # The rate goes by the count of the last link's own state, which skipped updates do not advance.
     return Optimizer(whole.init, whole.update, lambda state: rates(state[-1][-1].count))
+
+
+def slower_below(share: float, declared: Any) -> optax.GradientTransformation:
+    """Layer-wise rates: what is n layers below the head goes by share^n (Howard & Ruder 2018, section 3.2;
+    Clark et al. 2020, ELECTRA, appendix A). The last layer is 1 below; the embedding table, tied or not, is
+    below the lowest layer that is trained; the final norm and the head are 0 below."""
+
+    def below(declaration: Declaration, layers: int, leaf: jax.Array) -> jax.Array | int:
+        if declaration.stacked:
+            down_L = jnp.arange(leaf.shape[0], 0, -1)
+            return down_L.reshape(-1, *(1,) * (leaf.ndim - 1))
+        return layers + 1 if declaration.is_embedding else 0
+
+    def update(updates: Any, _: Any) -> Any:
+        stacked = by_declaration(lambda d, leaf: leaf.shape[0] if d.stacked else 0, declared, updates)
+        layers = max(jax.tree.leaves(stacked), default=0)
+        return by_declaration(lambda d, leaf: leaf * share ** below(d, layers, leaf), declared, updates)
+
+    return optax.stateless(update)
 
 
 # --- directions --------------------------------------------------------------------------------------------

@@ -102,6 +102,11 @@ class Declaration:
         """Whether the first axis is L."""
         return LAYERS in self.axes
 
+    @property
+    def is_embedding(self) -> bool:
+        """Whether tokens are looked up in it: a row for each."""
+        return self.kind is Kind.TABLE and self.axes[:1] == ("vocab",)
+
 
 def declared(
     init: Callable[..., jax.Array], kind: Kind, axes: tuple[str | None, ...], inputs: int = 1

@@ -10,7 +10,7 @@ import rounding
 import torch
 
 from maxllm.config.optimizer import OptimizerConfig
-from maxllm.config.tuning import LoraConfig, Tuning
+from maxllm.config.tuning import FreezeConfig, LoraConfig, Tuning
 from maxllm.model.llama import Llama
 from maxllm.optim import make_optimizer, schedule
 from maxllm.steps.state import init_params, partition_of
@@ -93,6 +93,35 @@ def test_decay_is_decoupled_and_by_the_rate(tiny_model, params_of):
         np.testing.assert_array_equal(
             after["decoder"]["layers"][name]["scale"], params["decoder"]["layers"][name]["scale"]
         )
+
+
+@pytest.mark.parametrize(("tied", "frozen"), [(False, 0), (True, 0), (False, 1)])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+def test_rates_fall_from_the_head_down(tiny_model, params_of, name, tied, frozen):
+    """By half from the head to the last layer, to each below it, and to the table: decay too, exactly, for
+    powers of 2 round nothing. Where the first layer is frozen the table is below the one that is trained."""
+    tuning = Tuning(freeze=FreezeConfig(layers=frozen)) if frozen else None
+    model = Llama(tiny_model(tie_embeddings=tied, n_layers=3), tuning)
+    partition, params = partition_of(model), params_of(model)
+    config = OptimizerConfig(name=name, learning_rate=0.01, schedule="constant")
+    plain, falling = (
+        make_optimizer(config.model_copy(update={"layer_decay": share}), 10, partition.declared)
+        for share in (1.0, 0.5)
+    )
+    gradients = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+    (was, _), (now, _) = (o.update(gradients, o.init(params), params) for o in (plain, falling))
+    layers = 3 - frozen
+    for path, update in jax.tree_util.tree_leaves_with_path(now):
+        where = jax.tree_util.keystr(path)
+        shares = [1.0]
+        if "attention" in where or "mlp" in where:
+            shares = [0.5**n for n in range(layers, 0, -1)]
+        elif "embedding" in where:
+            shares = [0.5 ** (layers + 1)]
+        before = dict(jax.tree_util.tree_leaves_with_path(was))[path]
+        wanted = before * np.array(shares).reshape(-1, *[1] * (before.ndim - 1))
+        np.testing.assert_array_equal(update, wanted.astype(np.float32), err_msg=where)
+        assert np.abs(wanted).max() > 0
 
 
 # Against PyTorch

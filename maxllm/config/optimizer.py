@@ -34,6 +34,13 @@ class OptimizerConfig(Section):
     warmup_steps: float = Field(
         0, ge=0, description="Updates of linear warmup from 0; below 1 a share of all of the run's."
     )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="The head's learning rate times this is the last layer's, times this again that of the "
+        "layer below it, down to the embedding's (layer-wise decay: 0.75 to 0.95).",
+    )
     final_share: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, on matrices only.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay.")
