@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from maxllm.config.section import Effect, Name, Place, Section
 
@@ -61,6 +61,12 @@ class DataConfig(Section):
     heldout_share: float = Field(
         0.05, gt=0, lt=0.5, description="Share of documents or rows held out when heldout_sources is empty."
     )
+    fold: str | None = Field(
+        None,
+        pattern="^[1-9][0-9]*/[1-9][0-9]*$",
+        description="K/N: of N equal parts of the rows the K-th is held out, for cross-validation by N runs "
+        "(after pretrain).",
+    )
     text_field: str = Field("text", description="Field that holds a document in JSONL and TFDS rows.")
     prepared_dir: Place | None = Field(
         None,
@@ -84,6 +90,27 @@ class DataConfig(Section):
     max_bad_share: float = Field(
         0.01, ge=0, le=1, description="Largest share of unusable rows before the run refuses to start."
     )
+
+    @model_validator(mode="after")
+    def _fold(self) -> Self:
+        if self.fold is None:
+            return self
+        number, parts = map(int, self.fold.split("/"))
+        if parts < 2 or number > parts:
+            raise ValueError(f"fold={self.fold} is not one of at least two parts; give 1/5, 2/5 and so on")
+        if self.heldout_sources:
+            raise ValueError(
+                f"fold={self.fold} holds out a part of data.sources: leave heldout_sources empty"
+            )
+        return self
+
+    @property
+    def heldout_range(self) -> tuple[int, int]:
+        """A row is held out if its prompt's hash, of 64 bits, is in [first, second) of these."""
+        if self.fold is None:
+            return 0, int(self.heldout_share * 2**64)
+        number, parts = map(int, self.fold.split("/"))
+        return (number - 1) * 2**64 // parts, number * 2**64 // parts
 
 
 class BatchConfig(Section):

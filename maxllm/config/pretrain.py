@@ -15,6 +15,8 @@ def check(recipe: Recipe) -> None:
         raise ValueError("a pretrain recipe needs the sections model and tokenizer, or start.policy")
     if recipe.data.prepared_dir is None:
         raise ValueError("a pretrain recipe needs data.prepared_dir")
+    if recipe.data.fold is not None:
+        raise ValueError("data.fold is for stages after pretrain, whose rows are read by each run")
     if recipe.loss.mean != "tokens" or recipe.loss.thoughts != 1:
         raise ValueError(
             "loss.mean=samples and loss.thoughts are of sft: pretraining counts all tokens alike"

@@ -121,13 +121,13 @@ class RowReader(Generic[Parsed]):
                 "demonstrations of tasks:train are partly wrong on purpose, so they cannot be held out; "
                 "give data.heldout_sources=[tasks:heldout:500]"
             )
-        limit = int(data.heldout_share * 2**64)
-        kept = [row for key, row in rows if key >= limit]
-        held = [row for key, row in rows if key < limit]
+        first, end = data.heldout_range
+        kept = [row for key, row in rows if not first <= key < end]
+        held = [row for key, row in rows if first <= key < end]
         if not kept or not held:
+            share = f"heldout_share={data.heldout_share:g}" if data.fold is None else f"fold={data.fold}"
             raise UserError(
-                f"{len(rows)} rows are too few to hold out data.heldout_share={data.heldout_share:g} of "
-                "them; give data.heldout_sources"
+                f"{len(rows)} rows are too few to hold out data.{share} of them; give data.heldout_sources"
             )
         return kept, held, tallies
 

@@ -21,6 +21,7 @@ from maxllm.files import write_text
 from maxllm.report import curves, wording
 from maxllm.report.charts import Chart
 from maxllm.report.figures import NOT_YET, Facts, Row
+from maxllm.report.folds import cross_validated
 from maxllm.report.runs import Folder, Run, number, read_folder
 from maxllm.report.stage import Known, Road, facts_of, facts_together
 
@@ -126,7 +127,7 @@ def render(folder: Folder, known: Known) -> str:
         lead=lead(folder, known.road, facts),
         fast=folder.summary.get("fast") is True,
         rows=table,
-        remarks=remarks(table, known, road.stages) if road else [],
+        remarks=remarks(table, known, road.stages) if road else cross_validated(folder.runs),
         sections=[section(run, known, facts if road else None) for run in folder.runs],
         missing=[known.of(stage).title for stage in missing_stages(folder, known.road)],
         models=replies.labels,

@@ -201,6 +201,20 @@ def test_a_larger_share_keeps_what_was_held_out(split, tmp_path):
     assert set(small) < set(large)
 
 
+def test_folds_hold_out_every_row_once(split, tmp_path):
+    """The first of ten is what a tenth holds out."""
+    rows = [{"instruction": "Double.", "input": str(i), "output": "x"} for i in range(400)]
+    source = write(tmp_path / "a.jsonl", rows)
+    parts = [split(source, identity, fold=f"{k}/10") for k in range(1, 11)]
+    assert sorted(row for _, held, _ in parts for row in held) == sorted(map(identity, rows))
+    assert all(len(train) + len(held) == 400 and not set(train) & set(held) for train, held, _ in parts)
+    assert parts[0][1] == split(source, identity, heldout_share=0.1)[1]
+    with pytest.raises(ValueError, match="is not one of at least two parts"):
+        split(source, identity, fold="3/2")
+    with pytest.raises(ValueError, match="leave heldout_sources empty"):
+        split(source, identity, fold="1/2", heldout_sources=(source,))
+
+
 def test_twins_stay_on_one_side(split, tmp_path):
     """A duplicated row, its keys in another order, cannot stand on both sides."""
     twins = [dict(reversed(row.items())) for row in GOOD]

@@ -351,6 +351,18 @@ def test_folder_of_runs(tmp_path: Path) -> None:
     assert "8 min 20 s" in page.text
 
 
+def test_runs_of_several_folds_are_told_as_one(tmp_path: Path) -> None:
+    """Mean and standard deviation of 1, 2 and 6 are 3 and 2.6; another recipe is no part of it."""
+    for fold, loss, seed in (("1/3", 1.0, 0), ("2/3", 2.0, 0), ("3/3", 6.0, 0), ("1/3", 99.0, 1)):
+        name = f"{fold[0]}-{seed}"
+        folder = make_run(tmp_path / "folds" / name, "sft", [{"loss": 9.0}, {"loss": loss}])
+        recipe = f"stage: sft\nrun: {{steps: 40, dir: runs/{name}, seed: {seed}}}\ndata: {{fold: {fold}}}\n"
+        (folder / "config.yaml").write_text(recipe)
+    page = Page(write_report(tmp_path / "folds"))
+    assert "3 runs of the folds 1/3, 2/3, 3/3: loss 3 ± 2.6 (mean ± standard deviation)" in page.text
+    assert page.source.count("Cross-validation") == 1
+
+
 def test_a_run_of_dpo(tmp_path: Path) -> None:
     """With right answers where rows have them, and without."""
     heldout = [{"accuracy": 0.0, "margin": 0.0, "loss": 0.69}, {"accuracy": 0.91, "margin": 1.5, "loss": 0.3}]
