@@ -37,6 +37,18 @@ from maxllm.errors import UserError
 
 STOP_KEY = "stop_token_ids"
 
+SETTINGS: Mapping[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": SPECIAL_TOKENS[BOS],
+    "eos_token": SPECIAL_TOKENS[EOS],
+    "pad_token": SPECIAL_TOKENS[PAD],
+    "unk_token": SPECIAL_TOKENS[UNK],
+    "chat_template": CHAT_TEMPLATE,
+    "clean_up_tokenization_spaces": False,
+    STOP_KEY: [EOS, IM_END],
+}
+"""tokenizer_config.json of the tokenizers we train."""
+
 
 @dataclass(frozen=True)
 class FastTokenizer:
@@ -131,7 +143,7 @@ class FastTokenizer:
         """
         if self.bos is None:
             return False
-        if self.config.get("add_bos_token") or self.speaks_chatml:
+        if self.config.get("add_bos_token") or self.ours:
             return True
         return self.reader.encode("a", add_special_tokens=True).ids[:1] == [self.bos]
 
@@ -168,11 +180,15 @@ class FastTokenizer:
         return self.config.get("chat_template")
 
     @cached_property
+    def ours(self) -> bool:
+        """Whether the special tokens are those of the tokenizers we train, with the same ids."""
+        ids = [self.reader.token_to_id(token) for token in SPECIAL_TOKENS]
+        return ids == list(range(len(SPECIAL_TOKENS)))
+
+    @property
     def speaks_chatml(self) -> bool:
         """Whether conversations are laid out as by the models we train, with the same ids."""
-        ids = [self.reader.token_to_id(token) for token in SPECIAL_TOKENS]
-        ours = self.chat_template in (CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE)
-        return ours and ids == list(range(len(SPECIAL_TOKENS)))
+        return self.chat_template in (CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE) and self.ours
 
     @cached_property
     def flagged(self) -> tuple[str, ...]:
@@ -286,14 +302,4 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> FastTokenizer:
             f"tokenizer.vocab_size={config.vocab_size} cannot be trained on this text: "
             f"it supports {backend.get_vocab_size()}"
         )
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": SPECIAL_TOKENS[BOS],
-        "eos_token": SPECIAL_TOKENS[EOS],
-        "pad_token": SPECIAL_TOKENS[PAD],
-        "unk_token": SPECIAL_TOKENS[UNK],
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        STOP_KEY: [EOS, IM_END],
-    }
-    return FastTokenizer(backend.to_str().encode(), settings)
+    return FastTokenizer(backend.to_str().encode(), SETTINGS)

@@ -18,6 +18,7 @@ Three differences remain.
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from pathlib import Path
@@ -28,6 +29,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
+from maxllm.data.bpe import SETTINGS, FastTokenizer
 from maxllm.data.spm import WORD_BOUNDARY, SpmTokenizer
 from maxllm.data.tokenizer import BOS, CHAT_TEMPLATE, IM_END, PAD, SPECIAL_TOKENS, UNK, Tokenizer
 from maxllm.errors import UserError
@@ -64,6 +66,15 @@ def tokenizer_config() -> dict[str, Any]:
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
     }
+
+
+def as_fast(tokenizer: SpmTokenizer, day: datetime.date | None = None) -> FastTokenizer:
+    """The tokenizer with the same ids that a chat template can be given; `day` is what that takes for today.
+
+    Raises:
+      UserError: as `fast_tokenizer` does.
+    """
+    return FastTokenizer(fast_tokenizer(tokenizer).to_str().encode(), SETTINGS, day)
 
 
 def fast_tokenizer(tokenizer: SpmTokenizer) -> tokenizers.Tokenizer:
