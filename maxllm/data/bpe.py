@@ -37,6 +37,9 @@ from maxllm.errors import UserError
 
 STOP_KEY = "stop_token_ids"
 
+PADDING = ("<|endoftext|>", "<unk>", "reserved", "unused")
+"""Tokens that may pad where none is there for that; a conversation has none of them."""
+
 SETTINGS: Mapping[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": SPECIAL_TOKENS[BOS],
@@ -161,13 +164,19 @@ class FastTokenizer:
     def pad(self) -> int:
         """pad_token, or another special token that does not stop generation, as long as there is one.
 
-        Masks come from structure and never look at it; other programs' may.
+        The first of these: pad_token; the special tokens that are named for padding, as `<|pad|>` and
+        `<|finetune_right_pad_id|>`; unk_token; the special tokens that are named as PADDING says. Of several
+        the one with the lowest id. Masks come from structure and never look at it; other programs' may.
         """
-        padding = [token for token in self.flagged if "pad" in token.lower()]
-        found = [self.special("pad_token"), *map(self.reader.token_to_id, padding), self.special("unk_token")]
+        found = [self.special("pad_token"), *self.flagged_as("pad"), self.special("unk_token")]
+        found += [token for word in PADDING for token in self.flagged_as(word)]
         candidates = [token for token in found if token is not None]
         unlike = (token for token in candidates if token not in self.stop_tokens)
         return next(unlike, candidates[0] if candidates else self.eos)
+
+    def flagged_as(self, word: str) -> list[int | None]:
+        """The ids of the special tokens that are spelled with a word."""
+        return [self.reader.token_to_id(token) for token in self.flagged if word in token.lower()]
 
     @cached_property
     def stop_tokens(self) -> tuple[int, ...]:
