@@ -101,6 +101,7 @@ def test_an_unknown_key_names_the_nearest(base, override, sentence):
         ("optimizer.beta1=1", ["optimizer.beta1 was given 1", "less than 1"]),
         ("model.dtype=float16", ["model.dtype was given 'float16'", "'float32'", "'bfloat16'"]),
         ("data.sources=a.txt", ["data.sources was given 'a.txt'", "tuple"]),
+        ("data.template=llama", ["data.template: llama is none of chatml, llama2,", "ends in .jinja"]),
         ("stage=grpo", ["stage was given 'grpo'", "'pretrain'", "'ppo'"]),
         ("batch=8", ["batch was given 8", "Batch shape"]),
         ("model.tie_embeddings=perhaps", ["model.tie_embeddings was given 'perhaps'", "boolean"]),
@@ -143,6 +144,10 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(base, override, par
         (["mesh.data=-1", "mesh.fsdp=-1"], "mesh: axis sizes are positive, and at most one is -1"),
         (["mesh.tensor=0"], "mesh: axis sizes are positive, and at most one is -1"),
         (["data.prepared_dir=null"], "a pretrain recipe needs data.prepared_dir"),
+        (
+            ["data.template=chatml"],
+            "data.template lays out conversations, which pretraining does not read: give it to sft",
+        ),
         (["model=null"], "a pretrain recipe needs the sections model and tokenizer, or start.policy"),
         (["stage=sft"], "a sft recipe needs start.policy, the run folder it starts from"),
         (

@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from maxllm.config.section import Effect, Name, Place, Section
+
+TEMPLATES = ("chatml", "llama2", "llama3", "alpaca", "instruction", "happy-llm")
+"""The chat templates that have a name (data/layouts.py)."""
+
+
+def layout(name: str) -> str:
+    """The name of a chat template or of a file that holds one, as it is.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if name not in TEMPLATES and not name.endswith(".jinja"):
+        raise ValueError(f"{name} is none of {', '.join(TEMPLATES)}, nor a file that ends in .jinja")
+    return name
+
+
+Layout = Annotated[Place, AfterValidator(layout)]
+"""A chat template, by its name or file."""
 
 
 class TokenizerConfig(Section):
@@ -79,6 +97,11 @@ class DataConfig(Section):
         description="Gigabytes of a corpus in a bucket that each process keeps on the disk of its machine.",
     )
     clean: CleanConfig = Field(default_factory=CleanConfig, description="Document filters (pretrain).")
+    template: Layout | None = Field(
+        None,
+        description="How conversations are laid out: chatml, llama2, llama3, alpaca, instruction, happy-llm, "
+        "or a .jinja file; without it, as by the run that this one starts from.",
+    )
     turns: Literal["all", "each", "last"] = Field(
         "all",
         description="What SFT trains on in a conversation: all replies in one sample, each in a sample of "

@@ -21,6 +21,10 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             "loss.mean=samples and loss.thoughts are of sft: pretraining counts all tokens alike"
         )
+    if recipe.data.template is not None:
+        raise ValueError(
+            "data.template lays out conversations, which pretraining does not read: give it to sft"
+        )
 
 
 RULES = Rules(check=check, next_token=True)

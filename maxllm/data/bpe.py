@@ -37,6 +37,21 @@ from maxllm.errors import UserError
 
 STOP_KEY = "stop_token_ids"
 
+PADDING = ("<|endoftext|>", "<unk>", "reserved", "unused")
+"""Tokens that may pad where none is there for that; a conversation has none of them."""
+
+SETTINGS: Mapping[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": SPECIAL_TOKENS[BOS],
+    "eos_token": SPECIAL_TOKENS[EOS],
+    "pad_token": SPECIAL_TOKENS[PAD],
+    "unk_token": SPECIAL_TOKENS[UNK],
+    "chat_template": CHAT_TEMPLATE,
+    "clean_up_tokenization_spaces": False,
+    STOP_KEY: [EOS, IM_END],
+}
+"""tokenizer_config.json of the tokenizers we train."""
+
 
 @dataclass(frozen=True)
 class FastTokenizer:
@@ -131,7 +146,7 @@ class FastTokenizer:
         """
         if self.bos is None:
             return False
-        if self.config.get("add_bos_token") or self.speaks_chatml:
+        if self.config.get("add_bos_token") or self.ours:
             return True
         return self.reader.encode("a", add_special_tokens=True).ids[:1] == [self.bos]
 
@@ -149,13 +164,19 @@ class FastTokenizer:
     def pad(self) -> int:
         """pad_token, or another special token that does not stop generation, as long as there is one.
 
-        Masks come from structure and never look at it; other programs' may.
+        The first of these: pad_token; the special tokens that are named for padding, as `<|pad|>` and
+        `<|finetune_right_pad_id|>`; unk_token; the special tokens that are named as PADDING says. Of several
+        the one with the lowest id. Masks come from structure and never look at it; other programs' may.
         """
-        padding = [token for token in self.flagged if "pad" in token.lower()]
-        found = [self.special("pad_token"), *map(self.reader.token_to_id, padding), self.special("unk_token")]
+        found = [self.special("pad_token"), *self.flagged_as("pad"), self.special("unk_token")]
+        found += [token for word in PADDING for token in self.flagged_as(word)]
         candidates = [token for token in found if token is not None]
         unlike = (token for token in candidates if token not in self.stop_tokens)
         return next(unlike, candidates[0] if candidates else self.eos)
+
+    def flagged_as(self, word: str) -> list[int | None]:
+        """The ids of the special tokens that are spelled with a word."""
+        return [self.reader.token_to_id(token) for token in self.flagged if word in token.lower()]
 
     @cached_property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -168,11 +189,15 @@ class FastTokenizer:
         return self.config.get("chat_template")
 
     @cached_property
+    def ours(self) -> bool:
+        """Whether the special tokens are those of the tokenizers we train, with the same ids."""
+        ids = [self.reader.token_to_id(token) for token in SPECIAL_TOKENS]
+        return ids == list(range(len(SPECIAL_TOKENS)))
+
+    @property
     def speaks_chatml(self) -> bool:
         """Whether conversations are laid out as by the models we train, with the same ids."""
-        ids = [self.reader.token_to_id(token) for token in SPECIAL_TOKENS]
-        ours = self.chat_template in (CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE)
-        return ours and ids == list(range(len(SPECIAL_TOKENS)))
+        return self.chat_template in (CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE) and self.ours
 
     @cached_property
     def flagged(self) -> tuple[str, ...]:
@@ -286,14 +311,4 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> FastTokenizer:
             f"tokenizer.vocab_size={config.vocab_size} cannot be trained on this text: "
             f"it supports {backend.get_vocab_size()}"
         )
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": SPECIAL_TOKENS[BOS],
-        "eos_token": SPECIAL_TOKENS[EOS],
-        "pad_token": SPECIAL_TOKENS[PAD],
-        "unk_token": SPECIAL_TOKENS[UNK],
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        STOP_KEY: [EOS, IM_END],
-    }
-    return FastTokenizer(backend.to_str().encode(), settings)
+    return FastTokenizer(backend.to_str().encode(), SETTINGS)

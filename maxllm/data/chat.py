@@ -27,6 +27,9 @@ class Message(TypedDict):
     role: str
     """`system`, `developer`, `user`, `assistant` or `tool` (what a call came to)."""
     content: str
+    instruction: NotRequired[str]
+    input: NotRequired[str]
+    """The two fields that a user's content was put together from, for templates that keep them apart."""
     tool_calls: NotRequired[list[dict[str, Any]]]
     """The functions that an assistant calls: {"type": "function", "function": {"name", "arguments": {…}}}."""
     name: NotRequired[str]
@@ -41,6 +44,11 @@ class Message(TypedDict):
 def in_loss(message: Message) -> bool:
     """Whether the model is trained to say a turn."""
     return message["role"] == "assistant" and not message.get("untrained", False)
+
+
+def in_one(message: Message) -> Message:
+    """A turn without the fields that its content was put together from."""
+    return {key: value for key, value in message.items() if key not in ("instruction", "input")}  # type: ignore[return-value]
 
 
 def left_out(message: Message) -> Message:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from maxllm.data.chat import Message, in_loss, left_out, read_tools, read_turns
+from maxllm.data.chat import Message, in_loss, in_one, left_out, read_tools, read_turns
 from maxllm.data.fields import Fields, RowError
 
 QUESTIONS = ("instruction", "prompt", "question")
@@ -88,7 +88,8 @@ def preference_of(row: Mapping[str, Any]) -> tuple[list[Message], str, str]:
             raise RowError("field 'prompt' is missing")
         return with_lead(row, before), chosen, rejected
     prompt = question_turns(row)
-    if before and before[: len(prompt)] != prompt and not (len(prompt) == 1 and prompt[0] in before):
+    same = [in_one(message) for message in prompt]
+    if before and before[: len(same)] != same and not (len(same) == 1 and same[0] in before):
         raise RowError("'chosen' begins with other turns than 'prompt'")
     return with_lead(row, before or prompt), chosen, rejected
 
@@ -130,7 +131,9 @@ def question_turns(row: Fields) -> list[Message]:
     extra = row[about] if about else ""
     if extra is not None and not isinstance(extra, str):
         raise RowError(f"field {about!r} is not text")
-    return [Message(role="user", content=f"{question}\n{extra}" if extra else question)]
+    if not extra:
+        return [Message(role="user", content=question)]
+    return [Message(role="user", content=f"{question}\n{extra}", instruction=question, input=extra)]
 
 
 def with_lead(row: Fields, messages: list[Message]) -> list[Message]:

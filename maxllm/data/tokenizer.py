@@ -26,8 +26,8 @@ PLAIN_CHAT_TEMPLATE = (
 )
 """That of runs of before functions could be called."""
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% set leads = messages[0]['role'] in ['system', 'developer'] %}"
+CHATML_LEAD = (
+    "{% set leads = messages[0]['role'] in ['system', 'developer'] %}"
     "{% if tools %}{{ '<|im_start|>system\n' }}"
     "{% if leads and messages[0]['content'] %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
     f"{{{{ '{TOOLS_HEAD}' }}}}"
@@ -35,12 +35,23 @@ CHAT_TEMPLATE = (
     f"{{{{ '{TOOLS_FOOT}' + '<|im_end|>\n' }}}}"
     "{% endif %}{% for message in messages %}{% if not (tools and leads and loop.first) %}"
     "{{ '<|im_start|>' + ('system' if message['role'] == 'developer' else message['role']) + '\n' }}"
+)
+CHATML_SAID = (
     "{{ message['content'] or '' }}{% for call in message['tool_calls'] or [] %}"
     "{% if message['content'] or not loop.first %}{{ '\n' }}{% endif %}"
     "{{ '<tool_call>{\"name\": ' + (call['function']['name'] | tojson) }}"
     "{{ ', \"arguments\": ' + (call['function']['arguments'] | tojson) + '}</tool_call>' }}"
-    "{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% endfor %}"
+)
+CHATML_PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+"""Up to what a turn says, what it says, and behind all turns."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    + CHATML_LEAD
+    + CHATML_SAID
+    + "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    + CHATML_PROMPT
 )
 """The layout of conversations in the models we train (ChatML), in Hugging Face's form.
 

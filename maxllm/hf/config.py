@@ -195,13 +195,13 @@ def hf_config_of(
         return with_old_rope(made)
     made.pop("dtype")
     own = {name: value for name, value in base.items() if name not in ("dtype", "torch_dtype")}
-    own[dtype_name] = dtype
+    own |= {dtype_name: dtype, "pad_token_id": tokenizer.pad}
     if carried(config_of(base, "config.json")) == carried(config):
         kept = {"architectures": fields["architectures"]}
         kept |= {name: made[name] for name in ("id2label", "label2id") if head == "score"}
         return with_old_rope(made) | own | kept
     if base.get("model_type") == family:
-        special = {"bos_token_id", "eos_token_id", "pad_token_id"}  # the model came with its own
+        special = {"bos_token_id", "eos_token_id"}  # the model came with its own
         ours = {name: value for name, value in fields.items() if name not in special}
         return made | own | with_old_rope(ours)
     return with_old_rope(made) | {dtype_name: dtype}

@@ -19,7 +19,7 @@ from maxllm.hf.config import hf_config_of
 from maxllm.hf.generation import fields_of
 from maxllm.hf.mapping import Head
 from maxllm.hf.source import DTYPES
-from maxllm.hf.tokenizer import save_tokenizer
+from maxllm.hf.tokenizer import padding, save_tokenizer
 from maxllm.hf.tokenizer_read import GENERATION_CONFIG
 from maxllm.hf.write import MAX_SHARD_BYTES, Read, write_weights
 from maxllm.records import Params
@@ -70,7 +70,8 @@ def export(
       verify: looks at the finished folder before it takes its place; what it raises, nothing is left of.
 
     Returns:
-      {"path", "parameters", "tensors", "bytes"}: bytes are those of the weights.
+      {"path", "parameters", "tensors", "bytes"}: bytes are those of the weights; {"padding"} too where the
+      vocabulary has nothing to pad with but a stop token.
 
     Raises:
       UserError: parameters or tokenizer do not fit the configuration, or out_dir holds something else.
@@ -90,7 +91,7 @@ def export(
         card = model_card(out_dir.name, config, dtype, written["parameters"], description, head)
         write_text(folder / "README.md", card)
         verify(folder)
-    return {"path": str(out_dir), **written}
+    return {"path": str(out_dir), **written, **padding(tokenizer)}
 
 
 def is_replaceable(folder: Path) -> bool:

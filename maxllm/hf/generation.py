@@ -1,7 +1,8 @@
 """generation_config.json: how `transformers` decodes by default, to our settings and back.
 
 What we follow of it becomes the section `generation` of a run; the file itself is kept beside the run, and on
-export comes out again as it was, but for the stop tokens that the model has besides.
+export comes out again as it was, but for the stop tokens that the model has besides, and for the pad token,
+which is none of these where the vocabulary has another, and the same in all files.
 """
 
 from __future__ import annotations
@@ -79,10 +80,7 @@ def fields_of(
     """
     base, named = dict(base or {}), ids_of((base or {}).get("eos_token_id"))
     stops = list(dict.fromkeys([*named, *ids_of((model or {}).get("eos_token_id")), *tokenizer.stop_tokens]))
-    pad = base.get("pad_token_id")
-    if pad is None or (pad in stops and pad not in named):  # a file may itself name a stop token as pad
-        pad = tokenizer.pad
-    special = {"bos_token_id": base.get("bos_token_id", tokenizer.bos), "pad_token_id": pad}
+    special = {"bos_token_id": base.get("bos_token_id", tokenizer.bos), "pad_token_id": tokenizer.pad}
     special["eos_token_id"] = base["eos_token_id"] if stops == named else stops
     if generation is None and base:
         return base | special

@@ -18,8 +18,10 @@ Three differences remain.
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
+from maxllm.data.bpe import SETTINGS, FastTokenizer
 from maxllm.data.spm import WORD_BOUNDARY, SpmTokenizer
 from maxllm.data.tokenizer import BOS, CHAT_TEMPLATE, IM_END, PAD, SPECIAL_TOKENS, UNK, Tokenizer
 from maxllm.errors import UserError
@@ -39,15 +42,33 @@ Piece = model_pb2.ModelProto.SentencePiece
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes tokenizer.json, tokenizer_config.json and, where there is one, the SentencePiece model.
 
+    An imported tokenizer without a pad token, or with one that stops generation, is given the one that
+    `Tokenizer.pad` found, which config.json and generation_config.json name too.
+
     Raises:
       UserError: the SentencePiece model is neither bpe nor unigram, or does not take text as it is.
     """
-    for name, content in tokenizer.files.items():
+    padded = tokenizer
+    if isinstance(tokenizer, FastTokenizer) and tokenizer.pad != tokenizer.special("pad_token"):
+        spelled = tokenizer.reader.id_to_token(tokenizer.pad)
+        padded = replace(tokenizer, config={**tokenizer.config, "pad_token": spelled})
+    for name, content in padded.files.items():
         (folder / name).write_bytes(content)
     if isinstance(tokenizer, SpmTokenizer):
         fast_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
         config = json.dumps(tokenizer_config(), indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+
+
+def padding(tokenizer: Tokenizer) -> dict[str, str]:
+    """{"padding": a sentence} of a tokenizer without a token to pad with that does not stop generation."""
+    pad = tokenizer.pad
+    if pad not in tokenizer.stop_tokens:
+        return {}
+    return {
+        "padding": f"{tokenizer.control_name(pad)} (id {pad}) both pads and stops generation: the vocabulary "
+        "has no other special token for it, so other programs must mask by length"
+    }
 
 
 def tokenizer_config() -> dict[str, Any]:
@@ -64,6 +85,15 @@ def tokenizer_config() -> dict[str, Any]:
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
     }
+
+
+def as_fast(tokenizer: SpmTokenizer, day: datetime.date | None = None) -> FastTokenizer:
+    """The tokenizer with the same ids that a chat template can be given; `day` is what that takes for today.
+
+    Raises:
+      UserError: as `fast_tokenizer` does.
+    """
+    return FastTokenizer(fast_tokenizer(tokenizer).to_str().encode(), SETTINGS, day)
 
 
 def fast_tokenizer(tokenizer: SpmTokenizer) -> tokenizers.Tokenizer:

@@ -27,7 +27,7 @@ from maxllm.data.tokenizer import FAST_CONFIG_FILE, FAST_FILE, SPECIAL_TOKENS, S
 from maxllm.errors import UserError
 from maxllm.files import read_json
 from maxllm.hf.gguf_tokenizer import sentence_piece
-from maxllm.hf.tokenizer import fast_tokenizer, tokenizer_config
+from maxllm.hf.tokenizer import fast_tokenizer, padding, tokenizer_config
 
 model_pb2: Any = sentencepiece_model_pb2  # generated at import: type checkers see nothing in it
 
@@ -45,7 +45,8 @@ class Found(NamedTuple):
     """File -> the ids that end generation by it."""
 
     def report(self) -> dict[str, Any]:
-        """Plain data for whoever converts: {"tokenizer", "stop_tokens": [{"id", "token", "in"}]}."""
+        """Plain data for whoever converts: {"tokenizer", "stop_tokens": [{"id", "token", "in"}]}, and
+        {"padding"} where there is something to say of it."""
         tokenizer = self.tokenizer
         spell: Callable[[int], str | None] = SPECIAL_TOKENS.__getitem__
         if isinstance(tokenizer, FastTokenizer):
@@ -54,7 +55,7 @@ class Found(NamedTuple):
             {"id": i, "token": spell(i), "in": [name for name, ids in self.stops.items() if i in ids]}
             for i in tokenizer.stop_tokens
         ]
-        return {"tokenizer": self.file, "stop_tokens": stops}
+        return {"tokenizer": self.file, "stop_tokens": stops, **padding(tokenizer)}
 
 
 def read_tokenizer(folder: Path, fields: Mapping[str, Any]) -> Tokenizer:

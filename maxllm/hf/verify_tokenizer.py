@@ -11,7 +11,7 @@ from typing import Any
 from maxllm.data.bpe import FastTokenizer
 from maxllm.data.chat import Message
 from maxllm.data.fields import RowError
-from maxllm.data.render import render, render_prompt, speaks_chatml
+from maxllm.data.render import render, render_prompt
 from maxllm.data.spm import WORD_BOUNDARY, SpmTokenizer
 from maxllm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from maxllm.errors import RunFailed
@@ -122,8 +122,9 @@ def check_bos(tokenizer: Tokenizer, theirs: Any) -> None:
     Raises:
       RunFailed: the two do not agree.
     """
-    flagged = isinstance(tokenizer, FastTokenizer) and "add_bos_token" in tokenizer.config
-    if flagged or speaks_chatml(tokenizer) or tokenizer.bos is None:
+    if not isinstance(tokenizer, FastTokenizer) or tokenizer.ours or tokenizer.bos is None:
+        return
+    if "add_bos_token" in tokenizer.config:
         return
     begins = theirs("a")["input_ids"][:1] == [tokenizer.bos]
     if begins != tokenizer.adds_bos:

@@ -24,6 +24,7 @@ from maxllm.data.load_tokenizer import load_tokenizer
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
 from maxllm.folder import RunFolder
+from maxllm.hf.layout import laid_out
 from maxllm.model.attend import resolve
 from maxllm.parallel import processes
 from maxllm.parallel.memory import check_offload
@@ -92,7 +93,8 @@ def open_session(config: Config) -> Session:
     check_reachable(config)
     tokenizer_path, model = inherited(config)
     day = day_of(config)
-    tokenizer = load_tokenizer(tokenizer_path, day)
+    found = load_tokenizer(tokenizer_path, day)
+    tokenizer = laid_out(found, config.data.template, day)
     # An imported model may have more rows than its tokenizer has pieces; a new one has no reason to.
     if tokenizer.vocab_size > model.vocab_size or (
         config.start.policy is None and tokenizer.vocab_size != model.vocab_size
@@ -120,7 +122,11 @@ def open_session(config: Config) -> Session:
     resolved = config.model_copy(update={"model": model, "run": run})
     check_same_recipe(folder, resolved)
     parents = RunFolder(config.start.policy).read_hf() if config.start.policy else (None, None)
-    return Session(resolved, model, mesh, tokenizer, folder, *parents)
+    session = Session(resolved, model, mesh, tokenizer, folder, *parents)
+    if tokenizer.chat_template != found.chat_template:
+        instead = "" if found.chat_template is None else f", not as by {tokenizer_path}"
+        say(session, f"conversations are laid out as by data.template={config.data.template}{instead}")
+    return session
 
 
 def check_few_bits(mesh: Mesh, config: Config) -> None:

@@ -11,7 +11,7 @@ export read. Weights keep their type; nothing is ever half-written.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,8 @@ Direction = Literal["from-hf", "from-gguf", "from-peft", "to-hf"]
 CHECK_TOKENS = 64
 """Length of the sequence that both implementations read."""
 
-COUNTS = ("tensors", "parameters", "bytes")
+WRITTEN = ("tensors", "parameters", "bytes", "padding")
+"""What is told of an export; the last where there is something to say of it."""
 
 
 def run(
@@ -83,10 +84,11 @@ def run(
 
     Returns:
       {"tensors", "parameters", "bytes", "seconds", "peak_rss_bytes"}; of adapters also {"adapters",
-      "beside"}; of other models, into a run folder, {"context", "tokenizer", "stop_tokens"} and, of a
-      generation_config.json, {"kept_but_not_followed"}; with `verify` {"identical_tensors",
-      "tokenized_alike", "max_abs_logit_diff", "mean_kl", "top1_agreement"}. The logits' three are None where
-      torch is missing, or for the reason in "not_checked".
+      "beside"}; of other models {"padding"} where nothing but a stop token pads, and into a run folder
+      {"context", "tokenizer", "stop_tokens"} and, of a generation_config.json, {"kept_but_not_followed"};
+      with `verify` {"identical_tensors", "tokenized_alike", "max_abs_logit_diff", "mean_kl",
+      "top1_agreement"}. The logits' three are None where torch is missing, or for the reason in
+      "not_checked".
 
     Raises:
       UserError: the source is not a model that ours can be, or the target holds something else.
@@ -217,7 +219,7 @@ def to_hf(run: RunFolder, target: Path, verify: bool, dtype: str | None) -> dict
             "mean_kl": None,
             "top1_agreement": None,
         }
-        return {name: written[name] for name in COUNTS} | (logits if verify else {})
+        return told(written) | (logits if verify else {})
     checkpoint = run.find()
     if session.config.tuning is not None:
         params = whole_params(session, checkpoint)
@@ -259,7 +261,12 @@ def to_hf(run: RunFolder, target: Path, verify: bool, dtype: str | None) -> dict
             read=read,
             verify=compare,
         )
-    return {name: written[name] for name in COUNTS} | checks
+    return told(written) | checks
+
+
+def told(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of an export that a conversion tells."""
+    return {name: written[name] for name in WRITTEN if name in written}
 
 
 # --- verification ------------------------------------------------------------------------------------------

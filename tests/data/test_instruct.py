@@ -407,7 +407,8 @@ def test_questions_of_prompt_and_instruction_rows(tiny_tokenizer):
     assert question.answer == tasks.solve(row["prompt"])
     assert question.ids == render.render_prompt(tiny_tokenizer, [{"role": "user", "content": row["prompt"]}])
     same = question_of(tiny_tokenizer, {"instruction": "Sort.", "input": "21", "output": "12"}, 64)
-    assert (same.messages, same.answer) == ([{"role": "user", "content": "Sort.\n21"}], "12")
+    apart = {"instruction": "Sort.", "input": "21"}
+    assert (same.messages, same.answer) == ([{"role": "user", "content": "Sort.\n21"} | apart], "12")
     assert question_of(tiny_tokenizer, {"question": "Why?"}, 64).answer is None
     with pytest.raises(RowError, match="field 'answer' is not text"):
         question_of(tiny_tokenizer, {"prompt": "1 + 1", "answer": 2}, 64)

@@ -131,7 +131,7 @@ def turn(role, content):
         ),
         (
             {"instruction": "Do.", "input": "12", "output": "21"},
-            [turn("user", "Do.\n12"), turn("assistant", "21")],
+            [turn("user", "Do.\n12") | {"instruction": "Do.", "input": "12"}, turn("assistant", "21")],
         ),
         ({"instruction": "Do.", "input": "", "output": "21"}, [turn("user", "Do."), turn("assistant", "21")]),
         ({"instruction": "Do.", "output": "21"}, [turn("user", "Do."), turn("assistant", "21")]),

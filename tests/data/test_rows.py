@@ -13,6 +13,7 @@ TALK = [
     {"role": "user", "content": "three"},
 ]
 ASKED = {"role": "user", "content": "q"}
+ABOUT = {"role": "user", "content": "q\nabout", "instruction": "q", "input": "about"}
 SAID = {"role": "assistant", "content": "a"}
 SCHEMA = {"name": "add", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
 TOOL = {"type": "function", "function": SCHEMA}
@@ -30,7 +31,7 @@ def ending(content):
     [
         ({"prompt": "q", "completion": "a"}, [ASKED, SAID]),
         ({"question": "q", "answer": "a"}, [ASKED, SAID]),
-        ({"instruction": "q", "context": "about", "response": "a"}, [ASKED | {"content": "q\nabout"}, SAID]),
+        ({"instruction": "q", "context": "about", "response": "a"}, [ABOUT, SAID]),
         ({"prompt": [ASKED], "completion": [SAID]}, [ASKED, SAID]),
         ({"prompt": [ASKED], "completion": "a"}, [ASKED, SAID]),
         (
@@ -160,6 +161,15 @@ def test_what_nobody_reads_is_known(row, unread):
 def test_a_prompt_beside_whole_conversations_drops_no_turn(prompt):
     row = {"chosen": ending("good"), "rejected": ending("bad")} | ({"prompt": prompt} if prompt else {})
     assert preference_of(row) == (TALK, "good", "bad")
+
+
+def test_an_instruction_with_its_input_may_be_repeated_by_the_replies():
+    """There it stands in one piece."""
+    row, texts = {"instruction": "q", "input": "about"}, {"chosen": "b", "rejected": "c"}
+    asked = {"role": "user", "content": "q\nabout"}
+    listed = {name: [asked, {"role": "assistant", "content": text}] for name, text in texts.items()}
+    assert preference_of(row | listed) == ([asked], "b", "c")
+    assert preference_of(row | texts) == ([ABOUT], "b", "c")
 
 
 def test_a_preference_and_a_prompt_have_a_system_and_earlier_turns():
