@@ -106,7 +106,7 @@ def policy_at(tiny_model, tiny_tokenizer, params_of) -> Callable[..., Path]:
             "batch": {"rows": 1, "sequence_length": 64},
         }
         run = RunFolder(folder)
-        save_params(run, params_of(Llama(model)))
+        save_params(run, params_of(Llama(model.computed_in("float32"))))
         run.write_tokenizer(tiny_tokenizer.files)
         run.write_config(yaml.safe_dump(tree))
         return folder
@@ -123,7 +123,7 @@ def tiny_tokenizer() -> SpmTokenizer:
     return train([*plays, *rows], config)
 
 
-FIRST = ("test_road.py", "test_sharded.py", "test_resume.py")
+FIRST = ("test_road.py", "test_sharded.py", "test_tuned_runs.py", "test_resume.py", "test_tuning.py")
 """Files of several minutes: a worker that began one of them last would go on alone."""
 
 

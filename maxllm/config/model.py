@@ -107,9 +107,10 @@ class ModelConfig(Section):
     residual_dropout: Annotated[float, Effect.TRAINING] = Field(
         0.0, ge=0, lt=1, description="Dropout on each branch before it joins the residual."
     )
-    dtype: Annotated[Literal["float32", "bfloat16"], Effect.TRAINING] = Field(
-        "bfloat16",
-        description="Compute type of matmuls; parameters, norms, softmax and logits are float32.",
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Effect.TRAINING] = Field(
+        "auto",
+        description="Compute type of matmuls; auto is bfloat16 where the hardware has it, float32 elsewhere. "
+        "Parameters, norms, softmax and logits are float32.",
     )
     attention: Annotated[Literal["auto", "xla", "splash", "cudnn"], Effect.COMPUTATION] = Field(
         "auto",
@@ -198,6 +199,10 @@ class ModelConfig(Section):
             return self.max_seq_len
         original = scaling.original_max_seq_len if scaling.type == "yarn" else self.max_seq_len
         return max(self.max_seq_len, int(original * scaling.factor))
+
+    def computed_in(self, dtype: Literal["float32", "bfloat16"]) -> ModelConfig:
+        """The model with this compute type, unless it names one itself."""
+        return self.model_copy(update={"dtype": dtype}) if self.dtype == "auto" else self
 
     @property
     def kernel(self) -> Literal["auto", "xla", "splash", "cudnn"]:

@@ -283,7 +283,7 @@ def model_config_from_hf(hf_config: PreTrainedConfig, like: ModelConfig | None =
 
     Args:
       hf_config: as `transformers.AutoConfig` reads it.
-      like: supplies LOCAL_FIELDS; their defaults are used without it (dtype bfloat16).
+      like: supplies LOCAL_FIELDS; their defaults are used without it.
 
     Raises:
       UserError: naming every field, with its value, that our model does not have, or that is impossible.

@@ -218,7 +218,7 @@ def low_rank(
         dora=fields.get("use_dora", False),
         targets=targets,
     )
-    check_shapes(folder, found, Llama(config, Tuning(lora)))
+    check_shapes(folder, found, Llama(config.computed_in("float32"), Tuning(lora)))
     return Tuning(lora), mapping.nest(found.items())
 
 

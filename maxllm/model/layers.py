@@ -23,6 +23,7 @@ Matrix = jax.Array | Compressed
 
 def dtype_of(config: ModelConfig) -> jnp.dtype:
     """The compute type of matmuls."""
+    assert config.dtype != "auto", "whoever knows the machine has chosen"
     return jnp.dtype(config.dtype)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -154,6 +155,15 @@ def check_layers_unrolled(mesh: Mesh, model: ModelConfig) -> None:
             f"mesh.{spanning[0]} goes over several processes of CPUs, where layers must be no loop: give "
             f"model.scan_unroll={model.n_layers}"
         )
+
+
+def compute_type(mesh: Mesh) -> Literal["float32", "bfloat16"]:
+    """The type in which a mesh's devices multiply fastest at the precision that training needs: bfloat16 on
+    TPUs and on NVIDIA's GPUs from Ampere on (compute capability 8.0), float32 on others and on CPUs."""
+    device = mesh.devices.flat[0]
+    if device.platform == "gpu":
+        return "bfloat16" if float(device.compute_capability) >= 8 else "float32"
+    return "bfloat16" if device.platform == "tpu" else "float32"
 
 
 def platform_of(mesh: Mesh | AbstractMesh) -> str:

@@ -139,7 +139,7 @@ def model_of(config: Config) -> ModelConfig:
             "there is no estimate for XLA's attention: give model.attention=auto, without attention_dropout "
             "and ALiBi"
         )
-    return config.model
+    return config.model.computed_in("bfloat16")  # as all machines that are planned for have it
 
 
 def layout_of(mesh: MeshConfig, hardware: Hardware) -> Layout:

@@ -33,6 +33,7 @@ from maxllm.parallel.mesh import (
     check_batch_divides,
     check_layers_unrolled,
     check_model_divides,
+    compute_type,
     make_mesh,
     platform_of,
 )
@@ -110,8 +111,9 @@ def open_session(config: Config) -> Session:
             f"model.max_seq_len={model.max_seq_len}{stretched}"
         )
     check_replies_fit(config)
-    resolve(model.attention, jax.default_backend(), model.dtype)
     mesh = make_mesh(config.mesh)
+    computed = model.computed_in(compute_type(mesh))
+    resolve(model.attention, jax.default_backend(), computed.dtype)
     check_offload(mesh, config.mesh)
     check_few_bits(mesh, config)
     check_model_divides(mesh, model)
@@ -122,7 +124,10 @@ def open_session(config: Config) -> Session:
     resolved = config.model_copy(update={"model": model, "run": run})
     check_same_recipe(folder, resolved)
     parents = RunFolder(config.start.policy).read_hf() if config.start.policy else (None, None)
-    session = Session(resolved, model, mesh, tokenizer, folder, *parents)
+    session = Session(resolved, computed, mesh, tokenizer, folder, *parents)
+    if model.dtype == "auto":
+        kind = mesh.devices.flat[0].device_kind
+        say(session, f"computes in {computed.dtype}, as fits {kind}; model.dtype=… names another type")
     if tokenizer.chat_template != found.chat_template:
         instead = "" if found.chat_template is None else f", not as by {tokenizer_path}"
         say(session, f"conversations are laid out as by data.template={config.data.template}{instead}")
@@ -354,4 +359,5 @@ def reopen(folder: RunFolder, overrides: Sequence[str] = (), may_change: Sequenc
     mesh = make_mesh(config.mesh)
     check_model_divides(mesh, config.model)
     tokenizer = load_tokenizer(folder.path, config.run.day)
-    return Session(config, config.model, mesh, tokenizer, folder, *folder.read_hf())
+    model = config.model.computed_in(compute_type(mesh))
+    return Session(config, model, mesh, tokenizer, folder, *folder.read_hf())

@@ -149,7 +149,7 @@ def to_run_folder(
             f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
         )
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    wanted = typed(abstract(partial(init_params, Llama(model.config)), mesh), model)
+    wanted = typed(abstract(partial(init_params, Llama(model.config.computed_in("float32"))), mesh), model)
     users = in_use(RunFolder(target))
     if users:
         names = ", ".join(name for runs in users.values() for name in runs)

@@ -160,7 +160,7 @@ def prepare(config: Config, hardware: Hardware) -> Plan:
     Raises:
       UserError: naming what does not fit.
     """
-    model = model_of(config)
+    model = model_of(config).computed_in("bfloat16")  # all machines that are planned for have it
     attention = resolve(model.kernel, hardware.chip.platform, model.dtype)
     model = model.model_copy(update={"attention": attention})
     mesh = make_mesh(config.mesh, topology_devices(hardware))
