@@ -178,9 +178,10 @@ def reply_pair(tokenizer: Tokenizer, row: Mapping[str, Any], length: int) -> Rep
     """Both replies after their prompt, each in at most `length` tokens."""
     prompt, *replies = preference_of(row)
     (chosen, first), (rejected, second) = (
-        render.render_reply(tokenizer, [*prompt, Message(role="assistant", content=reply)])
-        for reply in replies
+        render.render_reply(tokenizer, [*prompt, reply]) for reply in replies
     )
+    if chosen == rejected:
+        raise RowError("the two replies are equal as the model reads them")
     fits(max(len(chosen), len(rejected)), length, "prompt and reply")
     return ReplyPair(prompt, (chosen, rejected), (first, second))
 

@@ -13,6 +13,8 @@ INPUTS = ("input", "context")
 """What an instruction is about, where it stands apart."""
 REPLIES = ("output", "completion", "response", "answer")
 TURNS = ("messages", "conversations")
+OPENAI = ("preferred_output", "non_preferred_output")
+PREFERENCES = (("chosen", "rejected"), OPENAI)
 
 
 def first_of(row: Fields, names: tuple[str, ...]) -> str | None:
@@ -65,28 +67,32 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
     return messages
 
 
-def preference_of(row: Mapping[str, Any]) -> tuple[list[Message], str, str]:
-    """(prompt, chosen reply, rejected reply) of a `{"prompt", "chosen", "rejected"}` row.
+def preference_of(row: Mapping[str, Any]) -> tuple[list[Message], Message, Message]:
+    """(prompt, chosen reply, rejected reply) of a row in any of the forms users bring.
 
-    The prompt is text (one user turn) or a list of messages; `question` or `instruction` is accepted for it,
-    with `system`, `history` and `tools` beside them. A reply is text, or a list of messages that ends with
-    it. What stands before it there is the prompt: all of it, where `prompt` repeats one of its turns or its
-    beginning.
+    `{"prompt", "chosen", "rejected"}`, where the prompt is text (one user turn) or a list of messages;
+    `question` or `instruction` is accepted for it, with `system`, `history` and `tools` beside them, or
+    ShareGPT's `conversations`. A reply is text, a turn, or a list of messages that ends with it. What stands
+    before it there is the prompt: all of it, where `prompt` repeats one of its turns or its beginning.
+    `{"input": {"messages", "tools"}, "preferred_output", "non_preferred_output"}` (OpenAI's) has one message
+    in each list.
 
     Raises:
       RowError: naming the field; also for two equal replies, or for two that answer different turns.
     """
     row = Fields.of(row)
-    before, chosen = reply_of(row, "chosen")
-    other, rejected = reply_of(row, "rejected")
+    names = next((pair for pair in PREFERENCES if pair[0] in row), PREFERENCES[0])
+    (before, chosen), (other, rejected) = (reply_of(row, name) for name in names)
+    if names == OPENAI and (before or other):
+        raise RowError(f"{names[0]!r} or {names[1]!r} has several turns, where one reply is compared")
     if before != other:
-        raise RowError("'chosen' and 'rejected' begin with different turns")
+        raise RowError(f"{names[0]!r} and {names[1]!r} begin with different turns")
     if chosen == rejected:
-        raise RowError("'chosen' and 'rejected' are equal")
+        raise RowError(f"{names[0]!r} and {names[1]!r} are equal")
+    if names == OPENAI:
+        return input_of(row), chosen, rejected
     if first_of(row, QUESTIONS) is None:
-        if not before:
-            raise RowError("field 'prompt' is missing")
-        return with_lead(row, before), chosen, rejected
+        return with_lead(row, before or turns_before(row)), chosen, rejected
     prompt = question_turns(row)
     same = [in_one(message) for message in prompt]
     if before and before[: len(same)] != same and not (len(same) == 1 and same[0] in before):
@@ -94,20 +100,49 @@ def preference_of(row: Mapping[str, Any]) -> tuple[list[Message], str, str]:
     return with_lead(row, before or prompt), chosen, rejected
 
 
-def reply_of(row: Fields, name: str) -> tuple[list[Message], str]:
-    """(turns before it, text) of the field `chosen` or `rejected`.
+def reply_of(row: Fields, name: str) -> tuple[list[Message], Message]:
+    """(turns before it, the assistant's turn) of a field with a reply: a text, a turn, or turns.
 
     Raises:
       RowError: naming the field.
     """
-    if not isinstance(row.get(name), list):
-        return [], text_field(row, name)
-    *before, last = read_turns(row[name], name, row)
+    said = row.get(name)
+    if not isinstance(said, list | dict):
+        return [], Message(role="assistant", content=text_field(row, name))
+    *before, last = read_turns([said] if isinstance(said, dict) else said, name, row)
     if last["role"] != "assistant":
         raise RowError(f"field {name!r} does not end with the assistant's turn")
-    if "tool_calls" in last:
-        raise RowError(f"field {name!r} ends with a call of a function, which is no reply")
-    return before, last["content"]
+    last.pop("untrained", None)  # a reply that is compared is always read
+    return before, last
+
+
+def input_of(row: Fields) -> list[Message]:
+    """The prompt in OpenAI's rows of preferences.
+
+    Raises:
+      RowError: naming the field.
+    """
+    given = row.get("input")
+    if not isinstance(given, dict):
+        raise RowError("field 'input' is not an object with messages")
+    asked = row.below("input", given)
+    asked.get("parallel_tool_calls")  # asks a server for something, and says nothing of the turns
+    return with_lead(asked, read_turns(asked.get("messages"), "messages", asked))
+
+
+def turns_before(row: Fields) -> list[Message]:
+    """The prompt of a row of preferences that stands in `conversations` or `messages`.
+
+    Raises:
+      RowError: it is missing, or the reply is there already.
+    """
+    name = first_of(row, TURNS)
+    if name is None:
+        raise RowError("field 'prompt' is missing")
+    turns = read_turns(row[name], name, row)
+    if turns[-1]["role"] == "assistant":
+        raise RowError(f"field {name!r} ends with the assistant's turn, where 'chosen' shall follow")
+    return turns
 
 
 def prompt_of(row: Mapping[str, Any]) -> list[Message]:

@@ -188,11 +188,11 @@ def test_null_messages_are_a_row_error():
 
 
 def test_preference_rows():
-    prompt = [turn("user", "q")]
-    assert preference_of({"prompt": "q", "chosen": "a", "rejected": "b"}) == (prompt, "a", "b")
-    assert preference_of({"question": "q", "chosen": "a", "rejected": "b"}) == (prompt, "a", "b")
+    prompt, said = [turn("user", "q")], (turn("assistant", "a"), turn("assistant", "b"))
+    assert preference_of({"prompt": "q", "chosen": "a", "rejected": "b"}) == (prompt, *said)
+    assert preference_of({"question": "q", "chosen": "a", "rejected": "b"}) == (prompt, *said)
     listed = {"prompt": CONVERSATION[:2], "chosen": "a", "rejected": "b"}
-    assert preference_of(listed) == (CONVERSATION[:2], "a", "b")
+    assert preference_of(listed) == (CONVERSATION[:2], *said)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,12 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "2"}
 
 
+def reply(content):
+    return {"role": "assistant", "content": content}
+
+
 def ending(content):
-    return [*TALK, {"role": "assistant", "content": content}]
+    return [*TALK, reply(content)]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,7 @@ def test_what_nobody_reads_is_known(row, unread):
 @pytest.mark.parametrize("prompt", ["three", "one", TALK, TALK[:2], None])
 def test_a_prompt_beside_whole_conversations_drops_no_turn(prompt):
     row = {"chosen": ending("good"), "rejected": ending("bad")} | ({"prompt": prompt} if prompt else {})
-    assert preference_of(row) == (TALK, "good", "bad")
+    assert preference_of(row) == (TALK, reply("good"), reply("bad"))
 
 
 def test_an_instruction_with_its_input_may_be_repeated_by_the_replies():
@@ -168,14 +172,15 @@ def test_an_instruction_with_its_input_may_be_repeated_by_the_replies():
     row, texts = {"instruction": "q", "input": "about"}, {"chosen": "b", "rejected": "c"}
     asked = {"role": "user", "content": "q\nabout"}
     listed = {name: [asked, {"role": "assistant", "content": text}] for name, text in texts.items()}
-    assert preference_of(row | listed) == ([asked], "b", "c")
-    assert preference_of(row | texts) == ([ABOUT], "b", "c")
+    assert preference_of(row | listed) == ([asked], reply("b"), reply("c"))
+    assert preference_of(row | texts) == ([ABOUT], reply("b"), reply("c"))
 
 
 def test_a_preference_and_a_prompt_have_a_system_and_earlier_turns():
     lead = {"system": "s", "history": [["one", "two"]]}
     turns = [{"role": "system", "content": "s"}, *TALK[:2], ASKED]
-    assert preference_of({"prompt": "q", "chosen": "b", "rejected": "c"} | lead) == (turns, "b", "c")
+    row = {"prompt": "q", "chosen": "b", "rejected": "c"} | lead
+    assert preference_of(row) == (turns, reply("b"), reply("c"))
     assert prompt_of({"prompt": "q"} | lead) == turns
 
 
@@ -191,7 +196,11 @@ def test_a_preference_and_a_prompt_have_a_system_and_earlier_turns():
             "begin with different turns",
         ),
         ({"chosen": "good", "rejected": "bad"}, "field 'prompt' is missing"),
-        ({"chosen": [ASKED, CALLING], "rejected": [ASKED, SAID]}, "ends with a call of a function"),
+        (
+            {"conversations": TALK[:2], "chosen": "good", "rejected": "bad"},
+            "field 'conversations' ends with the assistant's turn, where 'chosen' shall follow",
+        ),
+        ({"conversations": TALK, "chosen": ASKED, "rejected": SAID}, "field 'chosen' does not end with the"),
     ],
 )
 def test_conversations_that_contradict_are_refused(row, what):
