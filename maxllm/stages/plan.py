@@ -140,7 +140,8 @@ def named(config: Config, hardware_name: str | None) -> str:
 
 
 def model_of(config: Config) -> ModelConfig:
-    """The model of a recipe, or of the run that it starts from.
+    """The model of a recipe, or of the run that it starts from, as machines compute that have bfloat16: all
+    that are planned for do.
 
     Raises:
       UserError: neither says it.
@@ -151,7 +152,7 @@ def model_of(config: Config) -> ModelConfig:
             f"this {config.stage} recipe takes its model from {config.start.policy}, which is not there: "
             "train that stage first, or give the section model"
         )
-    return model
+    return model.computed_in("bfloat16")
 
 
 def prepare(config: Config, hardware: Hardware) -> Plan:
@@ -160,7 +161,7 @@ def prepare(config: Config, hardware: Hardware) -> Plan:
     Raises:
       UserError: naming what does not fit.
     """
-    model = model_of(config).computed_in("bfloat16")  # all machines that are planned for have it
+    model = model_of(config)
     attention = resolve(model.kernel, hardware.chip.platform, model.dtype)
     model = model.model_copy(update={"attention": attention})
     mesh = make_mesh(config.mesh, topology_devices(hardware))

@@ -187,7 +187,9 @@ PUBLISHED = {
 def test_parameter_count_without_memory(name: str) -> None:
     config, published = PUBLISHED[name]
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    abstract = jax.eval_shape(Llama(config).init, jax.random.key(0), ids, ids, ids)["params"]
+    abstract = jax.eval_shape(Llama(config.computed_in("bfloat16")).init, jax.random.key(0), ids, ids, ids)[
+        "params"
+    ]
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == published
     with torch.device("meta"):
         model = LlamaForCausalLM(hf_config(config))

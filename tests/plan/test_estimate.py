@@ -76,7 +76,7 @@ def test_the_state_is_that_of_the_compiler(name):
 def test_what_a_layer_keeps_is_what_vjp_keeps():
     """`kept_bytes` without remat against the residuals of a Layer, to the byte but for small arrays."""
     config = recipe.load_recipe(SEVEN, ["model.remat=none"])
-    model, (B, T, D) = config.model, (4, 2048, 4096)
+    model, (B, T, D) = estimate.model_of(config), (4, 2048, 4096)
     x, ids = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16), jax.ShapeDtypeStruct((B, T), jnp.int32)
     slot = jax.ShapeDtypeStruct((), jnp.int32)
     cos, sin = jax.eval_shape(lambda p: rope.angles(model, p), ids)

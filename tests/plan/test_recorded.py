@@ -49,7 +49,7 @@ def test_headers_say_what_was_recorded(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_of_the_models_they_name(path):
-    model = Llama(recipe.load_recipe(str(path), []).model)
+    model = Llama(recipe.load_recipe(str(path), []).model.computed_in("bfloat16"))
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     made = jax.eval_shape(model.init, jax.random.key(0), ids, ids, ids)
     assert parameter_count(made) == PARAMETERS[path.stem.split("_")[0]]

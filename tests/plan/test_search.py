@@ -6,6 +6,7 @@ from itertools import pairwise
 from maxllm import recipe
 from maxllm.cli import main
 from maxllm.plan import search
+from maxllm.plan.estimate import model_of
 from maxllm.plan.hardware import hardware_of
 from maxllm.report.plan import print_search, shortage
 
@@ -87,7 +88,7 @@ def test_words_make_the_recipe_that_was_meant():
     for one in fitting[:20]:
         config = recipe.load_recipe(SEVEN, one.words)
         again = search.candidate(
-            config, config.model, hardware_of("v5p-16"), config.mesh, config.model.remat, config.batch
+            config, model_of(config), hardware_of("v5p-16"), config.mesh, config.model.remat, config.batch
         )
         assert again.found == one.found
 
