@@ -43,7 +43,7 @@ class Job:
     @property
     def model(self) -> ModelConfig:
         """The whole configuration."""
-        return ModelConfig.model_validate(self.shapes | {"remat": self.remat})
+        return ModelConfig.model_validate(self.shapes | {"remat": self.remat}).computed_in("bfloat16")
 
 
 Measured = dict[str, float]

@@ -125,6 +125,12 @@ def open_session(config: Config) -> Session:
     check_same_recipe(folder, resolved)
     parents = RunFolder(config.start.policy).read_hf() if config.start.policy else (None, None)
     session = Session(resolved, computed, mesh, tokenizer, folder, *parents)
+    if config.start.policy is not None:
+        say(
+            session,
+            f"takes from {config.start.policy} a tokenizer of {tokenizer.vocab_size:,} pieces, and a context "
+            f"of {model.context:,} tokens, of which rows have {config.batch.sequence_length:,}",
+        )
     if model.dtype == "auto":
         kind = mesh.devices.flat[0].device_kind
         say(session, f"computes in {computed.dtype}, as fits {kind}; model.dtype=… names another type")
