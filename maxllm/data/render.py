@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from maxllm.data import control, template
@@ -55,7 +56,7 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     """Token ids of a conversation up to where the assistant is to speak; raises as `render` does."""
     if speaks_chatml(tokenizer):
         ids, _ = render_chatml(tokenizer, messages)
-        return [*ids, IM_START, *tokenizer.encode("assistant\n")]
+        return [*ids, IM_START, *encoded(tokenizer, "assistant\n")]
     tokenizer = with_template(tokenizer)
     text, _ = filled(tokenizer, messages, True)
     check_functions(tokenizer, messages, True, text)
@@ -98,12 +99,19 @@ def render_chatml(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[li
     ids, mask = [BOS], [0]
     for message in messages:
         role = "system" if message["role"] == "developer" else message["role"]
-        header = [IM_START, *tokenizer.encode(role + "\n")]
-        body = [*tokenizer.encode(message["content"]), IM_END]
-        newline = tokenizer.encode("\n")
-        ids += header + body + newline
+        header = [IM_START, *encoded(tokenizer, role + "\n")]
+        body = [*encoded(tokenizer, message["content"]), IM_END]
+        newline = encoded(tokenizer, "\n")
+        ids += [*header, *body, *newline]
         mask += [0] * len(header) + [int(in_loss(message))] * len(body) + [0] * len(newline)
     return ids, mask
+
+
+@lru_cache(256)
+def encoded(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The ids of a text, kept for a while: roles come back in every turn, systems in every conversation, and
+    a prompt is rendered by itself and again before its reply."""
+    return tuple(tokenizer.encode(text))
 
 
 def functions_as_text(messages: Sequence[Message]) -> list[Message]:

@@ -19,7 +19,7 @@ PREFERENCES = (("chosen", "rejected"), OPENAI)
 
 def first_of(row: Fields, names: tuple[str, ...]) -> str | None:
     """The first of some fields that a row has."""
-    return next((name for name in names if name in row), None)
+    return next(filter(row.__contains__, names), None)
 
 
 def whole_text(row: Mapping[str, Any]) -> str | None:

@@ -65,6 +65,9 @@ SPM_FILE, FAST_FILE, FAST_CONFIG_FILE = "tokenizer.model", "tokenizer.json", "to
 class Tokenizer(Protocol):
     """Text to ids and back, and the ids that mean something."""
 
+    def __hash__(self) -> int:
+        """A tokenizer never changes."""
+
     @property
     def vocab_size(self) -> int:
         """Ids are 0 .. vocab_size - 1; a model's table may have more rows (padding), never fewer."""

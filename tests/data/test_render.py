@@ -2,6 +2,8 @@
 
 import pytest
 
+from maxllm.config.data import TokenizerConfig
+from maxllm.data import bpe
 from maxllm.data.fields import RowError
 from maxllm.data.render import render, render_prompt, render_to_reply
 from maxllm.data.rows import messages_of, preference_of
@@ -68,6 +70,18 @@ def test_prompt_and_reply_are_a_prefix_of_the_conversation(tiny_tokenizer, turns
     assert ids == prompt + reply + tiny_tokenizer.encode("\n")
     assert mask[len(prompt) :] == [1] * len(reply) + [0]
     assert reply[-1] == IM_END and prompt[-1] != IM_START
+
+
+def test_each_tokenizer_has_its_own_ids(tiny_tokenizer):
+    """Whatever another one was asked just before, which has the same special tokens and other pieces."""
+    config = TokenizerConfig(path="unused").model_copy(update={"vocab_size": 264})
+    other = bpe.train(["Reverse the digits. " * 9], config)
+    for tokenizer in (tiny_tokenizer, other, tiny_tokenizer):
+        ids, _ = render(tokenizer, CONVERSATION[1:2])
+        texts = ("user\n", CONVERSATION[1]["content"], "\n")
+        role, said, end = map(tokenizer.encode, texts)
+        assert ids == [BOS, IM_START, *role, *said, IM_END, *end]
+    assert render(tiny_tokenizer, CONVERSATION) != render(other, CONVERSATION)
 
 
 def test_an_earlier_turn_is_a_prefix_of_a_later_prompt(tiny_tokenizer):
