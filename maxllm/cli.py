@@ -1,4 +1,4 @@
-"""The command line: one verb per job. Parses, then calls a stage; nothing heavy is imported before that.
+"""The command line: one verb per job. Parses, then does it; nothing heavy is imported before that.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input, one sentence on stderr; 3 a plan does not fit its machine;
 75 interrupted: the same command continues.
@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import errno
 import io
-import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from maxllm.errors import DoesNotFit, Interrupted, RunFailed, UserError, leave
@@ -22,9 +21,10 @@ from maxllm.parallel.compiler import without_tpu
 from maxllm.parallel.hugepages import restart_with_huge_pages
 from maxllm.phases import PHASES, Phase
 from maxllm.storage import refusal
+from maxllm.verbs import VERBS
 
 CONTINUES = {"quickstart", "export", "convert", *RECIPE_VERBS}
-"""Verbs that go on where they were interrupted: launchers retry exit code 75."""
+"""Verbs that go on where they were interrupted, as does `generate --prompts`: launchers retry code 75."""
 
 
 def entry() -> NoReturn:
@@ -35,7 +35,7 @@ def entry() -> NoReturn:
     options = parse(None)
     if options.verb in {"quickstart", *RECIPE_VERBS}:
         restart_with_huge_pages()
-    if options.verb in CONTINUES:
+    if options.verb in CONTINUES or (options.verb == "generate" and options.prompts):
         code, sentence = 75, "interrupted; the same command continues from what was saved"
     else:
         code, sentence = 130, "interrupted"
@@ -113,284 +113,6 @@ def without_late_reads(event: Any) -> None:
     """When one read of a checkpoint fails, TensorStore says of all others that their event loop is closed."""
     if str(event.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(event)
-
-
-# --- what the verbs do ------------------------------------------------------------------------------------
-
-
-def quickstart(options: argparse.Namespace) -> None:
-    """maxllm quickstart"""
-    from maxllm.stages import quickstart as stage
-    from maxllm.stages import report as reports
-
-    summary = stage.run(options.out, options.fast)
-    page = reports.run(options.out)
-    show(options, summary, "maxllm quickstart")
-    if not options.json:
-        if summary["export_greedy_identical"] is None:
-            print("not checked: greedy output in transformers, because torch is not installed")
-        print(f"Hugging Face folder: {options.out / 'hf'}\nreport: {page}")
-
-
-def load_for(verb: str, name: str, overrides: Sequence[str]) -> Any:
-    """A recipe (`Config`) for a verb that takes one.
-
-    Raises:
-      UserError: it is not a recipe of that verb's stage.
-    """
-    from maxllm import recipe
-
-    config = recipe.load_recipe(name, overrides)
-    wanted = "pretrain" if verb == "prepare" else verb
-    if config.stage != wanted:
-        raise UserError(f"{name} is a recipe for the stage {config.stage}, not {wanted}")
-    return config
-
-
-def train(options: argparse.Namespace) -> None:
-    """maxllm prepare, and every stage"""
-    from maxllm import recipe
-
-    config = load_for(options.verb, options.recipe, options.overrides)
-    if options.print_config:
-        from maxllm.run.session import resolved
-
-        config = resolved(config)
-        print(json.dumps(config.model_dump(mode="json")) if options.json else recipe.dump(config), end="")
-        return
-    from maxllm.stages import prepare
-    from maxllm.stages.registry import stage_of
-    from maxllm.supervise.supervisor import supervise_where_needed
-
-    if options.verb != "prepare":
-        supervise_where_needed(config, options.restarts)
-    run = prepare.run if options.verb == "prepare" else stage_of(config.stage).run
-    show(options, run(config), f"maxllm {options.verb}")
-
-
-def data(options: argparse.Namespace) -> None:
-    """maxllm data show"""
-    from maxllm import recipe
-    from maxllm.stages import data as stage
-
-    rows = stage.rows(recipe.load_recipe(options.recipe, options.overrides), options.rows)
-    if options.json:
-        print(json.dumps(stage.as_json(rows), ensure_ascii=False))
-        return
-    from maxllm.report.rows import print_rows
-
-    print_rows(rows)
-
-
-def plan(options: argparse.Namespace) -> None:
-    """maxllm plan"""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the machine that is planned for is not here
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # how long compiling takes is a figure
-    from maxllm import recipe
-
-    config = recipe.load_recipe(options.recipe, options.overrides)
-    if options.layout:
-        print_layout(options, config)
-        return
-    if options.estimate:
-        from maxllm.plan import estimate
-
-        figures = estimate.run(config, options.hardware)
-    elif options.search:
-        from maxllm.stages import plan as stage
-
-        # What is said on the command line is not searched for.
-        fixed = [word.partition("=")[0] for word in options.overrides]
-        figures = stage.search_best(config, options.hardware, fixed)
-    else:
-        from maxllm.stages import plan as stage
-
-        figures = stage.run(config, options.hardware, options.tokens, options.price)
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        from maxllm.report import plan as report
-
-        show_plan = report.print_plan
-        if options.estimate or options.search:
-            show_plan = report.print_estimate if options.estimate else report.print_search
-        show_plan(figures)
-    if not figures["fits"]:
-        from maxllm.report.plan import shortage
-
-        raise DoesNotFit(shortage(figures))
-    if figures.get("made_whole"):
-        raise RunFailed(
-            f"a fault of this mesh: XLA makes {len(figures['made_whole'])} arrays whole on every device "
-            f"({figures['made_whole'][0]})"
-        )
-
-
-def print_layout(options: argparse.Namespace, config: Any) -> None:
-    """maxllm plan --layout"""
-    from maxllm.report import plan as report
-    from maxllm.stages import plan as stage
-
-    figures = stage.layout_of(config, options.hardware)
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        report.print_layout(figures)
-
-
-def convert(options: argparse.Namespace) -> None:
-    """maxllm convert"""
-    from maxllm.stages import convert as stage
-
-    figures = stage.run(
-        options.direction,
-        options.source,
-        options.target,
-        verify=options.verify,
-        allow_pickle=options.allow_pickle,
-        hub=options.hub,
-        dtype=options.dtype,
-        push=options.push,
-        base=options.base,
-    )
-    show(options, figures, f"maxllm convert {options.direction}")
-    if "not_checked" in figures or options.json:
-        return
-    if options.verify and figures["max_abs_logit_diff"] is None:
-        print("checked: every tensor's bytes; not checked: logits, because torch is not installed")
-
-
-def generate(options: argparse.Namespace) -> None:
-    """maxllm generate"""
-    from maxllm.stages import chat as stage
-
-    prompts = [stage.utf8(prompt) for prompt in options.prompt]
-    replies = stage.generate(options.folder, prompts, options.overrides, options.checkpoint)
-    if options.json:
-        print(json.dumps(replies, ensure_ascii=False))
-        return
-    for reply in replies:
-        print(reply["text"])
-
-
-def chat(options: argparse.Namespace) -> None:
-    """maxllm chat"""
-    from maxllm.stages import chat as stage
-
-    stage.converse(options.folder, stage.typed_lines(), print, options.overrides, options.checkpoint)
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    """maxllm evaluate"""
-    from maxllm.stages import evaluate as stage
-
-    figures = stage.run(options.folder, options.overrides, options.checkpoint)
-    show(options, figures, "maxllm evaluate")
-
-
-def export(options: argparse.Namespace) -> None:
-    """maxllm export"""
-    from maxllm.stages import export as stage
-
-    result = stage.run(
-        options.folder,
-        options.out,
-        verify=not options.no_verify,
-        overrides=options.overrides,
-        base=options.base,
-        critic=options.critic,
-        push=options.push,
-        which=options.checkpoint,
-    )
-    show(options, result, "maxllm export")
-    checked = (
-        options.base is not None
-        or result.get("greedy_identical") is not None
-        or result.get("max_abs_score_diff") is not None
-    )
-    if not checked and not options.json:
-        why = "--no-verify was given" if options.no_verify else "torch is not installed"
-        print(f"not checked in transformers, because {why}")
-
-
-def report(options: argparse.Namespace) -> None:
-    """maxllm report"""
-    from maxllm.stages import report as stage
-
-    print(stage.run(options.folder))
-
-
-def doctor(options: argparse.Namespace) -> None:
-    """maxllm doctor"""
-    from maxllm.stages import doctor as stage
-
-    found = stage.run()
-    problems = found["problems"]
-    show(options, found if options.json else found | {"problems": len(problems)}, "maxllm doctor")
-    if problems:
-        raise RunFailed(f"a run would fail here: {'; '.join(problems)}")
-
-
-def machine(options: argparse.Namespace) -> None:
-    """maxllm machine"""
-    from maxllm import recipe
-    from maxllm.stages import machine as stage
-
-    facts = stage.machine_of(recipe.load_recipe(options.recipe, with_hardware(options))).facts()
-    if options.shell:
-        print(stage.as_lines(facts), end="")
-    else:
-        show(options, facts, "maxllm machine")
-
-
-def manifest(options: argparse.Namespace) -> None:
-    """maxllm manifest"""
-    from maxllm.stages import manifest as stage
-
-    overrides = with_hardware(options)
-    job = stage.Job(
-        words=(options.job_verb, options.recipe, *overrides),
-        config=load_for(options.job_verb, options.recipe, overrides),
-        name=options.name,
-        restarts=options.restarts,
-        spot=options.spot,
-        image=options.image,
-        bucket=options.bucket,
-        service_account=options.service_account,
-    )
-    print(stage.run(options.kind, job), end="")
-
-
-def with_hardware(options: argparse.Namespace) -> list[str]:
-    """The overrides, of which --hardware is one."""
-    return [*options.overrides, *([f"run.hardware={options.hardware}"] if options.hardware else [])]
-
-
-def show(options: argparse.Namespace, figures: dict[str, Any], title: str) -> None:
-    """Figures as a table, or as JSON."""
-    if options.json:
-        print(json.dumps(figures, ensure_ascii=False))
-        return
-    from maxllm.report.table import print_table
-
-    print_table(figures, title)
-
-
-VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "quickstart": quickstart,
-    **dict.fromkeys(RECIPE_VERBS, train),
-    "data": data,
-    "plan": plan,
-    "convert": convert,
-    "generate": generate,
-    "chat": chat,
-    "evaluate": evaluate,
-    "export": export,
-    "report": report,
-    "machine": machine,
-    "manifest": manifest,
-    "doctor": doctor,
-}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The words of the command line: one subparser per verb. What a verb does is in cli.py."""
+"""The words of the command line: one subparser per verb. What a verb does is in verbs.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 
 import maxllm
 from maxllm.config.stages import TRAINED
-from maxllm.errors import UserError
-from maxllm.folder import RunFolder
 from maxllm.stages.registry import described
-from maxllm.storage import is_remote
+from maxllm.words import checkpoint, local_path, positive, run_folder, share, times
 
 EPILOG = """\
 A recipe is a YAML file, or the name of one under configs/ (pretrain/tiny_slice_cpu). Any of its fields can be
@@ -34,31 +32,15 @@ stage by stage:
 Interrupt a run (Ctrl-C, SIGTERM, even kill -9) and give the same command again: it continues.
 """
 
+INSTRUCTIONS = {
+    "instructions": "write prompts by kind of task, in English and Chinese, for a teacher to answer",
+    "thoughts": "write rows of SFT that think a sum through, and end with its right answer",
+    "negatives": "write rows of SFT that refuse, or ask back when too little was said",
+}
+"""Kinds of rows that are here, and what `data` says of them."""
+
 RECIPE_VERBS = ("prepare", *TRAINED)
 """Verbs that take a recipe, and go on where they were interrupted."""
-
-
-def run_folder(word: str) -> RunFolder:
-    """A run folder, here or in a bucket, from a word of the command line.
-
-    Raises:
-      ArgumentTypeError: the client of that bucket is not installed.
-    """
-    try:
-        return RunFolder(word)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def local_path(word: str) -> Path:
-    """A path of this machine, from a word of the command line.
-
-    Raises:
-      ArgumentTypeError: it lies in a bucket.
-    """
-    if is_remote(word):
-        raise argparse.ArgumentTypeError(f"{word} is not a local path; give a local folder, and copy it")
-    return Path(word)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -68,6 +50,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
     if unknown or (rest and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if options.verb == "generate":
+        check_generate(parser, options)
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
@@ -131,41 +115,6 @@ def add_checkpoint(verb: Any) -> None:
     )
 
 
-def checkpoint(word: str) -> str | int:
-    """Which checkpoint a word means.
-
-    Raises:
-      ArgumentTypeError: it means none.
-    """
-    if word in ("best", "latest"):
-        return word
-    if word.isdecimal():
-        return int(word)
-    raise argparse.ArgumentTypeError(f"{word} is none of best, latest and the number of a step")
-
-
-def times(word: str) -> int:
-    """How often a word says that something may be done.
-
-    Raises:
-      ArgumentTypeError: it is no whole number of 0 or more.
-    """
-    if word.isdecimal():
-        return int(word)
-    raise argparse.ArgumentTypeError(f"{word} is not a whole number of 0 or more")
-
-
-def positive(word: str) -> int:
-    """A number of things that are wanted.
-
-    Raises:
-      ArgumentTypeError: it is no whole number of 1 or more.
-    """
-    if times(word) == 0:
-        raise argparse.ArgumentTypeError("0 is not a whole number of 1 or more")
-    return int(word)
-
-
 def add_quickstart(verbs: Any) -> None:
     """quickstart."""
     verb = add_verb(
@@ -220,12 +169,20 @@ def add_plan(verbs: Any) -> None:
 
 def add_data(verbs: Any) -> None:
     """data."""
-    verb = add_verb(verbs, "data", "show rows as they are trained on: tokens, documents, what is in the loss")
-    verb.add_argument("what", choices=("show",), help="show: print the first rows of a recipe")
+    kinds = add_verb(verbs, "data", "show rows as they are trained on, or write instructions to begin with")
+    kinds = kinds.add_subparsers(dest="what", required=True, metavar="WHAT")
+    verb = add_verb(kinds, "show", "show a recipe's rows: tokens, documents, what is in the loss")
     verb.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of one under configs/")
     add_overrides(verb, "'data.sources=[\"mine.jsonl\"]'")
     verb.add_argument("--rows", type=positive, default=4, metavar="N", help="so many (default %(default)s)")
     add_json(verb)
+    for name, description in INSTRUCTIONS.items():
+        verb = add_verb(kinds, name, description)
+        verb.add_argument("--out", type=local_path, required=True, metavar="FILE.jsonl", help="file to write")
+        verb.add_argument("--count", type=positive, default=200, metavar="N", help="(default %(default)s)")
+        verb.add_argument("--seed", type=times, default=0, metavar="N", help="(default %(default)s)")
+        verb.add_argument("--task", action="append", metavar="NAME", help="only this kind; may be repeated")
+        add_json(verb)
 
 
 def add_hardware(verb: Any) -> None:
@@ -288,17 +245,56 @@ def add_convert(verbs: Any) -> None:
     add_json(verb)
 
 
-def add_readers(verbs: Any) -> None:
-    """The verbs that take a run folder."""
-    verb = add_verb(verbs, "generate", "complete prompts with the model of a run")
+ROW_OPTIONS: dict[str, dict[str, Any]] = {
+    "out": {"type": local_path, "metavar": "FILE.jsonl", "help": "file of rows of SFT to write"},
+    "samples": {"type": positive, "metavar": "N", "help": "replies to each prompt (default 1)"},
+    "batch": {"type": positive, "metavar": "ROWS", "help": "replies that are made at a time (default 16)"},
+    "min_tokens": {"type": times, "metavar": "N", "help": "drop shorter replies"},
+    "max_tokens": {"type": positive, "metavar": "N", "help": "drop longer replies"},
+    "checker": {"metavar": "FILE.py:FUNCTION", "help": "(row) -> bool, or why it goes; or `answer`"},
+    "novelty": {
+        "type": share,
+        "metavar": "F",
+        "help": "drop a row whose ROUGE-L with an earlier one is F or more (0.7 with --bootstrap)",
+    },
+    "keep_rejected": {"action": "store_true", "help": "write what is dropped to FILE.rejected.jsonl"},
+    "bootstrap": {
+        "type": positive,
+        "metavar": "K",
+        "help": "show K prompts, ask for another one, and write a file of prompts",
+    },
+    "count": {"type": positive, "metavar": "N", "help": "ask so often for a new prompt (default 100)"},
+}
+"""Words of `generate --prompts`, which are fields of `stages.self_instruct.Wanted`."""
+
+
+def add_generate(verbs: Any) -> None:
+    """generate."""
+    verb = add_verb(verbs, "generate", "complete prompts with the model of a run, or make a file of rows so")
     verb.add_argument("folder", metavar="RUN", type=run_folder, help="run folder of pretrain, sft or ppo")
     add_overrides(verb, "generation.temperature=0.8")
     add_checkpoint(verb)
-    verb.add_argument(
-        "--prompt", action="append", required=True, help="a prompt; give it again for more than one"
-    )
+    what = verb.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", action="append", help="a prompt; give it again for more than one")
+    what.add_argument("--prompts", metavar="SOURCE", help="file of rows of prompts, or tasks:SPLIT:COUNT")
     add_json(verb)
+    rows = verb.add_argument_group("with --prompts (the same command goes on where it was interrupted)")
+    for name, how in ROW_OPTIONS.items():
+        rows.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **how)
 
+
+def check_generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuses words of `generate` that do not go together."""
+    given = [f"--{name.replace('_', '-')}" for name in ROW_OPTIONS if name in options]
+    if options.prompts is None and given:
+        parser.error(f"{given[0]} goes with --prompts")
+    if options.prompts is not None and "out" not in options:
+        parser.error("--prompts needs --out FILE.jsonl, the file that is to be made")
+
+
+def add_readers(verbs: Any) -> None:
+    """The verbs that take a run folder."""
+    add_generate(verbs)
     verb = add_verb(verbs, "chat", "talk to the model of a run, line by line")
     verb.add_argument("folder", metavar="RUN", type=run_folder, help="run folder of sft or ppo")
     add_overrides(verb, "generation.temperature=0.7")

@@ -60,6 +60,7 @@ def test_version() -> None:
         (("quickstart",), True, 75),
         (("export", "run", "out"), False, 75),
         (("generate", "run", "--prompt", "sft"), False, 130),
+        (("generate", "run", "--prompts", "a.jsonl", "--out", "b.jsonl"), False, 75),
         (("chat", "ppo"), False, 130),
         (("report", "export"), False, 130),
     ],

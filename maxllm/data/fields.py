@@ -10,6 +10,9 @@ from maxllm.errors import UserError
 SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
 """Values that a field may have and be passed over."""
 
+ASIDE = "meta"
+"""A field for what is told of a row and meant for no trainer: where it comes from, its known answer."""
+
 
 class RowError(UserError):
     """A row that cannot be used; the text says which field and why. Where rows are many, they are counted."""
@@ -60,5 +63,6 @@ class Fields(Mapping[str, Any]):
 
     def unread(self) -> set[str]:
         """Names of the fields that say something and were not read, `messages.name` for one of a turn's."""
-        own = {name for name in self if name not in self._read and self._fields[name] not in SAYS_NOTHING}
+        passed = self._read | {ASIDE}
+        own = {name for name in self if name not in passed and self._fields[name] not in SAYS_NOTHING}
         return own | {f"{name}.{field}" for name, below in self._below for field in below.unread()}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from maxllm.config.generation import GenerationConfig
-from maxllm.generate.sampling import sample
+from maxllm.generate.sampling import key_at, sample
 from maxllm.model.adapters import in_one_stack
 from maxllm.model.compressed import made_whole
 from maxllm.model.forward import declarations_of
@@ -183,8 +183,7 @@ class _Sampler:
     def take(self, progress: _Progress, cache: Any, logits_BV: jax.Array) -> _Progress:
         """Samples the token of this slot and notes it; finished rows get padding."""
         slot, alive_B = progress.slot, ~progress.done_B
-        key = jax.random.fold_in(self.key, slot)
-        token_B, logp_B = sample(logits_BV, key, self.config, self.never)
+        token_B, logp_B = sample(logits_BV, key_at(self.key, slot), self.config, self.never)
         token_B = jnp.where(alive_B, token_B, self.pad)
         stopped_B = jnp.isin(token_B, jnp.array(self.stop_tokens)) & alive_B
         return _Progress(
@@ -213,7 +212,7 @@ def generate(
       model: in the layout that decodes fastest here (`decoder_of`), or in training's.
       weights: its weights, as in training.
       prompts: left-padded, [B, P].
-      key: drives the sampling; slot i uses fold_in(key, i).
+      key: drives the sampling, one for all rows or one a row, [B]; slot i uses fold_in(key, i).
       config: R = max_new_tokens, and the sampling rule.
       stop_tokens: ids that end a response (they belong to it).
       pad: id written after the end.

@@ -25,10 +25,21 @@ def restrict(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     return logits_BV
 
 
+def key_at(key: jax.Array, slot: jax.Array) -> jax.Array:
+    """The key of a slot, from one key or from one a row, [B]."""
+    return jax.vmap(jax.random.fold_in, (0, None))(key, slot) if key.ndim else jax.random.fold_in(key, slot)
+
+
 def sample(
     logits_BV: jax.Array, key: jax.Array, config: GenerationConfig, never: tuple[int, ...] = ()
 ) -> tuple[jax.Array, jax.Array]:
     """Draws a token a row, none of the ids in `never`; temperature 0 takes the likeliest.
+
+    Args:
+      logits_BV: of each row's next token.
+      key: one for all rows, or one a row, [B]: then what is drawn does not depend on the other rows.
+      config: the rule.
+      never: ids without a token.
 
     Returns:
       token_B int32, and its log-probability under softmax(logits / temperature) over all ids but `never`,
@@ -39,5 +50,6 @@ def sample(
         token_B = jnp.argmax(logits_BV, axis=-1)
     else:
         logits_BV = logits_BV / config.temperature
-        token_B = jax.random.categorical(key, restrict(logits_BV, config.top_k, config.top_p))
+        draw = jax.vmap(jax.random.categorical) if key.ndim else jax.random.categorical
+        token_B = draw(key, restrict(logits_BV, config.top_k, config.top_p))
     return token_B.astype(jnp.int32), token_logps(logits_BV, token_B)

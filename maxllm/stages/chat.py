@@ -10,10 +10,11 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import jax
+import numpy as np
 
 from maxllm.data.chat import Message
 from maxllm.data.instruct import pad_prompts
@@ -22,6 +23,7 @@ from maxllm.data.tokenizer import document_start
 from maxllm.errors import UserError
 from maxllm.folder import RunFolder, Which
 from maxllm.parallel.sharding import row_shards
+from maxllm.records import Array
 from maxllm.run import session as sessions
 from maxllm.run.session import Session, reopen
 from maxllm.stages.registry import stage_of
@@ -38,13 +40,19 @@ SHORTEST_PROMPT = 16
 class Policy:
     """A policy ready to answer."""
 
-    def __init__(self, folder: RunFolder, overrides: Sequence[str] = (), which: Which = "latest") -> None:
-        """Loads the parameters of one of a run's checkpoints; `overrides` may change what MAY_SET names.
+    def __init__(
+        self,
+        folder: RunFolder,
+        overrides: Sequence[str] = (),
+        which: Which = "latest",
+        may_set: Sequence[str] = MAY_SET,
+    ) -> None:
+        """Loads the parameters of one of a run's checkpoints; `overrides` may change what `may_set` names.
 
         Raises:
           UserError: it is a reward model, or replies as long as the context leave no room for a prompt.
         """
-        self.session: Session = reopen(folder, overrides, MAY_SET)
+        self.session: Session = reopen(folder, overrides, may_set)
         reply = stage_of(self.session.config.stage).replies(self.session)
         if reply == "score":
             raise UserError(f"{folder} holds a reward model, which gives scores and no text")
@@ -98,13 +106,57 @@ class Policy:
         return document_start(self.session.tokenizer, prompt)
 
     def reply(self, ids: list[int]) -> dict[str, Any]:
-        """Completes token ids.
-
-        Returns:
-          {"text", "tokens": the response's ids, "finished": whether a stop token came}.
+        """Completes token ids, as `replies` does; the next ones are drawn otherwise.
 
         Raises:
           UserError: the prompt does not fit the model's context, or is empty.
+        """
+        self.check_prompt(ids)
+        self._turn += 1
+        return self.replies([ids], [(self._turn - 1,)])[0]
+
+    def replies(
+        self, prompts: Sequence[list[int]], draws: Sequence[tuple[int, ...]], rows: int = 1
+    ) -> list[dict[str, Any]]:
+        """Completes several prompts at a time.
+
+        A reply is a function of its prompt and its draw, whatever stands beside it: what differs with the
+        number of rows and the length that they are padded to is the order of sums, and so the last bits.
+
+        Args:
+          prompts: token ids, each as `check_prompt` wants it.
+          draws: numbers that tell each reply's sampling from that of others, folded into run.seed.
+          rows: of the batch, which is filled up to so many, or as many as the mesh needs.
+
+        Returns:
+          For each prompt {"text", "tokens": the response's ids, "finished": whether a stop token came}.
+        """
+        shards = row_shards(self.session.mesh)
+        rows = -(-max(rows, len(prompts)) // shards) * shards
+        more = rows - len(prompts)  # which end when the first one does
+        length = max(map(self.padded_length, prompts))
+        batch = pad_prompts([*prompts, *[prompts[0]] * more], length, self.session.tokenizer.pad)
+        key, draws_BN = jax.random.key(self.session.config.run.seed), [*draws, *[draws[0]] * more]
+        keys_B = keys_of(key, np.array(draws_BN, np.uint32))
+        rollout = jax.device_get(self._respond()(self.weights, batch, keys_B))
+        return [
+            {
+                "text": reply_text(self.session.tokenizer, rollout, row),
+                "tokens": response_ids(rollout, row),
+                "finished": bool(rollout.finished_B[row]),
+            }
+            for row in range(len(prompts))
+        ]
+
+    def padded_length(self, ids: Sequence[int]) -> int:
+        """What a prompt is padded to: one of few lengths, so that few programs are compiled."""
+        return min(max(SHORTEST_PROMPT, 1 << (len(ids) - 1).bit_length()), self.prompt_limit)
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Looks whether a prompt can be completed.
+
+        Raises:
+          UserError: it does not fit the model's context, or is empty.
         """
         if not ids:
             raise UserError("the prompt is empty, and this model's texts begin with no token of their own")
@@ -114,18 +166,12 @@ class Policy:
                 f"the prompt has {len(ids)} tokens; the {self.context_source()} leaves {self.prompt_limit} "
                 f"beside generation.max_new_tokens={reply}; generation.context=… sets a longer one"
             )
-        length = min(max(SHORTEST_PROMPT, 1 << (len(ids) - 1).bit_length()), self.prompt_limit)
-        rows = row_shards(self.session.mesh)
-        key = jax.random.fold_in(jax.random.key(self.session.config.run.seed), self._turn)
-        self._turn += 1
-        rollout = jax.device_get(
-            self._respond()(self.weights, pad_prompts([ids] * rows, length, self.session.tokenizer.pad), key)
-        )
-        return {
-            "text": reply_text(self.session.tokenizer, rollout, 0),
-            "tokens": response_ids(rollout, 0),
-            "finished": bool(rollout.finished_B[0]),
-        }
+
+
+@jax.jit
+def keys_of(key: jax.Array, draws_BN: Array) -> jax.Array:
+    """One key a row, [B], from one for all and the numbers of each draw."""
+    return jax.vmap(lambda draws_N: reduce(jax.random.fold_in, draws_N, key))(draws_BN)
 
 
 def generate(

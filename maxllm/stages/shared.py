@@ -95,7 +95,7 @@ def heldout_loss(
 
 
 def responder(session: Session, config: GenerationConfig) -> Callable[..., Rollout]:
-    """Compiled `(plain weights, PromptBatch, key) -> Rollout` for this session's policy."""
+    """Compiled `(plain weights, PromptBatch, key or one a row) -> Rollout` for this session's policy."""
     model = decoder_of(plain_policy(session), platform_of(session.mesh))
     stop_tokens, pad = session.tokenizer.stop_tokens, session.tokenizer.pad
     never = without_piece(session.tokenizer, session.model.vocab_size)
