@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,12 +43,12 @@ class UserFunction:
             ) from error
 
 
-def load_function(name: str, setting: str) -> UserFunction:
+def load_function(name: str, given: str) -> UserFunction:
     """The function that a user names.
 
     Args:
       name: FILE.py:FUNCTION.
-      setting: what names it, for the message.
+      given: the words that name it, for the message.
 
     Raises:
       UserError: it is not there, or its file cannot be loaded.
@@ -55,18 +56,19 @@ def load_function(name: str, setting: str) -> UserFunction:
     file, _, function = name.rpartition(":")
     path = Path(file)
     if path.suffix != ".py" or not function.isidentifier():
-        raise UserError(f"{setting}={name} is not FILE.py:FUNCTION")
+        raise UserError(f"{given} is not FILE.py:FUNCTION")
     if not path.is_file():
-        raise UserError(f"{setting}={name}: {path} does not exist")
+        raise UserError(f"{given}: {path} does not exist")
     # Compiled here, for importing would leave a __pycache__ beside the user's file.
-    module = ModuleType(path.stem)
+    module = ModuleType(f"maxllm user code {path}")
     module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses look for it
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{setting}={name}: {path} cannot be loaded: {reason}") from error
+        raise UserError(f"{given}: {path} cannot be loaded: {reason}") from error
     found = module.__dict__.get(function)
     if not callable(found):
-        raise UserError(f"{setting}={name}: {path} has no function {function}")
+        raise UserError(f"{given}: {path} has no function {function}")
     return UserFunction(name, path, found)

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from maxllm.data.fields import ASIDE
 from maxllm.data.novelty import Novelty
 from maxllm.errors import UserError
 from maxllm.files import file_hash
+from maxllm.user_function import UserFunction, load_function
 
 Row = dict[str, Any]
 
@@ -31,18 +29,14 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 class Checker:
     """A function that says of each row whether it is right."""
 
-    name: str
-    """As the user gave it."""
-    function: Callable[[Row], Any]
-    file: Path
-    """Where it stands."""
+    function: UserFunction
 
     @property
     def content(self) -> str:
         """Which function it is: another content may judge otherwise."""
-        if self.function is check_answer:
-            return self.name
-        return f"{self.name.rpartition(':')[2]} of content {file_hash(self.file)}"
+        if self.function is ANSWER:
+            return ANSWER.name
+        return f"{self.function.name.rpartition(':')[2]} of content {file_hash(self.function.file)}"
 
     def reason(self, row: Row, where: str) -> str | None:
         """Why a row goes, or None if it stays.
@@ -50,23 +44,14 @@ class Checker:
         Raises:
           UserError: the function fails, or says something else than it may.
         """
-        try:
-            said = self.function(copy.deepcopy(row))
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            lines = [frame.lineno for frame in frames if frame.filename == str(self.file)]
-            line = f" line {lines[-1]}" if lines else ""
-            raise UserError(
-                f"the checker {self.file}{line} failed at the row made from {where}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        said = self.function(copy.deepcopy(row), about=f"the row made from {where}")
         if isinstance(said, bool):
             return None if said else "refused by the checker"
         if isinstance(said, str) and said:
             return said
         raise UserError(
-            f"the checker {self.name} said {said!r} of the row made from {where}; it may say True, False, or "
-            "why the row goes"
+            f"the checker {self.function.name} said {said!r} of the row made from {where}; it may say True, "
+            "False, or why the row goes"
         )
 
 
@@ -76,25 +61,7 @@ def load_checker(name: str) -> Checker:
     Raises:
       UserError: there is none, or its file cannot be loaded.
     """
-    if name == "answer":
-        return Checker(name, check_answer, Path(__file__))
-    file, colon, function = name.rpartition(":")
-    path = Path(file)
-    if not colon or path.suffix != ".py" or not function.isidentifier():
-        raise UserError(f"--checker {name} is neither `answer` nor FILE.py:FUNCTION")
-    if not path.is_file():
-        raise UserError(f"--checker {name}: {path} does not exist")
-    # Compiled here, for importing would leave a __pycache__ beside the user's file.
-    module = sys.modules.setdefault("maxllm_checker", ModuleType("maxllm_checker"))
-    try:
-        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"--checker {name}: {path} cannot be loaded: {reason}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise UserError(f"--checker {name}: {path} has no function {function}")
-    return Checker(name, found, path)
+    return Checker(ANSWER if name == ANSWER.name else load_function(name, f"--checker {name}"))
 
 
 def check_answer(row: Row) -> bool | str:
@@ -108,6 +75,10 @@ def check_answer(row: Row) -> bool | str:
         return "no thoughts"
     answer = about.get("answer")
     return answer is None or same_answer(said, str(answer)) or "wrong answer"
+
+
+ANSWER = UserFunction("answer", Path(__file__), check_answer)
+"""The checker that is here already."""
 
 
 def same_answer(said: str, answer: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maxllm.data.chat import Message, left_out, read_turns
+from maxllm.data.chat import Message, in_one, left_out, read_turns
 from maxllm.data.fields import ASIDE, Fields, RowError
 from maxllm.data.rows import TURNS, first_of, prompt_of, with_lead
 
@@ -52,5 +52,5 @@ def conversation_row(prompt: Sequence[Message], reply: str, about: Mapping[str, 
 
 def written(message: Message) -> dict[str, Any]:
     """A message as `read_turn` reads it."""
-    turn = {name: value for name, value in message.items() if name not in ("tools", "untrained")}
+    turn = {name: value for name, value in in_one(message).items() if name not in ("tools", "untrained")}
     return turn | ({"weight": 0} if message.get("untrained") else {})

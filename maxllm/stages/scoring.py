@@ -82,7 +82,7 @@ def scorer_of(session: Session) -> Scorer | None:
         raise UserError(
             f"evaluation.scorer={name}: the name of the function is that of a figure; give another"
         )
-    return Scorer(load_function(name, "evaluation.scorer"))
+    return Scorer(load_function(name, f"evaluation.scorer={name}"))
 
 
 def told(session: Session, questions: Sequence[Question]) -> list[str] | None:

@@ -96,7 +96,7 @@ def test_another_content_is_another_checker(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("right", "neither `answer` nor FILE.py:FUNCTION"),
+        ("right", "--checker right is not FILE.py:FUNCTION"),
         ("no.py:f", "no.py does not exist"),
         ("{file}:missing", "has no function missing"),
         ("{file}:CONSTANT", "has no function CONSTANT"),
