@@ -10,7 +10,7 @@ from typing import Any
 import maxllm
 from maxllm.config.stages import TRAINED
 from maxllm.stages.registry import described
-from maxllm.words import checkpoint, local_path, positive, run_folder, share, times
+from maxllm.words import checkpoint, local_path, named_run, positive, run_folder, share, times
 
 EPILOG = """\
 A recipe is a YAML file, or the name of one under configs/ (pretrain/tiny_slice_cpu). Any of its fields can be
@@ -274,6 +274,7 @@ def add_generate(verbs: Any) -> None:
     verb.add_argument("folder", metavar="RUN", type=run_folder, help="run folder of pretrain, sft or ppo")
     add_overrides(verb, "generation.temperature=0.8")
     add_checkpoint(verb)
+    add_adapters(verb)
     what = verb.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a prompt; give it again for more than one")
     what.add_argument("--prompts", metavar="SOURCE", help="file of rows of prompts, or tasks:SPLIT:COUNT")
@@ -283,11 +284,25 @@ def add_generate(verbs: Any) -> None:
         rows.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **how)
 
 
+def add_adapters(verb: Any) -> None:
+    """--adapter of verbs that answer."""
+    verb.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=named_run,
+        metavar="NAME=RUN",
+        help="adapters that were trained beside RUN's model; give it again for more (chat: /adapter NAME)",
+    )
+
+
 def check_generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuses words of `generate` that do not go together."""
     given = [f"--{name.replace('_', '-')}" for name in ROW_OPTIONS if name in options]
     if options.prompts is None and given:
         parser.error(f"{given[0]} goes with --prompts")
+    if options.prompts is not None and options.adapter:
+        parser.error("--adapter goes with --prompt; with --prompts give the adapters' own run as RUN")
     if options.prompts is not None and "out" not in options:
         parser.error("--prompts needs --out FILE.jsonl, the file that is to be made")
 
@@ -299,6 +314,7 @@ def add_readers(verbs: Any) -> None:
     verb.add_argument("folder", metavar="RUN", type=run_folder, help="run folder of sft or ppo")
     add_overrides(verb, "generation.temperature=0.7")
     add_checkpoint(verb)
+    add_adapters(verb)
 
     verb = add_verb(verbs, "evaluate", "compute the held-out figures of a run")
     verb.add_argument("folder", metavar="RUN", type=run_folder, help="run folder of any stage")

@@ -168,12 +168,12 @@ def generate(options: argparse.Namespace) -> None:
     from maxllm.stages import chat as stage
 
     prompts = [stage.utf8(prompt) for prompt in options.prompt]
-    replies = stage.generate(options.folder, prompts, options.overrides, options.checkpoint)
+    replies = stage.generate(options.folder, prompts, options.overrides, options.checkpoint, options.adapter)
     if options.json:
         print(json.dumps(replies, ensure_ascii=False))
         return
     for reply in replies:
-        print(reply["text"])
+        print(f"{reply['adapter']}: {reply['text']}" if len(options.adapter) > 1 else reply["text"])
 
 
 def make_rows(options: argparse.Namespace) -> None:
@@ -189,7 +189,8 @@ def chat(options: argparse.Namespace) -> None:
     """maxllm chat"""
     from maxllm.stages import chat as stage
 
-    stage.converse(options.folder, stage.typed_lines(), print, options.overrides, options.checkpoint)
+    lines = stage.typed_lines()
+    stage.converse(options.folder, lines, print, options.overrides, options.checkpoint, options.adapter)
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -22,6 +22,18 @@ def run_folder(word: str) -> RunFolder:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def named_run(word: str) -> tuple[str, RunFolder]:
+    """A run folder and the name that it goes by.
+
+    Raises:
+      ArgumentTypeError: one of them is missing.
+    """
+    name, _, folder = word.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"{word} is not NAME=RUN")
+    return name, run_folder(folder)
+
+
 def local_path(word: str) -> Path:
     """A path of this machine, from a word of the command line.
 

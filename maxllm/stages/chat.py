@@ -10,7 +10,8 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, reduce
+from dataclasses import replace
+from functools import cache, cached_property, reduce
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ from maxllm.run import session as sessions
 from maxllm.run.session import Session, reopen
 from maxllm.stages.registry import stage_of
 from maxllm.stages.shared import reply_text, responder, response_ids
-from maxllm.stages.start import policy_weights
+from maxllm.stages.start import model_beside, policy_weights
+from maxllm.weights import Weights
 
 MAY_SET = ("generation", "run.seed", "run.day", "model.dtype")
 """What may be set otherwise than when the run was trained."""
@@ -46,21 +48,45 @@ class Policy:
         overrides: Sequence[str] = (),
         which: Which = "latest",
         may_set: Sequence[str] = MAY_SET,
+        beside: Policy | None = None,
     ) -> None:
-        """Loads the parameters of one of a run's checkpoints; `overrides` may change what `may_set` names.
+        """Opens one of a run's checkpoints.
+
+        Args:
+          folder: the run.
+          overrides: may change what `may_set` names.
+          which: of its checkpoints.
+          may_set: settings.
+          beside: the model that the run's adapters were trained beside, whose weights are not read again.
 
         Raises:
-          UserError: it is a reward model, or replies as long as the context leave no room for a prompt.
+          UserError: it is a reward model, or replies as long as the context leave no room for a prompt; or
+            what it was trained beside is another model than the one that is given.
         """
         self.session: Session = reopen(folder, overrides, may_set)
         reply = stage_of(self.session.config.stage).replies(self.session)
         if reply == "score":
             raise UserError(f"{folder} holds a reward model, which gives scores and no text")
         self.check_context()
-        self.weights = policy_weights(self.session, folder.find(which))
+        self.checkpoint = folder.find(which)
+        self._beside = beside
+        if beside is not None:
+            self.session = replace(self.session, mesh=beside.session.mesh)
+            if (model := model_beside(self.checkpoint)).resolve() != beside.checkpoint.resolve():
+                raise UserError(f"{folder} was trained beside {model}, not beside {beside.checkpoint}")
         self.chats = reply == "turns"
         self._respond = cache(lambda: responder(self.session, self.session.config.generation))
         self._turn = 0
+
+    @cached_property
+    def weights(self) -> Weights:
+        """What it answers with, read when it first does."""
+        beside = None if self._beside is None else self._beside.weights
+        return policy_weights(self.session, self.checkpoint, beside=beside)
+
+    def rest(self) -> None:
+        """Lets the weights go, until it answers again."""
+        self.__dict__.pop("weights", None)
 
     @property
     def prompt_limit(self) -> int:
@@ -174,12 +200,79 @@ def keys_of(key: jax.Array, draws_BN: Array) -> jax.Array:
     return jax.vmap(lambda draws_N: reduce(jax.random.fold_in, draws_N, key))(draws_BN)
 
 
+BASE = "base"
+"""The name of the model that adapters lie beside."""
+
+SWITCH = "/adapter"
+"""A line of a chat that begins so says who answers from here on."""
+
+
+class Policies:
+    """A model, and adapters that were trained beside it, by name: one of them answers at a time.
+
+    The model's own weights are held once. Those that low-rank adapters are merged into are made when it is
+    their turn.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        adapters: Sequence[tuple[str, RunFolder]] = (),
+        overrides: Sequence[str] = (),
+        which: Which = "latest",
+    ) -> None:
+        """The first adapters answer, or, where there are none, the model.
+
+        Raises:
+          UserError: a name is given twice; or see `Policy`.
+        """
+        base = Policy(folder, overrides, which)
+        self._named = {BASE: base}
+        for name, run in adapters:
+            if name in self._named:
+                raise UserError(f"--adapter {name}={run}: there is a {name} already; give another name")
+            self._named[name] = Policy(run, overrides, beside=base)
+        self.name = next(iter(dict(adapters)), BASE)
+
+    @property
+    def names(self) -> list[str]:
+        """Who can answer, the model first."""
+        return list(self._named)
+
+    @property
+    def current(self) -> Policy:
+        """Who answers."""
+        return self._named[self.name]
+
+    def use(self, name: str) -> None:
+        """Another one answers from here on.
+
+        Raises:
+          UserError: there is none of this name.
+        """
+        if name not in self._named:
+            raise UserError(f"there is no adapter {name!r}; there are {', '.join(self._named)}")
+        if self.name not in (BASE, name):
+            self.current.rest()
+        self.name = name
+
+
 def generate(
-    folder: RunFolder, prompts: Sequence[str], overrides: Sequence[str] = (), which: Which = "latest"
+    folder: RunFolder,
+    prompts: Sequence[str],
+    overrides: Sequence[str] = (),
+    which: Which = "latest",
+    adapters: Sequence[tuple[str, RunFolder]] = (),
 ) -> list[dict[str, Any]]:
-    """A reply to each prompt."""
-    policy = Policy(folder, overrides, which)
-    return [{"prompt": prompt, **policy.reply(policy.prompt_ids(prompt))} for prompt in prompts]
+    """A reply to each prompt; with adapters, one of each of them, under "adapter"."""
+    policies = Policies(folder, adapters, overrides, which)
+    made = []
+    for name in [name for name, _ in adapters] or [BASE]:
+        policies.use(name)
+        policy = policies.current
+        said = {"adapter": name} if adapters else {}
+        made += [said | {"prompt": prompt, **policy.reply(policy.prompt_ids(prompt))} for prompt in prompts]
+    return made
 
 
 def converse(
@@ -188,20 +281,25 @@ def converse(
     say: Callable[[str], None],
     overrides: Sequence[str] = (),
     which: Which = "latest",
+    adapters: Sequence[tuple[str, RunFolder]] = (),
 ) -> None:
     """Answers each line in turn, with all that was said before in view.
 
     When the conversation outgrows the context, its oldest turns are forgotten, and `say` tells so. When a
     line cannot be answered (the chat template refuses it, or it is too long by itself), `say` tells why, and
-    the conversation goes on without it.
+    the conversation goes on without it. With adapters, a line `/adapter NAME` has others answer.
     """
-    policy = Policy(folder, overrides, which)
-    if not policy.chats:
+    policies = Policies(folder, adapters, overrides, which)
+    if not policies.current.chats:
         raise UserError(f"{folder} holds a pretrained model, which has not learned to chat; use generate")
     messages: list[Message] = []
     for line in lines:
         if not line.strip():
             continue
+        if adapters and line.split()[0] == SWITCH:
+            say(switched(policies, line.split()[1:]))
+            continue
+        policy = policies.current
         conversation = [*messages, Message(role="user", content=line.strip())]
         try:
             ids = render_prompt(policy.session.tokenizer, conversation)
@@ -216,6 +314,17 @@ def converse(
             say("(the conversation is longer than the model's context; its oldest turns are forgotten)")
         say(text)
         messages = [*conversation, Message(role="assistant", content=text)]
+
+
+def switched(policies: Policies, words: Sequence[str]) -> str:
+    """What is said of a line that asks for others to answer, after it was followed if it could be."""
+    if len(words) != 1:
+        return f"({SWITCH} NAME has others answer: {', '.join(policies.names)}; now {policies.name})"
+    try:
+        policies.use(words[0])
+    except UserError as error:
+        return f"({error})"
+    return f"({policies.name} answers)"
 
 
 def typed_lines() -> Iterator[str]:

@@ -146,14 +146,22 @@ def check_tuning(config: Config, parent: Config, folder: RunFolder) -> None:
         )
 
 
-def policy_weights(session: Session, checkpoint: Path, kind: Kind = Llama) -> Weights:
+def policy_weights(
+    session: Session, checkpoint: Path, kind: Kind = Llama, beside: Weights | None = None
+) -> Weights:
     """A checkpoint's weights on this session's mesh, `plain`.
+
+    Args:
+      session: has the mesh.
+      checkpoint: what is read.
+      kind: of the model.
+      beside: the model that adapters were trained beside, where it is here already.
 
     Raises:
       UserError: the model that a part was trained beside is gone, or another one now.
     """
     tuning = recipe.of_run(RunFolder.of_checkpoint(checkpoint)).tuning
-    return plainly(tuning)(checkpoint_weights(session, checkpoint, kind))
+    return plainly(tuning)(checkpoint_weights(session, checkpoint, kind, beside))
 
 
 def whole_params(session: Session, checkpoint: Path, kind: Kind = Llama) -> Params:
@@ -172,8 +180,11 @@ def whole_params(session: Session, checkpoint: Path, kind: Kind = Llama) -> Para
     return policy_weights(session, checkpoint, kind).base
 
 
-def checkpoint_weights(session: Session, checkpoint: Path, kind: Kind = Llama) -> Weights:
-    """A checkpoint's weights as they were trained: what stayed is read from where the run began."""
+def checkpoint_weights(
+    session: Session, checkpoint: Path, kind: Kind = Llama, beside: Weights | None = None
+) -> Weights:
+    """A checkpoint's weights as they were trained: what stayed is read from where the run began, unless it is
+    here already."""
     folder = RunFolder.of_checkpoint(checkpoint)
     config = recipe.of_run(folder)
     model = kind(session.model, config.tuning)
@@ -182,11 +193,27 @@ def checkpoint_weights(session: Session, checkpoint: Path, kind: Kind = Llama) -
     if not partition.keeps:
         return Weights(trained)
     parent = parent_of(folder, config, "policy")
-    if config.start.adapters == "continue":
+    if beside is not None:
+        kept = beside
+    elif config.start.adapters == "continue":
         kept = checkpoint_weights(session, parent)
     else:
         kept = policy_weights(session, parent)
     return partition.joined(trained, frozen_as(model, of_kind(kind(session.model), kept)))
+
+
+def model_beside(checkpoint: Path) -> Path:
+    """The checkpoint of the model that a run's adapters were trained beside, though others went before them.
+
+    Raises:
+      UserError: the run trained no adapters, or what it began from is gone.
+    """
+    folder = RunFolder.of_checkpoint(checkpoint)
+    config = recipe.of_run(folder)
+    if config.tuning is None or not config.tuning.adapters:
+        raise UserError(f"{folder} trained no adapters that could be put beside another model")
+    parent = parent_of(folder, config, "policy")
+    return model_beside(parent) if config.start.adapters == "continue" else parent
 
 
 def of_kind(model: Llama | ScalarModel, weights: Weights) -> Weights:

@@ -27,7 +27,7 @@ def user(text: str) -> Message:
         ({"question": "1+1?", "answer": "2"}, [user("1+1?")], {"answer": "2"}),
         (
             {"instruction": "Sort", "input": "b a", "output": "a b", "id": 7},
-            [user("Sort\nb a")],
+            [Message(role="user", content="Sort\nb a", instruction="Sort", input="b a")],
             {"id": 7, "output": "a b"},
         ),
         ({"prompt": [USER, REPLY, USER]}, [user("Hi"), Message(**REPLY), user("Hi")], {}),

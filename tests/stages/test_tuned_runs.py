@@ -13,6 +13,7 @@ from maxllm.folder import RunFolder
 from maxllm.model.llama import Llama
 from maxllm.recipe import load_recipe
 from maxllm.run.session import open_session, reopen
+from maxllm.stages.chat import Policies, converse
 from maxllm.stages.registry import stage_of
 from maxllm.stages.start import abstract_params, checkpoint_weights, load_params
 from maxllm.steps.state import parameter_count
@@ -105,6 +106,47 @@ def leaves(checkpoint):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return found
+
+
+def test_adapters_by_name_answer_as_their_own_runs_do(folder, capsys):
+    """Beside one model, whose weights are held once: merged ones, a prefix, and one that went on from it."""
+    names, ask = (
+        ("sft-lora", "sft-prefix", "dpo-prefix"),
+        ["--prompt", "1 2 3", "generation.max_new_tokens=6"],
+    )
+    words = [word for name in names for word in ("--adapter", f"{name}={folder / name}")]
+    together = said(capsys, "generate", folder / "policy", *words, *ask)
+    alone = [
+        {"adapter": name} | reply for name in names for reply in said(capsys, "generate", folder / name, *ask)
+    ]
+    assert together == alone and len({tuple(reply["tokens"]) for reply in alone}) > 1
+    policies = Policies(RunFolder(folder / "policy"), [(name, RunFolder(folder / name)) for name in names])
+    lines = ["Hello", "/adapter dpo-prefix", "/adapter", "Hello", "/adapter none"]
+    heard: list[str] = []
+    adapters = [(name, RunFolder(folder / name)) for name in names]
+    converse(
+        RunFolder(folder / "policy"), lines, heard.append, ["generation.max_new_tokens=4"], adapters=adapters
+    )
+    assert heard[1:3] == [
+        "(dpo-prefix answers)",
+        "(/adapter NAME has others answer: base, sft-lora, sft-prefix, dpo-prefix; now dpo-prefix)",
+    ]
+    assert heard[4] == "(there is no adapter 'none'; there are base, sft-lora, sft-prefix, dpo-prefix)"
+    places = []
+    for name in ("base", "sft-lora", "sft-prefix"):
+        policies.use(name)
+        shard = policies.current.weights.base["lm_head"].addressable_shards[0]
+        places.append(shard.data.unsafe_buffer_pointer())
+    assert len(set(places)) == 1
+
+
+def test_adapters_of_another_model_are_refused(folder, capsys):
+    """PPO began from a merged model."""
+    words = ["generate", folder / "policy", "--prompt", "1"]
+    assert "was trained beside" in refused(capsys, *words, "--adapter", f"a={folder / 'ppo-lora'}")
+    assert "trained no adapters" in refused(capsys, *words, "--adapter", f"a={folder / 'dpo-frozen'}")
+    twice = ["--adapter", f"a={folder / 'sft-lora'}"] * 2
+    assert "there is a a already" in refused(capsys, *words, *twice)
 
 
 def test_a_checkpoint_holds_what_is_trained(folder):
