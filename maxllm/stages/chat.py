@@ -71,6 +71,9 @@ class Policy:
         self.checkpoint = folder.find(which)
         self._beside = beside
         if beside is not None:
+            tuning = self.session.config.tuning
+            if tuning is None or not tuning.adapters:
+                raise UserError(f"{folder} trained no adapters that could be put beside another model")
             self.session = replace(self.session, mesh=beside.session.mesh)
             if (model := model_beside(self.checkpoint)).resolve() != beside.checkpoint.resolve():
                 raise UserError(f"{folder} was trained beside {model}, not beside {beside.checkpoint}")

@@ -192,26 +192,18 @@ def checkpoint_weights(
     partition = partition_of(model)
     if not partition.keeps:
         return Weights(trained)
-    parent = parent_of(folder, config, "policy")
-    if beside is not None:
-        kept = beside
-    elif config.start.adapters == "continue":
-        kept = checkpoint_weights(session, parent)
-    else:
-        kept = policy_weights(session, parent)
+    kept = policy_weights(session, model_beside(checkpoint)) if beside is None else beside
     return partition.joined(trained, frozen_as(model, of_kind(kind(session.model), kept)))
 
 
 def model_beside(checkpoint: Path) -> Path:
-    """The checkpoint of the model that a run's adapters were trained beside, though others went before them.
+    """The checkpoint of the model that what a run trained lies beside, whatever runs trained it before.
 
     Raises:
-      UserError: the run trained no adapters, or what it began from is gone.
+      UserError: what the run began from is gone.
     """
     folder = RunFolder.of_checkpoint(checkpoint)
     config = recipe.of_run(folder)
-    if config.tuning is None or not config.tuning.adapters:
-        raise UserError(f"{folder} trained no adapters that could be put beside another model")
     parent = parent_of(folder, config, "policy")
     return model_beside(parent) if config.start.adapters == "continue" else parent
 
@@ -225,8 +217,22 @@ def of_kind(model: Llama | ScalarModel, weights: Weights) -> Weights:
 
 
 def plainly(tuning: Tuning | None) -> Callable[[Weights], Weights]:
-    """`plain`, compiled."""
-    return (lambda weights: weights) if tuning is None else jax.jit(partial(plain, tuning=tuning))
+    """`plain`, compiled; arrays that it leaves as they are are not copied."""
+    if tuning is None:
+        return lambda weights: weights
+
+    @jax.jit
+    def changed(weights: Weights) -> Weights:
+        made, before = plain(weights, tuning), flatten_dict(weights.base)
+        base = {path: leaf for path, leaf in flatten_dict(made.base).items() if leaf is not before.get(path)}
+        return made.replace(base=unflatten_dict(base))
+
+    def together(weights: Weights) -> Weights:
+        made = changed(weights)
+        base = flatten_dict(weights.base) | flatten_dict(made.base)
+        return made.replace(base=unflatten_dict(base))
+
+    return together
 
 
 def plain_policy(session: Session) -> Llama:

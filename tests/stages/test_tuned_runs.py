@@ -120,20 +120,18 @@ def test_adapters_by_name_answer_as_their_own_runs_do(folder, capsys):
         {"adapter": name} | reply for name in names for reply in said(capsys, "generate", folder / name, *ask)
     ]
     assert together == alone and len({tuple(reply["tokens"]) for reply in alone}) > 1
-    policies = Policies(RunFolder(folder / "policy"), [(name, RunFolder(folder / name)) for name in names])
+    few = ["generation.max_new_tokens=4"]
     lines = ["Hello", "/adapter dpo-prefix", "/adapter", "Hello", "/adapter none"]
     heard: list[str] = []
     adapters = [(name, RunFolder(folder / name)) for name in names]
-    converse(
-        RunFolder(folder / "policy"), lines, heard.append, ["generation.max_new_tokens=4"], adapters=adapters
-    )
+    converse(RunFolder(folder / "policy"), lines, heard.append, few, adapters=adapters)
     assert heard[1:3] == [
         "(dpo-prefix answers)",
         "(/adapter NAME has others answer: base, sft-lora, sft-prefix, dpo-prefix; now dpo-prefix)",
     ]
     assert heard[4] == "(there is no adapter 'none'; there are base, sft-lora, sft-prefix, dpo-prefix)"
-    places = []
-    for name in ("base", "sft-lora", "sft-prefix"):
+    policies, places = Policies(RunFolder(folder / "policy"), adapters, few), []
+    for name in ("base", "sft-lora"):
         policies.use(name)
         shard = policies.current.weights.base["lm_head"].addressable_shards[0]
         places.append(shard.data.unsafe_buffer_pointer())
@@ -142,7 +140,7 @@ def test_adapters_by_name_answer_as_their_own_runs_do(folder, capsys):
 
 def test_adapters_of_another_model_are_refused(folder, capsys):
     """PPO began from a merged model."""
-    words = ["generate", folder / "policy", "--prompt", "1"]
+    words = ["generate", folder / "policy", "--prompt", "1", "generation.max_new_tokens=4"]
     assert "was trained beside" in refused(capsys, *words, "--adapter", f"a={folder / 'ppo-lora'}")
     assert "trained no adapters" in refused(capsys, *words, "--adapter", f"a={folder / 'dpo-frozen'}")
     twice = ["--adapter", f"a={folder / 'sft-lora'}"] * 2
