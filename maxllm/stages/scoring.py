@@ -131,10 +131,13 @@ def without_system(messages: Sequence[Message]) -> list[Message]:
 
 
 def after_system(messages: Sequence[Message], shots: Sequence[Message]) -> list[Message]:
-    """A conversation with more turns behind its system's turn, or at its beginning."""
+    """A conversation with more turns behind its system's turn, or at its beginning; the functions that may be
+    called stay in the first turn."""
     own = without_system(messages)
-    lead = messages[: len(messages) - len(own)]
-    return [*lead, *shots, *own]
+    made = [*messages[: len(messages) - len(own)], *shots, *own]
+    if shots and made[0] is not messages[0] and "tools" in messages[0]:
+        made[0] = {**made[0], "tools": messages[0]["tools"]}
+    return made
 
 
 def perplexity(loss: float) -> float:

@@ -7,6 +7,7 @@ import pytest
 
 from maxllm.cli import main
 from maxllm.folder import RunFolder
+from maxllm.stages.scoring import after_system
 
 SHORT = [{"prompt": f"{n} and {n}?", "completion": f"{2 * n}", "level": n % 3} for n in range(30)]
 LONG = [
@@ -90,6 +91,16 @@ def test_figures_and_samples_of_a_run(words, capsys):
     assert main(["evaluate", str(folder.path), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert {name: again[name] for name in figures} == pytest.approx(figures, rel=1e-6)
+
+
+def test_examples_stand_behind_the_system_and_functions_stay_in_the_first_turn():
+    """A conversation is rendered with the functions of its first turn."""
+    system, question = {"role": "system", "content": "s"}, {"role": "user", "content": "q"}
+    shots = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert after_system([system, question], shots) == [system, *shots, question]
+    assert after_system([question | {"tools": [1]}], shots)[0] == shots[0] | {"tools": [1]}
+    assert after_system([question | {"tools": [1]}], []) == [question | {"tools": [1]}]
+    assert after_system([system | {"tools": [1]}, question], shots)[0] == system | {"tools": [1]}
 
 
 @pytest.mark.parametrize(
