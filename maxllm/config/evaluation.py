@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field
 
-from maxllm.config.section import Effect, Name, Section
+from maxllm.config.section import Name, Section
 
 
 class EvaluationConfig(Section):
     """Held-out questions, beside the loss."""
 
-    scorer: Annotated[Name | None, Effect.RECORD] = Field(
+    scorer: Name | None = Field(
         None,
         description="FILE.py:FUNCTION of (reply, row) that scores a reply, larger is better; its mean is the "
         "figure `score`, which then ranks checkpoints in place of the loss.",

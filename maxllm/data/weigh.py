@@ -28,8 +28,10 @@ def weighed(tokenizer: Tokenizer, piece: Piece, loss: LossConfig) -> Piece:
     weights = np.array(piece.weights, np.float32)
     if loss.thoughts != 1:
         for first, last in runs(weights):
-            inside = thoughts(texts_of(tokenizer, [int(token) for token in piece.ids[first:last]]))
-            weights[first:last][inside] *= loss.thoughts
+            ids = [int(token) for token in piece.ids[first:last]]
+            named = "".join(filter(None, map(tokenizer.control_name, ids)))  # which decoding leaves out
+            if "think>" in tokenizer.decode(ids) + named:  # where each token's text is, is dearer to find out
+                weights[first:last][thoughts(texts_of(tokenizer, ids))] *= loss.thoughts
     if loss.mean == "samples" and (total := weights[1:].sum()) > 0:  # the first token is no target
         weights /= total
     return replace(piece, weights=weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from maxllm.data.conversation import Conversation
 from maxllm.data.instruct import Question
 from maxllm.data.tokenizer import Tokenizer
 from maxllm.errors import UserError
+from maxllm.parallel.processes import from_all
 from maxllm.records import PromptBatch
 from maxllm.run.session import Session
 from maxllm.user_function import UserFunction, load_function
@@ -54,19 +54,32 @@ class Scorer:
     def mean(self, texts: Sequence[str], told: Sequence[str] | None) -> dict[str, float]:
         """The mean score of replies, under the function's name.
 
+        Of several processes the first one's counts: checkpoints are ranked by it, and a scorer may draw lots.
+
         Raises:
           UserError: the function fails, or gives no finite number.
         """
         assert told is not None, "where there is a scorer, rows are kept for it"
         scores = []
         for text, row in zip(texts, told, strict=True):
-            score = self.function(text, json.loads(row), about=f"the reply {text[:60]!r}")
-            if not (isinstance(score, numbers.Real) and math.isfinite(score)):
-                raise UserError(
-                    f"{self.function.name} gave {score!r} for the reply {text[:60]!r}, which is no number"
-                )
-            scores.append(float(score))
-        return {self.function.name.rpartition(":")[2]: float(np.mean(scores))}
+            about = f"the reply {text[:60]!r}"
+            scores.append(self.number(self.function(text, json.loads(row), about=about), about))
+        mean = from_all([float(np.mean(scores))])[0, 0]
+        return {self.function.name.rpartition(":")[2]: float(mean)}
+
+    def number(self, score: Any, about: str) -> float:
+        """A score as a number: Python's own, or a scalar of any library.
+
+        Raises:
+          UserError: it is none, or not finite.
+        """
+        try:
+            number = math.nan if isinstance(score, str) else float(score)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"{self.function.name} gave {score!r} for {about}, which is no finite number")
+        return number
 
 
 def scorer_of(session: Session) -> Scorer | None:

@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import tokenizers
 
 from maxllm.config.loss import LossConfig
+from maxllm.data.bpe import SETTINGS, FastTokenizer
 from maxllm.data.conversation import read_conversation
 from maxllm.data.pack import Piece, pack
 from maxllm.data.shown import texts_of
 from maxllm.data.weigh import numbered, thoughts, weighed
+from maxllm.hf.tokenizer import fast_tokenizer
 
 ROW = {
     "messages": [
@@ -50,6 +53,18 @@ def test_thoughts_have_a_weight_of_their_own(tiny_tokenizer):
 )
 def test_which_tokens_are_thoughts(texts, wanted):
     np.testing.assert_array_equal(thoughts(texts), np.array(wanted, bool))
+
+
+def test_marks_that_are_tokens_of_their_own(tiny_tokenizer):
+    """As Qwen3 has them: decoding leaves control tokens out."""
+    backend = tokenizers.Tokenizer.from_str(fast_tokenizer(tiny_tokenizer).to_str())
+    backend.add_special_tokens(["<think>", "</think>"])
+    tokenizer = FastTokenizer(backend.to_str().encode(), SETTINGS)
+    open_mark, close_mark = (backend.token_to_id(mark) for mark in ("<think>", "</think>"))
+    said = tokenizer.encode("so")
+    piece = Piece([7, open_mark, *said, close_mark, *said], [0, *[1] * (2 * len(said) + 2)])
+    got = weighed(tokenizer, piece, LossConfig(thoughts=0.5)).weights
+    assert got.tolist() == [0, *[0.5] * (len(said) + 2), *[1] * len(said)]
 
 
 def test_samples_count_alike(tiny_tokenizer):

@@ -26,7 +26,8 @@ def length(reply, row):
     """So many characters; more where the row is of a higher level."""
     assert row["messages"][-1]["role"] == "user"
     assert isinstance(row["answer"], str)
-    return len(reply) + 100 * row.get("level", 0)
+    import numpy as np
+    return np.float32(len(reply) + 100 * row.get("level", 0))
 
 def broken(reply, row):
     return 1 / 0
@@ -36,6 +37,9 @@ def loss(reply, row):
 
 def nothing(reply, row):
     return None
+
+def text(reply, row):
+    return "1.0"
 '''
 
 
@@ -106,8 +110,9 @@ def test_examples_stand_behind_the_system_and_functions_stay_in_the_first_turn()
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("evaluation.scorer=FOLDER/mine.py:broken", "mine.py line 9 failed at the reply"),
+        ("evaluation.scorer=FOLDER/mine.py:broken", "mine.py line 10 failed at the reply"),
         ("evaluation.scorer=FOLDER/mine.py:nothing", "gave None for the reply"),
+        ("evaluation.scorer=FOLDER/mine.py:text", "which is no finite number"),
         ("evaluation.scorer=FOLDER/mine.py:loss", "is that of a figure"),
         ("evaluation.scorer=FOLDER/mine.py:absent", "has no function absent"),
         ("evaluation.scorer=FOLDER/other.py:length", "does not exist"),
