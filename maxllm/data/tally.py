@@ -46,8 +46,8 @@ class Tally:
     def line(self) -> str:
         """The counts as a line for the console."""
         reasons = "".join(f"; {count:,} dropped: {reason}" for reason, count in self.dropped.most_common())
-        fields = ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(self.unread.items()))
-        unread = f"; fields that are not read: {fields}" if fields else ""
+        fields = ", ".join(f"{name} ({count:,})" for name, count in sorted(self.unread.items()))
+        unread = f"; fields that are not read, with the number of rows: {fields}" if fields else ""
         return f"{self.source}: {self.rows:,} rows, {self.kept:,} kept{reasons}{unread}"
 
     def check(self, max_bad_share: float) -> None:

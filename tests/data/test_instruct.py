@@ -333,7 +333,7 @@ def test_fields_that_nobody_reads_are_named_once_and_counted(split, tmp_path, co
     source = write(tmp_path / "rows.jsonl", rows)
     _, _, (tally,) = split(source, conversation)
     assert tally.unread == {"id": len(GOOD), "note": 1} == tally.report()["unread"]
-    assert tally.line().endswith("; fields that are not read: id (60 rows), note (1 rows)")
+    assert tally.line().endswith("; fields that are not read, with the number of rows: id (60), note (1)")
     with pytest.raises(UserError, match=r"rows.jsonl line 1: nothing here reads the field 'id'"):
         split(source, conversation, strict=True)
 

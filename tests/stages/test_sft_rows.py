@@ -56,7 +56,7 @@ def test_two_steps(policy, tmp_path, capsys, rows):
     said = capsys.readouterr()
     summary = json.loads(said.out)
     assert ("exact_match" in summary["heldout_last"]) is (rows is CALLS)
-    assert ("fields that are not read: id (24 rows)" in said.err) is (rows is TEXTS)
+    assert ("fields that are not read, with the number of rows: id (24)" in said.err) is (rows is TEXTS)
     assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["loss"] == pytest.approx(summary["heldout_last"]["loss"], rel=1e-6)
