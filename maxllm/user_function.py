@@ -34,7 +34,7 @@ class UserFunction:
         """
         try:
             return self.function(*arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)
             lines = [frame.lineno for frame in frames if frame.filename == str(self.file)]
             line = f" line {lines[-1]}" if lines else ""

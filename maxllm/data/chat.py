@@ -74,10 +74,15 @@ def read_turns(turns: Any, name: str, row: Fields) -> list[Message]:
 
 def read_turn(turn: Fields, name: str) -> Message:
     """One of them."""
-    said = turn.get("role", turn.get("from"))
+    said, content = (
+        turn.get(ours)
+        if turn.get(ours) is not None
+        else turn.get(other)  # a table has both, one of them null
+        for ours, other in (("role", "from"), ("content", "value"))
+    )
     if not isinstance(said, str) or said not in ROLE_NAMES:
         raise RowError(f"field {name!r} has the unknown role {said!r}")
-    content = text_of(turn.get("content", turn.get("value")), name)
+    content = text_of(content, name)
     message = Message(role=ROLE_NAMES[said], content=content)
     if said in CALLING_ROLES:
         message = Message(role="assistant", content="", tool_calls=read_calls(content, name))

@@ -40,7 +40,7 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
     `{"messages": [{"role", "content"}]}`, `{"conversations": [{"from", "value"}]}` (ShareGPT),
     `{"instruction", "input", "output"}` (Alpaca, BELLE), `{"prompt", "completion"}` as text or as turns,
     `{"question", "answer"}`; with `system`, `history` (pairs of earlier turns) and `tools` beside them.
-    A prompt's own turns of the assistant's are not in the loss.
+    A prompt's own turns of the assistant's are not in the loss, those of `history` are.
 
     Raises:
       RowError: naming the field.
@@ -49,13 +49,14 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
     turns, reply = first_of(row, TURNS), first_of(row, REPLIES)
     if turns is not None:
         messages = with_lead(row, read_turns(row[turns], turns, row))
-    elif reply is not None and isinstance(row[reply], list):
-        messages = [*map(left_out, prompt_of(row)), *read_turns(row[reply], reply, row)]
     elif reply is not None or "instruction" in row:
-        prompt = prompt_of(row)
-        if isinstance(row.get(first_of(row, QUESTIONS) or ""), list):
-            prompt = list(map(left_out, prompt))
-        messages = [*prompt, Message(role="assistant", content=text_field(row, reply or "output"))]
+        name = reply or "output"
+        prompt = map(left_out, question_turns(row))
+        if isinstance(row.get(name), list):
+            said = read_turns(row[name], name, row)
+        else:
+            said = [Message(role="assistant", content=text_field(row, name))]
+        messages = with_lead(row, [*prompt, *said])
     elif first_of(row, QUESTIONS) is not None:
         raise RowError("field 'completion' is missing")
     else:
@@ -172,25 +173,27 @@ def question_turns(row: Fields) -> list[Message]:
 
 
 def with_lead(row: Fields, messages: list[Message]) -> list[Message]:
-    """Turns after a row's `system` and `history`, the first of them with the row's functions.
+    """Turns with a row's `system` before them and its `history` between the system and the rest, the first of
+    them with the row's functions.
 
     Raises:
       RowError: there are two different systems, or a field is not what it should be.
     """
-    lead = history_of(row)
     system = row.get("system")
+    leads = messages[0]["role"] in ("system", "developer")
     if system:
-        turn = Message(role="system", content=system)
         if not isinstance(system, str):
             raise RowError("field 'system' is not text")
-        if messages[0]["role"] == "system" and messages[0] != turn:
+        if leads and messages[0]["content"] != system:
             raise RowError("field 'system' and the first turn are two different systems")
-        lead = lead if messages[0]["role"] == "system" else [turn, *lead]
-    messages = [*lead, *messages]
+        if not leads:
+            messages = [Message(role="system", content=system), *messages]
+            leads = True
+    messages = [*messages[:leads], *history_of(row), *messages[leads:]]
     for name in ("tools", "functions"):
-        if row.get(name):
+        if row.get(name) and (tools := read_tools(row[name], name)):
             first = messages[0].copy()
-            first["tools"] = read_tools(row[name], name)
+            first["tools"] = tools
             return [first, *messages[1:]]
     return messages
 

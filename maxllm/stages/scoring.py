@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,11 +75,13 @@ class Scorer:
           UserError: it is none, or not finite.
         """
         try:
-            number = math.nan if isinstance(score, str) else float(score)
-        except (TypeError, ValueError):
+            number = math.nan if isinstance(score, str | bytes) else float(score)
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise UserError(f"{self.function.name} gave {score!r} for {about}, which is no finite number")
+            raise UserError(
+                f"{self.function.name} gave {reprlib.repr(score)} for {about}, which is no finite number"
+            )
         return number
 
 

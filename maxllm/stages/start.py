@@ -137,7 +137,7 @@ def check_tuning(config: Config, parent: Config, folder: RunFolder) -> None:
         if former != config.tuning:
             raise UserError(
                 f"start.adapters=continue trains the adapters of {folder} on: give this recipe the settings "
-                f"that it had, {former.words()}"
+                f"that it had, {former.words()}, in place of {(config.tuning or Tuning()).words() or 'none'}"
             )
     elif former.beside is not None:
         raise UserError(

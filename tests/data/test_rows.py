@@ -137,9 +137,32 @@ def test_a_text_is_no_conversation():
         whole_text({"text": " "})
 
 
-def test_empty_fields_change_nothing():
-    row = {"instruction": "q", "output": "a", "system": "", "history": [], "tools": None}
+@pytest.mark.parametrize("tools", [None, [], "[]"])
+def test_empty_fields_change_nothing(tools):
+    row = {"instruction": "q", "output": "a", "system": "", "history": [], "tools": tools}
     assert messages_of(row) == [ASKED, SAID] and not Fields.of(row).unread() - set(row)
+
+
+def test_a_table_with_turns_of_both_kinds_has_nulls_in_each():
+    empty = {"role": None, "content": None, "from": None, "value": None}
+    turns = [empty | {"from": "human", "value": "q"}, empty | SAID]
+    assert messages_of({"conversations": turns}) == [ASKED, SAID]
+
+
+@pytest.mark.parametrize("completion", ["a", [SAID]])
+@pytest.mark.parametrize("lead", ["system", "developer"])
+def test_history_stands_behind_the_system_and_is_in_the_loss(completion, lead):
+    """However the prompt and the completion are written."""
+    system = {"role": lead, "content": "s"}
+    row = {"prompt": [system, ASKED], "history": [["one", "two"]], "completion": completion}
+    wanted = [system, TALK[0], TALK[1], ASKED, SAID]
+    assert messages_of(row) == wanted
+    assert messages_of(row | {"prompt": "q", "system": "s"}) == [
+        {"role": "system", "content": "s"},
+        *wanted[1:],
+    ]
+    with pytest.raises(RowError, match="two different systems"):
+        messages_of(row | {"system": "another"})
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,15 @@ def nothing(reply, row):
 
 def text(reply, row):
     return "1.0"
+
+def some_bytes(reply, row):
+    return b"1"
+
+def endless(reply, row):
+    return 10**400
+
+def leaves(reply, row):
+    raise SystemExit(0)
 '''
 
 
@@ -113,6 +122,9 @@ def test_examples_stand_behind_the_system_and_functions_stay_in_the_first_turn()
         ("evaluation.scorer=FOLDER/mine.py:broken", "mine.py line 10 failed at the reply"),
         ("evaluation.scorer=FOLDER/mine.py:nothing", "gave None for the reply"),
         ("evaluation.scorer=FOLDER/mine.py:text", "which is no finite number"),
+        ("evaluation.scorer=FOLDER/mine.py:some_bytes", "which is no finite number"),
+        ("evaluation.scorer=FOLDER/mine.py:endless", "which is no finite number"),
+        ("evaluation.scorer=FOLDER/mine.py:leaves", "failed at the reply"),
         ("evaluation.scorer=FOLDER/mine.py:loss", "is that of a figure"),
         ("evaluation.scorer=FOLDER/mine.py:absent", "has no function absent"),
         ("evaluation.scorer=FOLDER/other.py:length", "does not exist"),

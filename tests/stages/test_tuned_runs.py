@@ -246,7 +246,7 @@ def test_what_lies_beside_the_weights_is_used_and_never_dropped(folder, capsys, 
     error = refused(
         capsys, "sft", "sft/tiny_tasks_cpu_fast", *FEW, *start, "prefix.length=4", "start.adapters=continue"
     )
-    assert f"give this recipe the settings that it had, {words}" in error
+    assert f"give this recipe the settings that it had, {words}, in place of prefix.length=4" in error
     start[0] = f"start.policy={folder / 'policy'}"
     error = refused(
         capsys, "sft", "sft/tiny_tasks_cpu_fast", *FEW, *start, "lora.rank=4", "start.adapters=continue"
