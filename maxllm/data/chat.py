@@ -74,12 +74,7 @@ def read_turns(turns: Any, name: str, row: Fields) -> list[Message]:
 
 def read_turn(turn: Fields, name: str) -> Message:
     """One of them."""
-    said, content = (
-        turn.get(ours)
-        if turn.get(ours) is not None
-        else turn.get(other)  # a table has both, one of them null
-        for ours, other in (("role", "from"), ("content", "value"))
-    )
+    said, content = either(turn, "role", "from"), either(turn, "content", "value")
     if not isinstance(said, str) or said not in ROLE_NAMES:
         raise RowError(f"field {name!r} has the unknown role {said!r}")
     content = text_of(content, name)
@@ -100,6 +95,12 @@ def read_turn(turn: Fields, name: str) -> Message:
     if not (message["content"].strip() or may_be_empty):
         raise RowError(f"field {name!r} has a turn without text")
     return message
+
+
+def either(turn: Fields, name: str, other: str) -> Any:
+    """What a turn has in one of two fields: a table with turns of both kinds has both, one of them null."""
+    value = turn.get(name)
+    return turn.get(other) if value is None else value
 
 
 def text_of(content: Any, name: str) -> str:
